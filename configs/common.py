@@ -1,0 +1,48 @@
+"""What several configs share."""
+
+
+def emoji_evals():
+  """Evaluations on what was held out of the emoji dataset.
+
+  held_style: an unseen drawing style of seen concepts; held_family: unseen
+  families of concepts in seen styles; held_both: unseen in both ways. Flags,
+  which look alike in every style, are in none of them.
+  """
+  def split(name):
+    return dict(kind="emoji", split=name, only=dict(is_flag=0))
+
+  evals = {}
+  for name in ("held_style", "held_family", "held_both", "train"):
+    evals[f"{name}_zeroshot"] = dict(
+        type="zeroshot", data=split(name), label="concept", classes="captions")
+    if name != "train":
+      evals[f"{name}_retrieval"] = dict(
+          type="retrieval", data=split(name), group="concept")
+  evals["held_style_zeroshot"]["every_percent"] = 25
+  evals["picture"] = dict(
+      type="picture", data=split("held_style"), group="concept",
+      captions="name")
+  return evals
+
+
+def shrink(config, arg):
+  """Makes a config a smoke test: tiny towers, the emoji data, few steps.
+
+  Everything else, such as pooling, scan, dtype, loss, optimizer and what is
+  frozen, stays as it is.
+  """
+  config.batch_size, config.microbatches = 64, 2
+  config.total_steps, config.total_examples = 100, None
+  config.data = dict(kind="emoji", split="train", group_by="concept")
+  config.tokenizer = dict(vocab_size=1024, captions="captions")
+  for key in ("pp", "pp_image", "pp_text"):
+    config[key] = config[key].replace("(224)", "(64)").replace(
+        f"'{arg['captions']}'", "'captions'")
+  for tower in (config.model.image, config.model.text):
+    tower.update(variant=None, width=64, depth=2, num_heads=2)
+  config.model.image.patch_size = 16
+  config.model.text.vocab_size = 1024
+  config.model.out_dim = (None, 64)
+  config.optim.schedule = dict(name="cosine", warmup_percent=10)
+  config.checkpoints = dict(every_percent=50)
+  config.evals = {k: v for k, v in emoji_evals().items() if "held_style" in k}

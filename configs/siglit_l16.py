@@ -1,0 +1,71 @@
+"""SigLiT L/16: a locked image tower, a text tower trained against it.
+
+  python -m sigjax.train --config configs/siglit_l16.py:\
+weights=L_16.npz,dataset=coco_captions,tokenizer=c4_en.model
+
+Hardware: made for 4 TPUv4 chips, where the paper's SigLiT (B/8 image tower, L
+text tower, batch 32k, 65k steps) takes a day and reaches 79.8 on ImageNet.
+
+The weights are a public AugReg ViT-L/16 (pool "tok"):
+  gsutil cp gs://vit_models/augreg/\
+L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1-do_0.0-sd_0.0.npz L_16.npz
+
+Arguments:
+  weights: the image tower's file (L_16.npz).
+  dataset, split, captions, val, tokenizer, vocab: as in siglip_b16.py.
+  batch_size, steps, microbatches: 32768, 65000, 1.
+  smoke: the same code with tiny towers (the locked one at random) on the emoji
+    data, a minute on 2 cores.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from sigjax import config as config_lib
+
+RES, LENGTH = 224, 16
+
+
+def get_config(arg=None):
+  arg = config_lib.parse_arg(
+      arg, weights="L_16.npz", dataset="coco_captions", split="train",
+      val="val", captions="captions", tokenizer="c4_en.model", vocab=32_000,
+      batch_size=32_768, steps=65_000, microbatches=1, smoke=False)
+  config = ConfigDict()
+  config.batch_size = arg["batch_size"]
+  config.microbatches = arg["microbatches"]
+  config.total_steps = arg["steps"]
+
+  config.data = dict(kind="tfds", name=arg["dataset"], split=arg["split"])
+  config.tokenizer = dict(path=arg["tokenizer"])
+  config.pp = (f"decode|resize({RES})|value_range(-1,1)"
+               f"|choice('{arg['captions']}')|tokenize({LENGTH})"
+               "|keep('image','text')")
+  config.pp_image = f"decode|resize({RES})|value_range(-1,1)|keep('image')"
+  config.pp_text = f"tokenize({LENGTH})|keep('text')"
+
+  # LiT (arXiv 2111.07991): the locked tower ends before its classifier; the
+  # text tower's head maps to its width.
+  config.model = dict(
+      image=dict(variant="L/16", pool_type="tok", scan=True),
+      text=dict(variant="L", depth=12, vocab_size=arg["vocab"], scan=True,
+                remat="dots"),
+      out_dim=(None, 1024), temperature_init=10.0, bias_init=-10.0,
+      dtype="bfloat16")
+  config.init = dict(
+      path=f"{arg['weights']}:img", dont_load=("txt/.*", "t", "b"))
+  config.loss = dict(name="sigmoid")
+  config.optim = dict(
+      name="lion", lr=1e-4, wd=1e-7, grad_clip_norm=1.0,
+      schedule=dict(name="cosine", warmup_percent=10),
+      frozen=(("img/.*", True), (".*", False)))
+
+  config.checkpoints = dict(every_steps=1000, keep_every_steps=10_000)
+  if arg["val"]:
+    config.evals = dict(retrieval=dict(
+        type="retrieval", captions=arg["captions"], every_steps=5000,
+        data=dict(kind="tfds", name=arg["dataset"], split=arg["val"])))
+  if arg["smoke"]:
+    common.shrink(config, arg)
+    del config.init
+  return config

@@ -1,0 +1,105 @@
+"""Both towers, and the temperature and bias of the sigmoid loss."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax.numpy as jnp
+
+from sigjax import errors
+from sigjax.models import text as text_lib
+from sigjax.models import vit
+
+
+class TwoTowers(nn.Module):
+  """Image and text towers that end in unit vectors of the same space.
+
+  Attributes:
+    image: keyword arguments of vit.ViT, except out_dim and dtype.
+    text: keyword arguments of text.TextTransformer, except out_dim and dtype.
+    out_dim: sizes of the towers' heads, E or None each. Released models have
+      none on the image: the width of that tower is E.
+    temperature_init: exp(t') at the start (SigLIP, section 3.2: 10).
+    bias_init: b at the start; None for a loss without b (table 4).
+    dtype: of every matrix product and the residual stream of both towers;
+      "bfloat16" on accelerators. Parameters and results are float32.
+  """
+
+  image: Mapping[str, Any]
+  text: Mapping[str, Any]
+  out_dim: tuple[int | None, int | None] = (None, 768)
+  temperature_init: float = 10.0
+  bias_init: float | None = -10.0
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, image, text, train=False):
+    """Embeds images and texts.
+
+    Args:
+      image: (B, H, W, C) floats in [-1, 1], or None to leave this tower out.
+      text: (B, L) int32, or None to leave this tower out.
+      train: applies dropout, from the rng "dropout".
+
+    Returns:
+      zimg, ztxt: (B, E) float32 of unit norm; None for a tower left out.
+      out: "t" (1,) the temperature itself, not its logarithm; "b" (1,);
+        "img/norm" and "txt/norm" (B, 1) before normalisation; "img/..." and
+        "txt/..." the towers' intermediates.
+
+    Raises:
+      UserError: a key in `image` or `text` that their tower does not take.
+    """
+    t = self.param(
+        "t", nn.initializers.constant(math.log(self.temperature_init)), (1,))
+    out = {"t": jnp.exp(t), "b": jnp.zeros(1)}
+    if self.bias_init is not None:
+      out["b"] = self.param(
+          "b", nn.initializers.constant(self.bias_init), (1,))
+
+    zimg = ztxt = None
+    if image is not None:
+      tower = image_tower(self, name="img", parent=self)
+      zimg = _unit("img", *tower(image, train), out)
+    if text is not None:
+      tower = text_tower(self, name="txt", parent=self)
+      ztxt = _unit("txt", *tower(text, train), out)
+    return zimg, ztxt, out
+
+
+def image_tower(model, **kwargs):
+  """Returns the ViT of a TwoTowers, alone unless given name and parent."""
+  return errors.call(
+      vit.ViT, model.image, "model.image", out_dim=model.out_dim[0],
+      dtype=model.dtype, **kwargs)
+
+
+def text_tower(model, **kwargs):
+  """Returns the TextTransformer of a TwoTowers, as image_tower does."""
+  return errors.call(
+      text_lib.TextTransformer, model.text, "model.text",
+      out_dim=model.out_dim[1], dtype=model.dtype, **kwargs)
+
+
+def _unit(name, z, tower_out, out):
+  """Returns z as float32 unit vectors; notes the tower's results in out."""
+  z = z.astype(jnp.float32)
+  norm = jnp.linalg.norm(z, axis=1, keepdims=True)
+  out[f"{name}/norm"] = norm
+  out.update({f"{name}/{key}": value for key, value in tower_out.items()})
+  return z / (norm + 1e-8)
+
+
+def flops(model, image_shape, text_shape):
+  """Forward matmul FLOPs per example, {"img": int, "txt": int}.
+
+  A multiply and an add are 2; training takes 3 times as many. The loss is not
+  counted.
+
+  Args:
+    model: a TwoTowers.
+    image_shape: (B, H, W, C); text_shape: (B, L).
+  """
+  return {"img": image_tower(model).flops(*image_shape[1:]),
+          "txt": text_tower(model).flops(text_shape[1])}

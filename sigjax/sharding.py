@@ -1,0 +1,113 @@
+"""The device mesh, how parameters are split over it, and batches onto it.
+
+The mesh has two axes: "data" x "fsdp". The batch is always split over both. The
+parameters are split over "fsdp" where the config's table says so, else each
+device holds them whole: plain data parallelism is fsdp=1.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from sigjax import errors
+from sigjax import trees
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(*, data=-1, fsdp=1, devices=None):
+  """Returns a mesh with axes ("data", "fsdp") over all devices.
+
+  Args:
+    data, fsdp: devices along each axis; one of them may be -1, "the rest".
+    devices: the devices to use; all of them if None.
+  """
+  devices = jax.devices() if devices is None else devices
+  n = len(devices)
+  known = {"data": data, "fsdp": fsdp}
+  rest = [axis for axis, size in known.items() if size == -1]
+  if len(rest) == 1:
+    known[rest[0]] = n // (data * fsdp * -1)
+  if known["data"] * known["fsdp"] != n:
+    raise errors.UserError(
+        f"config.mesh is data={data}, fsdp={fsdp}, which does not come to the "
+        f"{n} devices there are; set one of them to -1")
+  return jax.make_mesh(
+      (known["data"], known["fsdp"]), AXES, devices=devices,
+      axis_types=(AxisType.Auto,) * 2)
+
+
+# How a parameter is split: fn(shape, devices along fsdp) -> PartitionSpec.
+
+
+def replicate(shape, fsdp):
+  """Each device holds the whole array."""
+  del shape, fsdp
+  return P()
+
+
+def fsdp_largest(shape, fsdp):
+  """The largest dimension that fsdp divides is split; replicated if none is."""
+  sizes = [size if size % fsdp == 0 else 0 for size in shape]
+  if fsdp == 1 or not any(sizes):
+    return P()
+  largest = int(np.argmax(sizes))
+  return P(*("fsdp" if i == largest else None for i in range(len(shape))))
+
+
+SPLITS = dict(replicate=replicate, fsdp=fsdp_largest)
+
+
+def shard_params(shapes, mesh, table=((".*", "replicate"),)):
+  """Returns the tree of NamedShardings of a parameter tree.
+
+  Args:
+    shapes: tree of arrays or ShapeDtypeStructs.
+    mesh: from make_mesh.
+    table: rows (regex, name in SPLITS); the first match counts, every
+      parameter has to be matched.
+  """
+  names = trees.first_match(table, shapes, "config.sharding")
+  return jax.tree.map(
+      lambda leaf, name: NamedSharding(
+          mesh, errors.pick(SPLITS, name, "the split in config.sharding")(
+              leaf.shape, mesh.shape["fsdp"])), shapes, names)
+
+
+def shard_like(shapes, params, shardings, mesh):
+  """Shardings for a tree that holds copies of the parameters (Adam's moments).
+
+  A leaf whose name ends in a parameter's name and has its shape is split like
+  it; anything else (counters, factored moments) is replicated.
+  """
+  params, shardings = trees.flatten(params), trees.flatten(shardings)
+
+  def find(name, leaf):
+    parts = name.split("/")
+    for i in range(len(parts)):
+      twin = "/".join(parts[i:])
+      if twin in params and params[twin].shape == leaf.shape:
+        return shardings[twin]
+    return NamedSharding(mesh, P())
+  return trees.map_named(find, shapes)
+
+
+def batch_sharding(mesh):
+  """The leading dimension split over all devices."""
+  return NamedSharding(mesh, P(AXES))
+
+
+def check_batch_size(batch_size, mesh, what="config.batch_size"):
+  """A UserError unless every device gets the same number of examples."""
+  if batch_size <= 0 or batch_size % mesh.size:
+    near = max(round(batch_size / mesh.size), 1) * mesh.size
+    raise errors.UserError(
+        f"{what} is {batch_size}, which {mesh.size} devices do not divide; "
+        f"try {near}")
+
+
+def put_batch(batch, mesh):
+  """Process-local numpy rows (B/processes, ...) -> global arrays (B, ...)."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,202 @@
+"""The train state, one step of training, and embedding: pure functions.
+
+B is the global batch, D the number of devices, b = B/D, k the number of
+microbatches, E the width of the embeddings.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from sigjax import losses
+from sigjax import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+  step: jax.Array  # int32 (), steps done
+  params: dict  # {"img": .., "txt": .., "t": (1,), "b": (1,)}, float32
+  opt_state: optax.OptState
+
+
+def init_params(model, rng, example):
+  """Parameters from scratch, for examples like this dict(image=, text=)."""
+  batch = {k: jnp.asarray(example[k])[None] for k in ("image", "text")}
+  return model.init(rng, **batch)["params"]
+
+
+def param_shapes(model, example):
+  """The tree of ShapeDtypeStructs of init_params."""
+  return jax.eval_shape(
+      lambda rng: init_params(model, rng, example), jax.random.key(0))
+
+
+def abstract_state(param_shapes, tx, mesh, table):
+  """A TrainState of ShapeDtypeStructs with shardings: what a step works on.
+
+  Args:
+    param_shapes: eval_shape of init_params.
+    tx: the optimizer.
+    mesh: from sharding.make_mesh.
+    table: rows (regex, split) for sharding.shard_params.
+  """
+  shapes = jax.eval_shape(lambda params: new_state(params, tx), param_shapes)
+  of_params = sharding.shard_params(param_shapes, mesh, table)
+  shardings = TrainState(
+      step=NamedSharding(mesh, P()), params=of_params,
+      opt_state=sharding.shard_like(
+          shapes.opt_state, param_shapes, of_params, mesh))
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes, shardings)
+
+
+def new_state(params, tx):
+  """The state before the first step."""
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def init_state(model, tx, seed, example, abstract, params=None):
+  """The state before the first step, made where its parts belong.
+
+  Args:
+    model, tx: the towers and the optimizer.
+    seed: of the parameters. The same on any number of devices.
+    example: dict(image=(H, W, C), text=(L,)), for its shapes.
+    abstract: from abstract_state.
+    params: arrays to take instead; leaves that are None start from scratch.
+  """
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+  @functools.partial(jax.jit, out_shardings=shardings.params)
+  def from_scratch():
+    return init_params(model, jax.random.key(seed), example)
+
+  fresh = from_scratch()
+  if params is not None:
+    fresh = jax.tree.map(
+        lambda own, new, to: own if new is None else jax.device_put(new, to),
+        fresh, params, shardings.params)
+  return jax.jit(lambda p: new_state(p, tx), out_shardings=shardings)(fresh)
+
+
+def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
+                    microbatches=1):
+  """Builds train_step(state, batch) -> (state, metrics), to be jitted.
+
+  The batch is dict(image=(B, H, W, C) float32, text=(B, L) int32), split over
+  all devices. With microbatches=k the towers only ever see B/k examples at a
+  time, while the loss is over all B x B pairs: first all embeddings, then the
+  loss and its gradients with respect to them, then each microbatch's towers
+  once more, pulling those gradients back. Same gradients, one more forward.
+
+  Args:
+    model: TwoTowers.
+    tx, lr_fn: from optim.make_optimizer.
+    loss_fn: fn(zimg, ztxt, t, b) -> scalar, over the mesh.
+    mesh: from sharding.make_mesh.
+    seed: of the dropout masks; step and microbatch are folded in.
+    frozen: tree of bool like the parameters; True gets no gradient.
+    microbatches: k; has to divide b.
+
+  Returns:
+    train_step; its metrics are float32 scalars: loss, t, b, pos_logit and
+    neg_logit (means over the B and the B*B - B pairs), the global norms
+    grad_norm, update_norm and param_norm, and lr.
+  """
+
+  def thaw(params):
+    # Where a gradient stops, XLA drops the whole backward pass behind it.
+    return params if frozen is None else jax.tree.map(
+        lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
+
+  def towers(params, batch, rng):
+    zimg, ztxt, _ = model.apply(
+        {"params": thaw(params)}, batch["image"], batch["text"], train=True,
+        rngs={"dropout": rng})
+    return zimg, ztxt
+
+  def pair_loss(params, zimg, ztxt):
+    return loss_fn(zimg, ztxt, *temperature_and_bias(model, thaw(params)))
+
+  def one_batch(params, batch, rng):
+    def fn(params):
+      z = towers(params, batch, jax.random.fold_in(rng, 0))
+      return pair_loss(params, *z), z
+    return jax.value_and_grad(fn, has_aux=True)(params)
+
+  def many_batches(params, batch, rng):
+    parts = jax.tree.map(lambda x: split(x, microbatches, mesh), batch)
+    rngs = jax.vmap(jax.random.fold_in, (None, 0))(
+        rng, jnp.arange(microbatches))
+    _, z = jax.lax.scan(
+        lambda _, xs: (None, towers(params, *xs)), None, (parts, rngs))
+    z = jax.tree.map(lambda x: merge(x, mesh), z)
+    loss, (grads, *dz) = jax.value_and_grad(pair_loss, (0, 1, 2))(params, *z)
+    dz = jax.tree.map(lambda x: split(x, microbatches, mesh), tuple(dz))
+
+    def pull_back(grads, xs):
+      part, rng, dz = xs
+      _, vjp = jax.vjp(lambda p: towers(p, part, rng), params)
+      return jax.tree.map(jnp.add, grads, vjp(dz)[0]), None
+    grads, _ = jax.lax.scan(pull_back, grads, (parts, rngs, dz))
+    return (loss, z), grads
+
+  def train_step(state, batch):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    value_and_grad = one_batch if microbatches == 1 else many_batches
+    (loss, z), grads = value_and_grad(state.params, batch, rng)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    t, b = temperature_and_bias(model, state.params)
+    stats = losses.logit_stats(*z, t, b)
+    metrics = dict(
+        loss=loss, t=t, b=b, pos_logit=stats["pos"], neg_logit=stats["neg"],
+        grad_norm=optax.global_norm(grads),
+        update_norm=optax.global_norm(updates),
+        param_norm=optax.global_norm(params), lr=lr_fn(state.step))
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return train_step
+
+
+def make_embed(model, mesh):
+  """Builds embed(params, image, text) -> (zimg, ztxt), (B, E) unit rows.
+
+  image (B, H, W, C) or None, text (B, L) or None; what is None stays None, and
+  its tower is not run. Rows are split over all devices.
+  """
+  @jax.jit
+  def embed(params, image, text):
+    zimg, ztxt, _ = model.apply({"params": params}, image, text)
+    return zimg, ztxt
+
+  def put_and_embed(params, image=None, text=None):
+    return embed(params, *sharding.put_batch((image, text), mesh))
+  return put_and_embed
+
+
+def temperature_and_bias(model, params):
+  """The scalars t = exp(t') and b, of shape ()."""
+  _, _, out = model.apply({"params": params}, None, None)
+  return out["t"].reshape(()), out["b"].reshape(())
+
+
+def split(x, k, mesh):
+  """(B, ...) -> (k, B/k, ...): each device cuts its own rows, none moves."""
+  devices, rest = mesh.size, x.shape[1:]
+  x = x.reshape(devices, k, -1, *rest).swapaxes(0, 1)
+  return jax.lax.with_sharding_constraint(
+      x.reshape(k, -1, *rest), NamedSharding(mesh, P(None, sharding.AXES)))
+
+
+def merge(x, mesh):
+  """(k, B/k, ...) -> (B, ...): the inverse of split."""
+  devices, (k, _, *rest) = mesh.size, x.shape
+  x = x.reshape(k, devices, -1, *rest).swapaxes(0, 1)
+  return jax.lax.with_sharding_constraint(
+      x.reshape(-1, *rest), sharding.batch_sharding(mesh))

@@ -1,0 +1,105 @@
+"""How well do texts fit images? Asks a trained workdir.
+
+  python -m tools.predict --workdir DIR --image cat.png --texts "a cat,a dog"
+
+Prints the probability of each image-text pair by itself, sigmoid(t * s + b):
+unlike a softmax's, they need not add up to one. Any number of images and texts,
+separated by commas; a text with a comma in it stands in double quotes.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sigjax import checkpoint
+from sigjax import errors
+from sigjax import metrics
+from sigjax import sharding
+from sigjax.data import preprocess
+from sigjax.data import tokenizer as tokenizer_lib
+from sigjax.models import two_towers
+
+FLAGS = flags.FLAGS
+
+
+class Predictor:
+  """The model of a run, on one device.
+
+  Args:
+    path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
+
+  Raises:
+    UserError: no run there, no complete checkpoint, or a damaged one.
+  """
+
+  def __init__(self, path):
+    workdir = pathlib.Path(checkpoint.find(path)[0])
+    if not (workdir / "config.json").exists():
+      raise errors.UserError(
+          f"{workdir} is no workdir of sigjax.train: it has no config.json")
+    config = json.loads((workdir / "config.json").read_text())
+    tokenizer = tokenizer_lib.Tokenizer(workdir / "tokenizer.model")
+    self._pp = {key: preprocess.parse(config[f"pp_{key}"], tokenizer=tokenizer)
+                for key in ("image", "text")}
+    self._model = errors.call(
+        two_towers.TwoTowers, config["model"], "config.model")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    self._params = checkpoint.read_params(path, sharding.batch_sharding(mesh))
+    self._apply = jax.jit(self._model.apply)
+
+  def __call__(self, images, texts):
+    """Returns (N, M) float32 probabilities of N images and M texts.
+
+    Args:
+      images: list of encoded images (bytes).
+      texts: list of str.
+    """
+    zimg = self._embed("image", images, lambda x: (x, None))
+    ztxt = self._embed("text", texts, lambda x: (None, x))
+    _, _, out = self._apply({"params": self._params}, None, None)
+    return jax.nn.sigmoid(zimg @ ztxt.T * out["t"][None] + out["b"][None])
+
+  def _embed(self, key, values, place):
+    # One at a time: any number of them, and one compilation.
+    rows = []
+    for value in values:
+      x = self._pp[key]({key: value}, np.random.default_rng(0))[key]
+      z = self._apply({"params": self._params}, *place(jnp.asarray(x)[None]))
+      rows += [row for row in z[:2] if row is not None]
+    return jnp.concatenate(rows)
+
+
+def main(argv):
+  del argv
+  names, images = FLAGS.image, []
+  for name in names:
+    try:
+      images.append(pathlib.Path(name).read_bytes())
+    except OSError as e:
+      raise errors.UserError(f"image {name}: {e.strerror}") from e
+  table = Predictor(FLAGS.workdir)(images, FLAGS.texts)
+  for line in metrics.table(
+      [(name, *(f"{p:.2%}" for p in row)) for name, row in zip(names, table)],
+      ("image", *FLAGS.texts)):
+    print(line)
+
+
+def run(argv):
+  try:
+    main(argv)
+  except errors.UserError as e:
+    sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "A run's workdir, or a checkpoint of it.")
+  flags.DEFINE_list("image", None, "Image files.")
+  flags.DEFINE_list("texts", None, "Texts.")
+  flags.mark_flags_as_required(["workdir", "image", "texts"])
+  app.run(run)

@@ -1,0 +1,55 @@
+"""Trains a SentencePiece tokenizer on the captions of a dataset.
+
+  python -m tools.train_tokenizer --source emoji --split train \
+      --captions captions --vocab_size 4000 --out tokenizer.model
+  python -m tools.train_tokenizer --source tfds --name coco_captions \
+      --split train --captions captions --vocab_size 32000 --out coco.model
+
+The captions are lower-cased unless --nolower: train on what `lower|tokenize`
+will see.
+"""
+
+import sys
+
+from absl import app
+from absl import flags
+
+from sigjax import errors
+from sigjax.data import preprocess
+from sigjax.data import sources
+from sigjax.data import tokenizer
+
+_SOURCE = flags.DEFINE_enum("source", "emoji", sorted(sources.SOURCES), "Kind.")
+_NAME = flags.DEFINE_string("name", None, "Dataset, for --source tfds.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where datasets are.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split to read.")
+_CAPTIONS = flags.DEFINE_string("captions", "captions", "Feature to read.")
+_LOWER = flags.DEFINE_boolean("lower", True, "Whether to lower-case captions.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Pieces.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Model to write.", required=True)
+
+
+def captions(source, key, lower):
+  """Yields the texts of feature `key` of all elements."""
+  for i in range(len(source)):
+    for text in preprocess.texts(source[i], key):
+      yield text.lower() if lower else text
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"what is {argv[1]}?")
+  given = {"name": _NAME.value, "split": _SPLIT.value,
+           "data_dir": _DATA_DIR.value}
+  try:
+    source = sources.open_source(
+        _SOURCE.value, **{k: v for k, v in given.items() if v is not None})
+    texts = captions(source, _CAPTIONS.value, _LOWER.value)
+    tokenizer.train(texts, _VOCAB_SIZE.value, _OUT.value)
+  except errors.UserError as e:
+    sys.exit(f"error: {e}")
+  print(f"wrote {_OUT.value}: {_VOCAB_SIZE.value} pieces from {source.name}")
+
+
+if __name__ == "__main__":
+  app.run(main)
