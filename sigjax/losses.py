@@ -1,20 +1,18 @@
-"""The losses: SigLIP's sigmoid loss, CLIP's softmax loss, and both on a ring.
+"""The losses: SigLIP's sigmoid loss, CLIP's softmax loss, each twice.
 
 `sigmoid_loss` is Algorithm 1 of the SigLIP paper, as plain as it is printed.
-`ring_sigmoid_loss` gives the same number and the same gradients for a batch
-split over devices, without ever holding more than one tile of its B x B pairs.
-docs/loss.md draws the ring and derives what is used here.
+`ring_sigmoid_loss` gives the same value and the same gradients for a batch
+split over devices, and never holds more than one tile of its B x B pairs.
+docs/loss.md derives why one pass is enough; ring.py is how devices do it.
 
-Throughout: zimg, ztxt are (B, E) embeddings with L2-normalised rows, bfloat16
-or float32; t is the temperature, already exponentiated, b the bias, both
-scalars. Of the D devices each holds b = B / D images and b texts. bfloat16
+Throughout: zimg, ztxt are (B, E) embeddings with L2-normalised rows, t is the
+temperature, already exponentiated, and b the bias, both scalars. bfloat16
 embeddings are multiplied in bfloat16, float32 ones in full float32 on every
-platform, and all sums are float32.
+platform; sums are always float32.
 """
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -22,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sigjax import errors
+from sigjax import ring as ring_lib
 
 F32 = jnp.float32
 
@@ -31,7 +30,7 @@ def sigmoid_loss(zimg, ztxt, t, b):
 
   Args:
     zimg: (B, E) image embeddings.
-    ztxt: (B, E) text embeddings; row i belongs to image i.
+    ztxt: (B, E) text embeddings; text i belongs to image i.
     t: () temperature.
     b: () bias.
 
@@ -39,77 +38,77 @@ def sigmoid_loss(zimg, ztxt, t, b):
     () float32: the sum over all pairs, divided by B.
   """
   logits = _dot(zimg, ztxt.T) * t + b
-  labels = 2 * jnp.eye(len(zimg)) - 1
+  labels = 2 * jnp.eye(len(zimg)) - 1  # 1 on the diagonal, -1 elsewhere
   return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / len(zimg)
 
 
 def softmax_loss(zimg, ztxt, t, b=0.0):
-  """CLIP's symmetric loss, arguments as sigmoid_loss: the reference.
+  """CLIP's symmetric loss: the reference; arguments as sigmoid_loss.
 
   The mean of two cross-entropies: each image picks its text out of all texts,
-  each text its image. A bias cancels in a softmax, so b is not used.
+  and each text its image. A bias cancels in a softmax, so b is not used.
   """
   del b
   logits = _dot(zimg, ztxt.T) * t
-  by_image = jax.nn.log_softmax(logits, axis=1)
-  by_text = jax.nn.log_softmax(logits, axis=0)
-  return -jnp.mean(jnp.diag(by_image) + jnp.diag(by_text)) / 2
+  of_texts = jax.nn.log_softmax(logits, axis=1)
+  of_images = jax.nn.log_softmax(logits, axis=0)
+  return -jnp.mean(jnp.diag(of_texts) + jnp.diag(of_images)) / 2
 
 
 def ring_sigmoid_loss(zimg, ztxt, t, b, *, mesh, axes=("data",), tile=1024,
                       direction="forward", comm="ring"):
-  """sigmoid_loss of a batch split over devices (SigLIP, section 3.3).
+  """sigmoid_loss of a batch split over D devices (SigLIP, section 3.3).
 
-  One trip of the texts round the ring gives the loss and, when it is
-  differentiated, all four gradients.
+  One trip of the texts round the ring gives the value and, if it is to be
+  differentiated, all four gradients as well.
 
   Args:
-    zimg: (B, E) image embeddings, rows split over axes.
-    ztxt: (B, E) text embeddings, likewise.
+    zimg: (B, E) image embeddings, bfloat16 or float32, rows split over axes.
+    ztxt: (B, E) text embeddings, likewise; text i belongs to image i.
     t: () temperature.
     b: () bias.
     mesh: the mesh of devices.
-    axes: the mesh axes that split the batch, taken together as one ring.
-    tile: a block of b x b pairs is worked through in tile x tile pieces.
-    direction: "forward", or "both": half the texts go round each way, using
-      both directions of a link.
-    comm: "ring"; "all_gather": every device gets all texts at once, which
-      takes memory for B texts but waits once, not D times; or "auto":
-      "all_gather" if b < 256, when a block is computed sooner than a permute
-      is begun.
+    axes: the mesh axes that split the batch, together one ring.
+    tile: pairs are worked through in tiles of at most tile x tile.
+    direction: "forward", or "both": half the texts go round each way, so that
+      both directions of every link carry some.
+    comm: "ring"; "all_gather": every device gets all texts at once, which waits
+      once instead of D times but takes memory for B texts and their gradients;
+      "auto": "all_gather" if a device has fewer than 256 texts, whose block
+      takes no longer than a permute takes to begin, else "ring".
 
   Returns:
     () float32, the same on every device.
 
   Raises:
-    UserError: an argument is not as said above; while tracing.
+    UserError (a ValueError), while tracing: an argument is not as said here, or
+      D does not divide B.
   """
   ring = _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm)
-  return _run(_sigmoid_share, ring, mesh)(zimg, ztxt, t, b)
+  return _run(_sigmoid_share, ring, mesh, zimg, ztxt, t, b)
 
 
 def ring_softmax_loss(zimg, ztxt, t, b=0.0, *, mesh, axes=("data",), tile=1024,
                       direction="forward"):
-  """softmax_loss of a batch split over devices; as ring_sigmoid_loss.
+  """softmax_loss of a batch split over D devices; else as ring_sigmoid_loss.
 
-  The softmax's normalisers need all pairs before any gradient is known: one
-  trip for the loss, a second one for the gradients.
+  The gradient of a pair needs the normalisers of its row and its column, which
+  need all pairs: one trip for the value, a second for the gradients.
   """
   ring = _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, "ring")
-  return _run(_softmax_share, ring, mesh)(zimg, ztxt, t, b)
+  return _run(_softmax_share, ring, mesh, zimg, ztxt, t, b)
 
 
-# What config.loss.name chooses. The face of every loss here:
+# The choices of a config. Each is called as
 #   loss(zimg, ztxt, t, b, *, mesh, axes, **options) -> () float32
 LOSSES = {"sigmoid": ring_sigmoid_loss, "softmax": ring_softmax_loss}
 
 
 def logit_stats(zimg, ztxt, t, b):
-  """Mean logit of the B positive and of the B * (B - 1) negative pairs.
+  """Mean logit of the B positive and the B * (B - 1) negative pairs.
 
-  Exact, without the pairs: the sum of <zimg_i, ztxt_j> over all i, j is the
-  inner product of two sums. O(B E); no gradient flows; arguments as
-  sigmoid_loss.
+  Exact in O(B E), for the sum of <zimg_i, ztxt_j> over all i and j is the inner
+  product of two sums. Arguments as sigmoid_loss; no gradient flows.
 
   Returns:
     {"pos": () float32, "neg": () float32}; neg is NaN if B is 1.
@@ -117,40 +116,38 @@ def logit_stats(zimg, ztxt, t, b):
   zimg, ztxt, t, b = lax.stop_gradient((zimg, ztxt, t, b))
   zimg, ztxt, B = zimg.astype(F32), ztxt.astype(F32), len(zimg)
   pos = jnp.sum(zimg * ztxt)
-  neg = jnp.sum(jnp.sum(zimg, 0) * jnp.sum(ztxt, 0)) - pos
-  return {"pos": t * pos / B + b,
-          "neg": t * neg / (B * (B - 1.0)) + b if B > 1 else neg * jnp.nan}
+  neg = jnp.sum(jnp.sum(zimg, axis=0) * jnp.sum(ztxt, axis=0)) - pos
+  mean_neg = neg / (B * (B - 1)) if B > 1 else jnp.nan
+  return {"pos": pos / B * t + b, "neg": mean_neg * t + b}
 
 
-# --- Each loss as one device of the ring sees it: b images, b texts ----------
+# --- One device's share: its b images, and the texts as they come by ----------
 
 
 def _sigmoid_share(ring, zimg, ztxt, t, b, with_grads):
   """Returns the loss and, if with_grads, its gradients (else None)."""
 
   def pairs(positive, zi, zt, by_image, dzt):
+    loss, db, dzi = by_image
     logits = _dot(zi, zt.T) * t + b
-    # -log_sigmoid(label * logit) and its derivative share one exponential.
+    # -log_sigmoid(label * logit) is softplus(x), its slope sigmoid(x); written
+    # so that they share one exponential and neither overflows.
     x = jnp.where(positive, -logits, logits)
     e = jnp.exp(-jnp.abs(x))
-    loss, db, dzi = by_image
     loss += jnp.sum(jnp.maximum(x, 0) + jnp.log1p(e), axis=1)
     if not with_grads:
       return (loss, None, None), None
-    # sigmoid(logit) - [positive], but exact for a positive that is nearly 1.
     slope = jnp.where(x >= 0, 1, e) / (1 + e)
-    slope = jnp.where(positive, -slope, slope)
+    slope = jnp.where(positive, -slope, slope)  # by the logit
     db += jnp.sum(slope, axis=1)
     slope = slope.astype(zi.dtype)
     return (loss, db, dzi + _dot(slope, zt)), dzt + _dot(slope.T, zi)
 
-  zero = ring.zeros(zimg.shape)
-  row = ring.zeros(zimg.shape[:1])
+  row, zero = ring.zeros(len(zimg)), ring.zeros(*zimg.shape)
+  sums = ((row, row, zero), zero) if with_grads else ((row, None, None), None)
+  (loss, db, dzimg), dztxt = ring.visit(pairs, zimg, ztxt, *sums)
   if not with_grads:
-    (loss, _, _), _ = ring.visit(pairs, zimg, ztxt, (row, None, None), None)
     return ring.mean(loss), None
-  (loss, db, dzimg), dztxt = ring.visit(
-      pairs, zimg, ztxt, (row, row, zero), zero)
   return ring.mean(loss), _gradients(ring, zimg, ztxt, t, dzimg, dztxt, db)
 
 
@@ -167,203 +164,71 @@ def _softmax_share(ring, zimg, ztxt, t, b, with_grads):
   def pairs(positive, image, text, dzi, dzt):
     (zi, by_image), (zt, by_text) = image, text
     logits = _dot(zi, zt.T) * t
-    slope = (jnp.exp(logits - by_image[:, None]) / 2
-             + jnp.exp(logits - by_text[None, :]) / 2
-             - positive.astype(F32))
+    slope = (jnp.exp(logits - by_image[:, None])
+             + jnp.exp(logits - by_text[None, :])) / 2 - positive.astype(F32)
     slope = slope.astype(zi.dtype)
     return dzi + _dot(slope, zt), dzt + _dot(slope.T, zi)
 
-  row = ring.zeros(zimg.shape[:1])
+  row, zero = ring.zeros(len(zimg)), ring.zeros(*zimg.shape)
   by_image, by_text = ring.visit(
       normalisers, zimg, ztxt, row - jnp.inf, row - jnp.inf)
   positives = jnp.sum(zimg.astype(F32) * ztxt.astype(F32), axis=1) * t
   loss = ring.mean((by_image + by_text) / 2 - positives)
   if not with_grads:
     return loss, None
-  zero = ring.zeros(zimg.shape)
   dzimg, dztxt = ring.visit(
       pairs, (zimg, by_image), (ztxt, by_text), zero, zero)
   return loss, _gradients(ring, zimg, ztxt, t, dzimg, dztxt, row)
 
 
 def _gradients(ring, zimg, ztxt, t, dzimg, dztxt, db):
-  """Gradients of the mean, from sums of slope times the other embedding.
+  """Gradients of the mean, from each embedding's sum of slope * the other one.
 
-  The temperature needs no sum over pairs of its own: the sum of slope_ij *
-  <zimg_i, ztxt_j> over i, j is the sum of <zimg_i, dzimg_i> over i.
+  That of t needs no sum over pairs of its own: the sum of slope_ij * <zimg_i,
+  ztxt_j> over i and j is the sum of <zimg_i, dzimg_i> over i.
   """
   dt = ring.mean(jnp.sum(zimg.astype(F32) * dzimg, axis=1))
   scale = t / ring.batch
-  return ((dzimg * scale).astype(zimg.dtype), (dztxt * scale).astype(ztxt.dtype),
-          dt, ring.mean(db))
-
-
-# --- The ring -----------------------------------------------------------------
-
-
-class _Ring(NamedTuple):
-  """D devices that share a batch, and how they go about it."""
-  batch: int
-  devices: int
-  axes: tuple
-  tile: int
-  direction: str
-  comm: str
-
-  def zeros(self, shape):
-    return lax.pcast(jnp.zeros(shape, F32), self.axes, to="varying")
-
-  def mean(self, x):
-    return lax.psum(jnp.sum(x), self.axes) / self.batch
-
-  def visit(self, *args):
-    return (_gather if self.comm == "all_gather" else _trip)(self, *args)
-
-
-def _trip(ring, pairs, images, texts, by_image, by_text):
-  """Takes the texts once round the ring, so that they meet all images.
-
-  Args:
-    ring: the _Ring.
-    pairs: what is done with the pairs of one tile; see _block.
-    images: arrays (b, ...) that stay.
-    texts: arrays (b, ...) that travel and are only read.
-    by_image: sums (b, ...) that stay.
-    by_text: sums (b, ...) that travel with the texts.
-
-  Returns:
-    by_image and by_text, the latter home again, after all D blocks.
-  """
-  D, me = ring.devices, lax.axis_index(ring.axes)
-  b = ring.batch // D
-  cut = b // 2 if ring.direction == "both" else 0
-  lanes = [(start, stop, way) for start, stop, way in
-           [(0, cut, -1), (cut, b, 1)] if start < stop]
-
-  def step(s, state):
-    by_image, travelling = state
-    out = []
-    for (start, _, way), (texts, by_text) in zip(lanes, travelling):
-      send = functools.partial(lax.ppermute, axis_name=ring.axes, perm=[
-          (i, (i + way) % D) for i in range(D)])
-      # The texts are sent on before they are used, so that they are on their
-      # way while the block is computed; its sums can only follow after it.
-      ahead = send(texts)
-      owner = (me - way * s) % D
-      by_image, by_text = _block(
-          pairs, ring.tile, (owner - me) * b + start, images, texts, by_image,
-          by_text)
-      ahead, by_text = lax.optimization_barrier((ahead, by_text))
-      out.append((ahead, send(by_text)))
-    return by_image, out
-
-  travelling = [_cut((texts, by_text), start, stop - start)
-                for start, stop, _ in lanes]
-  by_image, travelling = lax.fori_loop(0, D, step, (by_image, travelling))
-  home = [by_text for _, by_text in travelling]
-  return by_image, jax.tree.map(lambda *x: jnp.concatenate(x), *home)
-
-
-def _gather(ring, pairs, images, texts, by_image, by_text):
-  """As _trip, with all texts on every device at once."""
-  b, D = ring.batch // ring.devices, ring.devices
-  gather = functools.partial(lax.all_gather, axis_name=ring.axes, tiled=True)
-  by_text = jax.tree.map(lambda x: ring.zeros((D * b, *x.shape[1:])), by_text)
-  by_image, by_text = _block(
-      pairs, ring.tile, -lax.axis_index(ring.axes) * b, images, gather(texts),
-      by_image, by_text)
-  return by_image, jax.tree.map(
-      lambda x: lax.psum_scatter(x, ring.axes, tiled=True), by_text)
-
-
-def _block(pairs, tile, first, images, texts, by_image, by_text):
-  """Adds a block of pairs to by_image and by_text, tile by tile.
-
-  Args:
-    pairs: called as pairs(positive, images, texts, by_image, by_text) with
-      the rows of one tile, positive being (rows, columns) bool; returns its
-      by_image, by_text.
-    tile: rows and columns of a tile, at most.
-    first: text j belongs to image j + first.
-    images, texts, by_image, by_text: as in _trip.
-
-  Returns:
-    by_image, by_text.
-  """
-
-  def down(i, m, sums):
-    by_image, by_text = sums
-    zi = _cut(images, i, m)
-
-    def along(j, n, sums):
-      mine, by_text = sums
-      positive = ((i + jnp.arange(m))[:, None]
-                  == (first + j + jnp.arange(n))[None, :])
-      mine, theirs = pairs(
-          positive, zi, _cut(texts, j, n), mine, _cut(by_text, j, n))
-      return mine, _put(by_text, theirs, j)
-
-    mine, by_text = _each(
-        _rows(texts), tile, along, (_cut(by_image, i, m), by_text))
-    return _put(by_image, mine, i), by_text
-
-  return _each(_rows(images), tile, down, (by_image, by_text))
-
-
-def _each(n, tile, visit, state):
-  """state after visit(start, size, state) of every tile of range(n)."""
-  tile = min(n, tile)
-  whole, rest = divmod(n, tile)
-  state = lax.fori_loop(0, whole, lambda i, s: visit(i * tile, tile, s), state)
-  return visit(whole * tile, rest, state) if rest else state
-
-
-def _rows(tree):
-  return len(jax.tree.leaves(tree)[0])
-
-
-def _cut(tree, start, size):
-  return jax.tree.map(
-      lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
-
-
-def _put(tree, part, start):
-  return jax.tree.map(
-      lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part)
+  return ((dzimg * scale).astype(zimg.dtype),
+          (dztxt * scale).astype(ztxt.dtype), dt, ring.mean(db))
 
 
 def _dot(x, y):
-  """x @ y, multiplied in the type of x and y, summed in float32."""
-  # Without it a TPU or GPU would round float32 to bfloat16 or TF32 first.
+  """x @ y, multiplied in their own type, summed in float32."""
+  # Left to itself a TPU or GPU would round float32 to bfloat16 or TF32 first.
   precision = lax.Precision.HIGHEST if x.dtype == F32 else None
   return jnp.dot(x, y, precision=precision, preferred_element_type=F32)
 
 
-def _run(share, ring, mesh):
-  """Makes loss(zimg, ztxt, t, b) of what one device does.
+# --- All devices --------------------------------------------------------------
 
-  Asked for a gradient, it computes value and gradients together and keeps only
-  the gradients, so nothing is left for the backward pass but a scaling.
+
+def _run(share, ring, mesh, zimg, ztxt, t, b):
+  """The loss, of which every device does a share.
+
+  Differentiated, it computes value and gradients in one go and keeps nothing
+  but the gradients, so the backward pass is a mere scaling.
   """
 
   def run(with_grads, *args):
+    split, whole = P(ring.axes), P()
     return jax.shard_map(
         functools.partial(share, ring, with_grads=with_grads), mesh=mesh,
-        in_specs=(P(ring.axes), P(ring.axes), P(), P()),
-        out_specs=(P(), (P(ring.axes), P(ring.axes), P(), P())
-                   if with_grads else None))(*args)
+        in_specs=(split, split, whole, whole),
+        out_specs=(whole, (split, split, whole, whole) if with_grads else None)
+    )(*args)
 
-  def scaled(gradients, g):
+  def scale(gradients, g):
     return jax.tree.map(
         lambda x: (x.astype(F32) * g).astype(x.dtype), gradients)
 
   loss = jax.custom_vjp(lambda *args: run(False, *args)[0])
-  loss.defvjp(functools.partial(run, True), scaled)
-  return loss
+  loss.defvjp(functools.partial(run, True), scale)
+  return loss(zimg, ztxt, jnp.asarray(t, F32), jnp.asarray(b, F32))
 
 
 def _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm):
-  """Checks the arguments of a ring loss and returns the _Ring."""
+  """Checks the arguments of a ring loss and returns the ring."""
   axes = (axes,) if isinstance(axes, str) else tuple(axes)
   for axis in axes:
     if axis not in mesh.shape:
@@ -375,23 +240,23 @@ def _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm):
   for name, z in (("zimg", zimg), ("ztxt", ztxt)):
     if z.ndim != 2:
       raise errors.UserError(f"{name} has to be (B, E), not {z.shape}")
-    if z.dtype not in (jnp.float32, jnp.bfloat16):
+    if z.dtype not in (jnp.bfloat16, F32):
       raise errors.UserError(
           f"{name} has to be bfloat16 or float32, not {z.dtype}")
-    if len(z) % devices or not len(z):
+    if not len(z) or len(z) % devices:
       raise errors.UserError(
-          f"{name}: a batch of {len(z)} does not divide over {devices} devices")
+          f"{name}: {len(z)} rows do not divide over {devices} devices")
   if zimg.shape != ztxt.shape or zimg.dtype != ztxt.dtype:
     raise errors.UserError(
-        f"ztxt is {ztxt.dtype} {ztxt.shape}, but zimg is {zimg.dtype} "
-        f"{zimg.shape}")
+        f"ztxt is {ztxt.dtype} {ztxt.shape}, "
+        f"but zimg is {zimg.dtype} {zimg.shape}")
   for name, x in (("t", t), ("b", b)):
     if jnp.shape(x):
       raise errors.UserError(f"{name} has to be a scalar, not {jnp.shape(x)}")
-  if tile < 1:
-    raise errors.UserError(f"tile has to be at least 1, not {tile}")
+  if not isinstance(tile, int) or tile < 1:
+    raise errors.UserError(f"tile has to be a whole number from 1, not {tile}")
   auto = "all_gather" if len(zimg) // devices < 256 else "ring"
-  errors.pick(dict.fromkeys(("forward", "both")), direction, "direction")
-  comm = errors.pick(
-      {"ring": "ring", "all_gather": "all_gather", "auto": auto}, comm, "comm")
-  return _Ring(len(zimg), devices, axes, tile, direction, comm)
+  ways = {"ring": "ring", "all_gather": "all_gather", "auto": auto}
+  errors.pick({"forward": 1, "both": 2}, direction, "direction")
+  return ring_lib.Ring(len(zimg), devices, axes, tile, direction,
+                       errors.pick(ways, comm, "comm"))

@@ -165,7 +165,14 @@ def make_optimizer(params, total_steps, *, name="adamw", lr=1e-3, wd=0.0,
           optax.scale_by_schedule(multiplier)),
       "frozen": optax.set_to_zero(),
   }, labels)
-  return tx, lambda step: lr * multiplier(step)
+
+  def update(grads, state, params):
+    # optax multiplies floats by integer counts, which JAX can be told to refuse
+    # (and is, in our tests).
+    with jax.numpy_dtype_promotion("standard"):
+      return tx.update(grads, state, params)
+  return (optax.GradientTransformation(tx.init, update),
+          lambda step: lr * multiplier(step))
 
 
 def _like(tree, masked):

@@ -11,3 +11,98 @@ import jax  # pylint: disable=wrong-import-position
 # A silent broadcast or a silent float64/float32 mix is how losses go wrong.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+import io  # pylint: disable=g-import-not-at-top
+
+import numpy as np
+from PIL import Image, ImageDraw
+import pytest
+import tensorflow_datasets as tfds
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220),
+           "yellow": (240, 220, 40), "black": (20, 20, 20),
+           "pink": (250, 140, 190)}
+FORMS = ("square", "disc", "cross", "bar")
+
+
+def draw(colour, form, rng):
+  """Returns the PNG of one form somewhere on a noisy ground, 16 x 16."""
+  ground = rng.integers(150, 256, (16, 16, 3), dtype=np.uint8)
+  image = Image.fromarray(ground)
+  pen = ImageDraw.Draw(image)
+  x, y = rng.integers(0, 5, 2).tolist()
+  fill = COLOURS[colour]
+  if form == "square":
+    pen.rectangle((x, y, x + 10, y + 10), fill=fill)
+  elif form == "disc":
+    pen.ellipse((x, y, x + 10, y + 10), fill=fill)
+  elif form == "cross":
+    pen.rectangle((x + 4, y, x + 6, y + 10), fill=fill)
+    pen.rectangle((x, y + 4, x + 10, y + 6), fill=fill)
+  else:
+    pen.rectangle((x, y + 4, x + 10, y + 6), fill=fill)
+  data = io.BytesIO()
+  image.save(data, "PNG")
+  return data.getvalue()
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+  """24 concepts, "red square" and the like, each drawn several times."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+        builder=self, features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(encoding_format="png"),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            "concept": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(
+                names=[f"{c} {f}" for c in COLOURS for f in FORMS]),
+        }))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples(0, 8),
+            "test": self._generate_examples(1, 2)}
+
+  def _generate_examples(self, seed, copies):
+    rng = np.random.default_rng(seed)
+    for copy in range(copies):
+      for colour in COLOURS:
+        for form in FORMS:
+          name = f"{colour} {form}"
+          yield f"{name} {copy}", dict(
+              image=draw(colour, form, rng), concept=name, label=name,
+              captions=[name, f"a {form} that is {colour}"])
+
+
+@pytest.fixture(scope="session")
+def shapes_dir(tmp_path_factory):
+  """The data_dir of a real TFDS dataset "shapes", as ArrayRecord."""
+  path = tmp_path_factory.mktemp("tfds")
+  tfds.disable_progress_bar()
+  Shapes(data_dir=path, file_format="array_record").download_and_prepare()
+  return path
+
+
+@pytest.fixture
+def tiny_config(shapes_dir):
+  """A config (plain dicts) that trains on shapes in seconds."""
+  data = dict(kind="tfds", name="shapes", data_dir=str(shapes_dir))
+  tower = dict(width=32, depth=1, num_heads=2, mlp_dim=64)
+  return dict(
+      batch_size=24, total_steps=8, log_every_steps=1,
+      data=dict(data, split="train", group_by="concept"),
+      tokenizer=dict(vocab_size=40),
+      pp="decode|value_range(-1,1)|choice('captions')|lower|tokenize(8)"
+         "|keep('image','text')",
+      pp_image="decode|resize(16)|value_range(-1,1)|keep('image')",
+      pp_text="lower|tokenize(8)|keep('text')",
+      model=dict(image=dict(tower, patch_size=8),
+                 text=dict(tower, vocab_size=40), out_dim=(None, 32)),
+      optim=dict(lr=3e-3, wd=1e-4, grad_clip_norm=1.0,
+                 schedule=dict(warmup_percent=10)),
+      evals=dict(
+          zeroshot=dict(type="zeroshot", data=dict(data, split="test")),
+          retrieval=dict(type="retrieval", data=dict(data, split="test"),
+                         group="concept", every_percent=50)))

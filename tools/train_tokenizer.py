@@ -15,7 +15,6 @@ from absl import app
 from absl import flags
 
 from sigjax import errors
-from sigjax.data import preprocess
 from sigjax.data import sources
 from sigjax.data import tokenizer
 
@@ -29,13 +28,6 @@ _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Pieces.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Model to write.", required=True)
 
 
-def captions(source, key, lower):
-  """Yields the texts of feature `key` of all elements."""
-  for i in range(len(source)):
-    for text in preprocess.texts(source[i], key):
-      yield text.lower() if lower else text
-
-
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"what is {argv[1]}?")
@@ -44,7 +36,9 @@ def main(argv):
   try:
     source = sources.open_source(
         _SOURCE.value, **{k: v for k, v in given.items() if v is not None})
-    texts = captions(source, _CAPTIONS.value, _LOWER.value)
+    texts = sources.all_captions(source, _CAPTIONS.value)
+    if _LOWER.value:
+      texts = (text.lower() for text in texts)
     tokenizer.train(texts, _VOCAB_SIZE.value, _OUT.value)
   except errors.UserError as e:
     sys.exit(f"error: {e}")

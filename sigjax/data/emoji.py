@@ -50,7 +50,7 @@ _ALIKE = {
 
 
 def family(codes):
-  """Returns the name of the family of a sequence of code points.
+  """Returns the name of the family of a sequence of code points (less FE0F).
 
   Its members are all trained on or all held out: the sequence without gender,
   direction and joiners, or one name for all clocks, all moons, all arrows, and

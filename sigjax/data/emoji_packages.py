@@ -104,8 +104,9 @@ def fetch(package, folder):
                  "--ignore-scripts", "--fetch-retry-mintimeout=1000"])
     tarballs = list(pathlib.Path(aside).glob("*.tgz"))
     if done.returncode or len(tarballs) != 1:
-      # npm writes a page; its first two lines say what and why.
-      lines = re.findall(r"^npm (?:error|ERR!) (.+)", done.stderr, re.M)
+      # npm writes a page; two of its first lines say what and why.
+      lines = re.findall(
+          r"^npm (?:error|ERR!) (?!syscall|errno)(.+)", done.stderr, re.M)
       reason = "; ".join(lines[:2]) or done.stderr.strip()[-160:]
       raise errors.UserError(
           f"npm could not fetch {package.spec} ({reason[:240]}); check the "

@@ -129,11 +129,7 @@ class EvalBatches:
     return self._steps
 
   def __iter__(self):
-    iterator = iter(self._dataset)
-    try:
-      yield from iterator
-    finally:
-      iterator.close()
+    return iter(self._dataset)
 
 
 def train_batches(source, preprocess, *, batch_size, seed, process_index=0,

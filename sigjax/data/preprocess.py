@@ -6,8 +6,9 @@
 
 An op is a function of its arguments that returns fn(example, rng) -> example.
 It may change the dict it is given, never the values in it. All randomness is
-drawn from rng. Between `decode` and `value_range`, "image" is (h, w, 3) uint8;
-"text" is a str from `choice` or `first` until `tokenize`.
+drawn from rng. Its arguments are annotated with the types that parse() checks.
+Between `decode` and `value_range`, "image" is (h, w, 3) uint8; "text" is a str
+from `choice` or `first` until `tokenize`.
 """
 
 import ast
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from sigjax import errors
+from sigjax.data import sources
 
 
 class BadExample(errors.UserError):
@@ -52,8 +54,8 @@ def _to_rgb(image):
     raise ValueError("the range of float pixels is not known")
   if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips
     deep = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8)
-                           ).convert("RGB")
+    grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
   if "A" in image.getbands() or "transparency" in image.info:
     image = image.convert("RGBA")  # from PNG, palettes may have alpha, too
     white = Image.new("RGB", image.size, "white")
@@ -71,12 +73,15 @@ def decode():
   Raises (when called): BadExample, for a damaged image.
   """
   def fn(data, _):
+    if not isinstance(data, bytes):
+      raise errors.UserError("decode needs an encoded image")
     try:
       with Image.open(io.BytesIO(data)) as image:
         image.load()
         return np.asarray(_to_rgb(image))
-    except Exception as e:  # decoders raise anything, from OSError to SyntaxError
-      raise BadExample(f"image cannot be decoded: {e}") from e
+    except Exception as e:  # not all of Pillow's errors are OSErrors
+      reason = str(e).split(" <")[0]  # without the address of the BytesIO
+      raise BadExample(f"image cannot be decoded: {reason}") from e
   return _on_image(fn)
 
 
@@ -181,7 +186,8 @@ def random_grey(p: float):
 
 def random_invert(p: float):
   """Replaces every value v by 255 - v with probability p."""
-  return _on_image(lambda image, rng: 255 - image if rng.random() < p else image)
+  return _on_image(
+      lambda image, rng: 255 - image if rng.random() < p else image)
 
 
 def value_range(low: float, high: float):
@@ -193,23 +199,14 @@ def value_range(low: float, high: float):
 # Text.
 
 
-def texts(example, key):
-  """Returns the list of str at `key`: a text, texts, or {"text": texts}."""
-  value = _get(example, key)
-  if isinstance(value, dict):
-    value = _get(value, "text")
-  values = [value] if isinstance(value, (str, bytes)) else value
-  return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
-
-
 def choice(key: str, out: str = "text"):
   """Picks one of the texts at `key` at random; "" if there is none.
 
   The feature may be a text, several, or {"text": several, ...}, as in COCO.
   """
   def fn(example, rng):
-    found = texts(example, key)
-    example[out] = found[rng.integers(len(found))] if found else ""
+    texts = sources.captions(example, key)
+    example[out] = texts[rng.integers(len(texts))] if texts else ""
     return example
   return fn
 
@@ -217,7 +214,7 @@ def choice(key: str, out: str = "text"):
 def first(key: str, out: str = "text"):
   """Like `choice`, but always the first text."""
   def fn(example, _):
-    example[out] = (texts(example, key) or [""])[0]
+    example[out] = (sources.captions(example, key) or [""])[0]
     return example
   return fn
 
@@ -286,8 +283,6 @@ def _build(name, args, kwargs, context):
   for need in needs:
     if context.get(need) is None:
       raise errors.UserError(f'preprocessing op "{name}" needs a {need}')
-  if set(kwargs) & set(needs):
-    raise errors.UserError(f"the {', '.join(needs)} of {face} is not written")
   try:
     bound = signature.bind(
         *args, **kwargs, **{need: context[need] for need in needs})
@@ -297,9 +292,10 @@ def _build(name, args, kwargs, context):
     param = signature.parameters[key]
     values = value if param.kind == param.VAR_POSITIONAL else [value]
     kinds = {float: (int, float)}.get(param.annotation, param.annotation)
-    if key not in needs and not all(isinstance(v, kinds) for v in values):
+    wrong = [v for v in values if not isinstance(v, kinds)]
+    if wrong and key not in needs:
       raise errors.UserError(
-          f"preprocessing op {face}: {key} cannot be {value!r}")
+          f"preprocessing op {face}: {key} cannot be {wrong[0]!r}")
   return factory(*bound.args, **bound.kwargs)
 
 

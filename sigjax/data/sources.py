@@ -32,6 +32,12 @@ class Source:
   def __len__(self):
     return len(self.records if self.members is None else self.members)
 
+  def numbers(self):
+    """Returns the numbers of all records it stands for, in rising order."""
+    if self.members is None:
+      return range(len(self.records))
+    return np.sort(np.concatenate(self.members)).tolist()
+
   def pick(self, i, rng=None):
     """Returns the number of the record element i stands for.
 
@@ -51,12 +57,8 @@ class Source:
 
 def _column(source, key):
   """Reads feature `key` of all records a source stands for: {record: value}."""
-  if source.members is None:
-    numbers = range(len(source.records))
-  else:
-    numbers = np.sort(np.concatenate(source.members)).tolist()
   column = {}
-  for i in numbers:
+  for i in source.numbers():
     example = source.records[i]
     value = errors.pick(example, key, f"feature of {source.name}")
     column[i] = value.decode() if isinstance(value, bytes) else value
@@ -108,7 +110,7 @@ def grouped(source, key):
 
 def _as_source(builder, split):
   """Opens a split of a prepared TFDS dataset, its images left encoded."""
-  import tensorflow_datasets as tf_datasets  # pylint: disable=g-import-not-at-top
+  import tensorflow_datasets as tf_datasets
 
   def skip_images(features):
     # Images within a Sequence are left out: TFDS cannot skip decoding those.
@@ -154,8 +156,9 @@ def tfds(name, split, data_dir=None):
   Raises:
     UserError: no such dataset there, in another file format, or no such split.
   """
-  from tensorflow_datasets.core import read_only_builder  # pylint: disable=g-import-not-at-top
-  from tensorflow_datasets.core.utils import file_utils  # pylint: disable=g-import-not-at-top
+  # Slow to import, so only where it is used.
+  from tensorflow_datasets.core import read_only_builder
+  from tensorflow_datasets.core.utils import file_utils
   # From the files alone: a dataset's own code is not needed for reading it, and
   # often imports TensorFlow.
   try:
@@ -181,7 +184,7 @@ def tfds(name, split, data_dir=None):
 
 def emoji(split, data_dir=None):
   """The embedded dataset of drawings, prepared first if it is not there yet."""
-  from sigjax.data import emoji as emoji_builder  # pylint: disable=g-import-not-at-top
+  from sigjax.data import emoji as emoji_builder
   return _as_source(emoji_builder.prepare(data_dir), split)
 
 
@@ -217,14 +220,12 @@ def captions(example, key):
   """
   value = errors.pick(example, key, "feature")
   if isinstance(value, dict):
-    value = value["text"]
+    value = errors.pick(value, "text", f'feature of "{key}"')
   values = [value] if isinstance(value, (str, bytes)) else value
   return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
 
 
 def all_captions(source, key):
   """Yields every text at `key` of all records that a source stands for."""
-  numbers = (range(len(source.records)) if source.members is None
-             else np.sort(np.concatenate(source.members)).tolist())
-  for i in numbers:
+  for i in source.numbers():
     yield from captions(source.records[i], key)

@@ -66,7 +66,8 @@ def load_params(path, like=None, dont_load=()):
   flat = {k: v for k, v in flat.items() if not skip.fullmatch(k)}
   lines = trees.difference(want, flat)
   if lines:
-    lines[0] = f"{path} does not fit the model in {len(lines)} arrays: {lines[0]}"
+    lines[0] = (f"{path} does not fit the model in {len(lines)} arrays: "
+                f"{lines[0]}")
     lines.append("(dont_load takes regexes of names to leave as they are)")
     raise errors.UserError("\n  ".join(lines))
   return trees.map_named(lambda name, leaf: flat.get(name, leaf), like)
@@ -92,7 +93,7 @@ def save_params(path, params, scan=False):
   path.parent.mkdir(parents=True, exist_ok=True)
   aside = path.parent / f"{path.name}.partial"
   with aside.open("wb") as f:
-    np.savez(f, **{f"params/{k}": v for k, v in flat.items()})
+    np.savez(f, **{f"params/{k}": flat[k] for k in sorted(flat)})
   aside.replace(path)
 
 
@@ -111,10 +112,11 @@ def _read(path):
     raise errors.UserError(
         f"there is no file {path}; a released one is fetched by: "
         f"gsutil cp gs://big_vision/{bucket}/{name} {path}") from None
-  except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e:
-    why = str(e).split("\n", 1)[0]
+  except (ImportError, OSError) as e:  # Such as gs:// without gcsfs.
+    raise errors.UserError(f"cannot read {path}: {e}") from None
+  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
     raise errors.UserError(
-        f"{path} is not a readable .npz file: {why}") from None
+        f"{path} is not a .npz file, or not a whole one") from None
 
 
 def _rename(flat, part, path):
@@ -168,6 +170,10 @@ def _stack(flat, names):
     else:
       out[name] = value
   for name, by_layer in layers.items():
+    if len({value.shape for value in by_layer.values()}) > 1:
+      raise errors.UserError(
+          f"the layers of {name} have shapes "
+          f"{', '.join(str(v.shape) for v in by_layer.values())}")
     out[name] = np.stack([by_layer[i] for i in sorted(by_layer)])
   return out
 

@@ -54,7 +54,7 @@ class TextTransformer(nn.Module):
       UserError: an unknown variant or pool_type, or a text that is shorter or
         longer than the parameters are for.
     """
-    size = transformer.sizes(self)
+    size = transformer.sizes(self, self.variant)
     pool = errors.pick(
         {"last": self._last, "map": self._map, "gap": self._gap},
         self.pool_type, "pool_type")
@@ -109,7 +109,7 @@ class TextTransformer(nn.Module):
   @nn.nowrap
   def flops(self, length):
     """Forward matmul FLOPs of one text of `length` tokens."""
-    size = transformer.sizes(self)
+    size = transformer.sizes(self, self.variant)
     total = transformer.encoder_flops(size, length)
     total += 2 * length * (self.embed_rank or 0) * size.width
     if self.pool_type == "map":

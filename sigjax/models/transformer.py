@@ -49,8 +49,8 @@ REMAT = {
 }
 
 
-def sizes(tower):
-  """Returns the Sizes of a tower: its variant's, where it names none itself.
+def sizes(tower, variant):
+  """Returns the Sizes of a tower: the variant's, where it has none itself.
 
   Without a variant, width, depth and num_heads are needed, and mlp_dim is
   4 * width if not given.
@@ -60,9 +60,8 @@ def sizes(tower):
       does not divide.
   """
   base = Sizes(None, None, None, None)
-  if tower.variant:
-    name = tower.variant.split("/")[0]
-    base = errors.pick(VARIANTS, name, "variant")
+  if variant:
+    base = errors.pick(VARIANTS, variant, "variant")
   got = {k: getattr(tower, k) or v for k, v in base._asdict().items()}
   got["mlp_dim"] = got["mlp_dim"] or 4 * (got["width"] or 0)
   for key, value in got.items():

@@ -61,14 +61,14 @@ class ViT(nn.Module):
     Intermediates: "embedded" and "encoded" (B, P, width), with "cls" P + 1;
     "pre_logits" (B, width).
 
-    H and W need not be multiples of the patch size: as in the released So400m/14
-    at 384 pixels, what is left over on the right and below is not seen.
+    H and W need not be multiples of the patch size: as in the released
+    So400m/14 at 384 pixels, what is left on the right and below is not seen.
 
     Raises:
       UserError: an unknown variant, pool_type or posemb, or an image whose
         number of patches is not that of the parameters.
     """
-    size = transformer.sizes(self)
+    size = self._sizes()
     pool = errors.pick(
         {"map": self._map, "gap": self._gap, "tok": self._tok},
         self.pool_type, "pool_type")
@@ -123,6 +123,10 @@ class ViT(nn.Module):
     return x[:, 0]
 
   @nn.nowrap
+  def _sizes(self):
+    return transformer.sizes(self, (self.variant or "").partition("/")[0])
+
+  @nn.nowrap
   def _patch(self):
     if self.patch_size:
       return self.patch_size
@@ -136,7 +140,7 @@ class ViT(nn.Module):
   @nn.nowrap
   def flops(self, height, width, channels=3):
     """Forward matmul FLOPs of one image of height x width pixels."""
-    size, patch = transformer.sizes(self), self._patch()
+    size, patch = self._sizes(), self._patch()
     patches = (height // patch) * (width // patch)
     total = 2 * patches * patch * patch * channels * size.width
     total += transformer.encoder_flops(

@@ -25,7 +25,7 @@ class SourcesTestPairs(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
 
   def _info(self):
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+    features = tfds.features.FeaturesDict({
         "image": tfds.features.Image(encoding_format="png"),
         "inner": {"image": tfds.features.Image(encoding_format="png")},
         "captions": tfds.features.Sequence(
@@ -33,7 +33,8 @@ class SourcesTestPairs(tfds.core.GeneratorBasedBuilder):
         "concept": tfds.features.Text(),
         "is_flag": np.bool_,
         "label": np.int64,
-    }))
+    })
+    return tfds.core.DatasetInfo(builder=self, features=features)
 
   def _split_generators(self, dl_manager):
     return {"train": self._generate_examples(NUM),
@@ -44,7 +45,7 @@ class SourcesTestPairs(tfds.core.GeneratorBasedBuilder):
       yield i, {
           "image": PNG + bytes([i]),
           "inner": {"image": PNG + b"inner"},
-          "captions": [{"text": f"é {i} {k}", "id": k} for k in range(i % 4)],
+          "captions": [{"text": f"É {i} {k}", "id": k} for k in range(i % 4)],
           "concept": f"c{i // 3}",
           "is_flag": i % 2 == 0,
           "label": i,
@@ -78,7 +79,7 @@ def test_reads_what_was_written(source):
     assert example["image"] == PNG + bytes([label])  # left encoded
     assert example["inner"]["image"] == PNG + b"inner"
     texts = [text.decode() for text in example["captions"]["text"]]
-    assert texts == [f"é {label} {k}" for k in range(label % 4)]
+    assert texts == [f"É {label} {k}" for k in range(label % 4)]
     assert list(example["captions"]["id"]) == list(range(label % 4))
   with pytest.raises(IndexError):
     source[NUM]
@@ -173,7 +174,7 @@ def test_a_group_without_fitting_members_is_dropped(source):
 
 
 def test_features_that_cannot_be_grouped_by(source):
-  with pytest.raises(errors.UserError, match='"concpt".*did you mean "concept"'):
+  with pytest.raises(errors.UserError, match='"concpt".*mean "concept"'):
     sources.grouped(source, "concpt")
   with pytest.raises(errors.UserError, match='"captions".*more than one value'):
     sources.grouped(source, "captions")
@@ -194,7 +195,7 @@ def test_open_source(data_dir):
 
 
 def test_emoji_is_prepared_first(monkeypatch, tmp_path):
-  def prepare(data_dir=None):
+  def prepare(data_dir):
     builder = SourcesTestPairs(data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     return builder
@@ -203,6 +204,16 @@ def test_emoji_is_prepared_first(monkeypatch, tmp_path):
   source = sources.open_source("emoji", split="test", data_dir=tmp_path)
   assert sorted(labels(source)) == [0, 1]
   assert source[0]["image"].startswith(PNG)
+  assert (tmp_path / "sources_test_pairs").exists()
+
+
+def test_all_captions(source):
+  flags = sources.where(source, "is_flag", True)
+  want = [f"É {label} {k}" for label in labels(flags)
+          for k in range(label % 4)]
+  assert list(sources.all_captions(flags, "captions")) == want
+  groups = sources.grouped(flags, "concept")  # all members, not the first ones
+  assert list(sources.all_captions(groups, "captions")) == want
 
 
 def test_tokenizer_tool(data_dir, source, tmp_path):
@@ -221,4 +232,4 @@ def test_tokenizer_tool(data_dir, source, tmp_path):
   assert (tmp_path / "tool.model").read_bytes() == want
   done = run("--split=nope")
   assert done.returncode == 1 and "Traceback" not in done.stderr
-  assert 'error: sources_test_pairs/1.0.0' in done.stderr
+  assert "error: sources_test_pairs/1.0.0" in done.stderr

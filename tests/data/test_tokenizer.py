@@ -80,14 +80,15 @@ def test_too_few_texts(tmp_path):
   assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no model at all"])
-def test_unreadable_model_is_named(tmp_path, content):
+@pytest.mark.parametrize("content, reason", [
+    (None, "No such file"), (b"", "not a model"), (b"text", "not a model")])
+def test_unreadable_model_is_named(tmp_path, content, reason):
   path = tmp_path / "broken.model"
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(errors.UserError) as e:
     tokenizer.Tokenizer(path)
-  assert str(path) in str(e.value) and "\n" not in str(e.value)
+  assert f"{path} cannot be read: {reason}" in str(e.value)
 
 
 def test_model_with_another_end_token_is_refused(tmp_path):
@@ -98,3 +99,29 @@ def test_model_with_another_end_token_is_refused(tmp_path):
         minloglevel=2)
   with pytest.raises(errors.UserError, match="ends texts with id 2"):
     tokenizer.Tokenizer(path)
+
+
+def test_of_run_trains_once_and_then_keeps_its_copy(path, tmp_path):
+  copy = tmp_path / "tokenizer.model"
+  asked = []
+  def texts(key):
+    asked.append(key)
+    return [text.upper() for text in TEXTS]
+  tok = tokenizer.of_run(copy, texts, vocab_size=26, captions="alt")
+  assert copy.read_bytes() == path.read_bytes()  # lower-cased
+  assert asked == ["alt"] and tok.vocab_size == 26
+  again = tokenizer.of_run(copy, None, vocab_size=20)  # the copy counts
+  assert again.vocab_size == 26
+
+
+def test_of_run_copies_a_model(path, tmp_path):
+  copy = tmp_path / "tokenizer.model"
+  with pytest.raises(errors.UserError, match="absent.model"):
+    tokenizer.of_run(copy, None, path=tmp_path / "absent.model")
+  assert not os.listdir(tmp_path)
+  tokenizer.of_run(copy, None, path=path)
+  assert copy.read_bytes() == path.read_bytes()
+  assert os.listdir(tmp_path) == ["tokenizer.model"]
+  for wrong in ({}, {"path": path, "vocab_size": 26}):
+    with pytest.raises(errors.UserError, match="either path or vocab_size"):
+      tokenizer.of_run(copy, None, **wrong)

@@ -1,0 +1,174 @@
+"""One step: the same numbers however it is split up."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sigjax import losses
+from sigjax import optim
+from sigjax import sharding
+from sigjax import step as step_lib
+from sigjax import trees
+from sigjax.models import two_towers
+
+B = 16
+TOWER = dict(width=16, depth=2, num_heads=2, mlp_dim=32)
+EXAMPLE = dict(image=np.zeros((16, 16, 3), np.float32),
+               text=np.zeros(6, np.int32))
+
+
+def make_batch(seed=0):
+  rng = np.random.default_rng(seed)
+  return dict(image=rng.normal(size=(B, 16, 16, 3)).astype(np.float32),
+              text=rng.integers(0, 20, (B, 6)).astype(np.int32))
+
+
+def make_model(dropout=0.0, **kwargs):
+  return two_towers.TwoTowers(
+      image=dict(TOWER, patch_size=8, dropout=dropout),
+      text=dict(TOWER, vocab_size=20, dropout=dropout), out_dim=(None, 16),
+      **kwargs)
+
+
+def run(steps=3, data=8, fsdp=1, devices=8, table=((".*", "replicate"),),
+        microbatches=1, dropout=0.0, frozen=None, loss="sigmoid"):
+  """Trains some steps; returns the parameters, metrics, and the state."""
+  model = make_model(dropout)
+  mesh = sharding.make_mesh(
+      data=data, fsdp=fsdp, devices=jax.devices()[:devices])
+  shapes = step_lib.param_shapes(model, EXAMPLE)
+  tx, lr_fn = optim.make_optimizer(
+      shapes, 10, lr=1e-2, wd=1e-3, options=dict(eps=1e-3), grad_clip_norm=1.0,
+      frozen=frozen)
+  abstract = step_lib.abstract_state(shapes, tx, mesh, table)
+  state = step_lib.init_state(model, tx, 0, EXAMPLE, abstract)
+  loss_fn = functools.partial(
+      losses.LOSSES[loss], mesh=mesh, axes=sharding.AXES)
+  step = jax.jit(step_lib.make_train_step(
+      model, tx, lr_fn, loss_fn, mesh, microbatches=microbatches,
+      frozen=optim.frozen_mask(shapes, frozen)), donate_argnums=0)
+  for i in range(steps):
+    state, metrics = step(state, sharding.put_batch(make_batch(i), mesh))
+  return jax.device_get(state.params), jax.device_get(metrics), state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return run(data=1, devices=1)
+
+
+def assert_close(got, want, rtol=2e-5, atol=2e-6):
+  for (params, metrics) in [(got[:2], want[:2])]:
+    for a, b in zip(params, metrics):
+      jax.tree.map(lambda x, y: np.testing.assert_allclose(
+          x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("data, fsdp", [(2, 1), (8, 1), (1, 8), (2, 4)])
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_any_mesh_gives_the_same_numbers(one_device, data, fsdp):
+  table = ((".*/bias", "replicate"), (".*", "fsdp"))
+  got = run(data=data, fsdp=fsdp, devices=data * fsdp, table=table)
+  assert_close(got, one_device)
+  if fsdp == 8:  # and it is really split, moments too
+    for name, leaf in trees.flatten(got[2]).items():
+      if "Dense_0/kernel" in name:
+        part = leaf.addressable_shards[0].data.size
+        assert part == leaf.size // 8, name
+
+
+def test_one_step_is_the_formula(one_device):
+  """Loss, gradient norm and logits against the reference loss, by hand."""
+  del one_device
+  _, metrics, _ = run(steps=1, data=8)
+  model, batch = make_model(), make_batch(0)
+  params = step_lib.init_params(model, jax.random.key(0), EXAMPLE)
+
+  def loss(params):
+    zimg, ztxt, out = model.apply(
+        {"params": params}, batch["image"], batch["text"])
+    logits = zimg @ ztxt.T * out["t"][0] + out["b"][0]
+    value = losses.sigmoid_loss(zimg, ztxt, out["t"][0], out["b"][0])
+    return value, logits
+  (value, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+  right = np.eye(B, dtype=bool)
+  for key, want in dict(
+      loss=value, t=10.0, b=-10.0, grad_norm=optax.global_norm(grads),
+      pos_logit=np.asarray(logits)[right].mean(),
+      neg_logit=np.asarray(logits)[~right].mean(), lr=1e-2).items():
+    assert metrics[key] == pytest.approx(float(want), rel=1e-5), key
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("k, devices", [(2, 8), (4, 2), (16, 1)])
+def test_microbatches_change_nothing(k, devices, loss):
+  want = run(data=devices, devices=devices, loss=loss)
+  got = run(data=devices, devices=devices, microbatches=k, loss=loss)
+  assert_close(got, want)
+
+
+def test_dropout_is_the_same_in_both_passes():
+  """A step of exact accumulation is the gradient of one function of params.
+
+  With dropout redrawn in the second pass it would not be: the derivative along
+  the update would disagree with the change of the loss.
+  """
+  model = make_model(dropout=0.5)
+  mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+  params = step_lib.init_params(model, jax.random.key(0), EXAMPLE)
+  loss_fn = functools.partial(
+      losses.LOSSES["sigmoid"], mesh=mesh, axes=sharding.AXES)
+
+  def loss_and_norm(params):
+    tx = optax.sgd(1.0)
+    step = step_lib.make_train_step(
+        model, tx, lambda s: 0.0, loss_fn, mesh, microbatches=4)
+    state = step_lib.new_state(params, tx)
+    new, metrics = step(state, make_batch())
+    grads = jax.tree.map(lambda a, b: a - b, params, new.params)
+    return metrics["loss"], grads
+  loss_and_norm = jax.jit(loss_and_norm)
+  _, grads = loss_and_norm(params)
+  norm = float(optax.global_norm(grads))
+  ahead = lambda s: float(loss_and_norm(jax.tree.map(
+      lambda p, g: p + s * g / norm, params, grads))[0])
+  h = 2e-2
+  assert (ahead(h) - ahead(-h)) / (2 * h) == pytest.approx(norm, rel=2e-2)
+
+
+def test_frozen_tower_stays_and_costs_nothing():
+  frozen = (("img/.*", True), (".*", False))
+  params, metrics, state = run(frozen=frozen)
+  start = step_lib.init_params(make_model(), jax.random.key(0), EXAMPLE)
+  jax.tree.map(np.testing.assert_array_equal, params["img"], start["img"])
+  assert np.abs(params["txt"]["head"]["kernel"]
+                - start["txt"]["head"]["kernel"]).max() > 1e-3
+  assert not [n for n in trees.flatten(state.opt_state) if "/img/" in n]
+  assert np.isfinite(metrics["grad_norm"])
+
+
+def test_embed_runs_one_tower():
+  model = make_model()
+  mesh = sharding.make_mesh()
+  params = step_lib.init_params(model, jax.random.key(0), EXAMPLE)
+  embed, batch = step_lib.make_embed(model, mesh), make_batch()
+  zimg, none = embed(params, image=batch["image"])
+  assert none is None
+  want, ztxt, _ = model.apply({"params": params}, **batch)
+  np.testing.assert_allclose(zimg, want, atol=1e-6)
+  np.testing.assert_allclose(
+      embed(params, text=batch["text"])[1], ztxt, atol=1e-6)
+
+
+def test_split_and_merge():
+  mesh = sharding.make_mesh()
+  x = jnp.arange(32).reshape(16, 2)
+  parts = step_lib.split(x, 2, mesh)
+  assert parts.shape == (2, 8, 2)
+  # Device 0 holds rows 0 and 1: one goes into each microbatch.
+  np.testing.assert_array_equal(parts[:, 0, 0], [0, 2])
+  np.testing.assert_array_equal(step_lib.merge(parts, mesh), x)
