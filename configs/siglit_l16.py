@@ -24,6 +24,8 @@ from configs import common
 from sigjax import config as config_lib
 
 RES, LENGTH = 224, 16
+WEIGHTS = ("gs://vit_models/augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1"
+           "-do_0.0-sd_0.0.npz")
 
 
 def get_config(arg=None):
@@ -53,7 +55,7 @@ def get_config(arg=None):
       out_dim=(None, 1024), temperature_init=10.0, bias_init=-10.0,
       dtype="bfloat16")
   config.init = dict(
-      path=f"{arg['weights']}:img", dont_load=("txt/.*", "t", "b"))
+      path=arg["weights"], into="img", dont_load=("head/.*",), url=WEIGHTS)
   config.loss = dict(name="sigmoid")
   config.optim = dict(
       name="lion", lr=1e-4, wd=1e-7, grad_clip_norm=1.0,

@@ -5,6 +5,8 @@
     WORKDIR/checkpoints/STEP/data    where the data iterator was (JSON)
 """
 
+import contextlib
+
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -62,41 +64,45 @@ class Checkpoints:
       UserError: the checkpoint is of another model or optimizer, or damaged.
     """
     found = self._restore(step, params=state.params, rest=_rest(state))
-    data = self._manager.restore(
-        step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    with self._one_line(step):
+      data = self._manager.restore(
+          step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
     return state.replace(params=found["params"], **found["rest"]), data
 
-  def restore_params(self, step, params):
-    """Returns the parameters of a step; params as in restore."""
-    return self._restore(step, params=params)["params"]
-
-  def params_shapes(self, step):
-    """Returns the tree of ShapeDtypeStructs of a step's parameters."""
-    tree = _tree(self._manager.item_metadata(step)["params"])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+  def restore_params(self, step, sharding):
+    """Returns the parameters of a step, each array placed by `sharding`."""
+    with self._one_line(step):
+      stored = _tree(self._manager.item_metadata(step)["params"])
+    return self._restore(step, params=jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        stored))["params"]
 
   def _restore(self, step, **items):
-    where = self.dir / str(step)
-    stored = self._manager.item_metadata(step)
-    for item, want in items.items():
-      if stored[item] is None:
-        raise errors.UserError(
-            f"{where}: the part {item} is missing or damaged; delete this "
-            "folder to start from the checkpoint before it")
-      different = trees.difference(want, _tree(stored[item]))
-      if different:
-        raise errors.UserError(
-            f"{where} is of another {'model' if item == 'params' else item}, "
-            f"{len(different)} arrays differ: {'; '.join(different[:4])}. Take "
-            "the config it was trained with, or another --workdir")
-    try:
+    with self._one_line(step):
+      stored = self._manager.item_metadata(step)
+      for item, want in items.items():
+        different = trees.difference(want, _tree(stored[item]))
+        if different:
+          raise errors.UserError(
+              f"{self.dir / str(step)} is of another "
+              f"{dict(params='model', rest='optimizer')[item]}, "
+              f"{len(different)} arrays differ: {'; '.join(different[:3])}. "
+              "Take the config it was trained with, or another --workdir")
       return self._manager.restore(step, args=ocp.args.Composite(**{
           item: ocp.args.StandardRestore(want)
           for item, want in items.items()}))
-    except (ValueError, OSError, KeyError) as e:
+
+  @contextlib.contextmanager
+  def _one_line(self, step):
+    try:
+      yield
+    except errors.UserError:
+      raise
+    except Exception as e:  # orbax and tensorstore raise anything
+      reason = str(e).split(": ")[0][:80] or type(e).__name__
       raise errors.UserError(
-          f"{where} cannot be read ({str(e).splitlines()[0][:100]}); delete "
-          "this folder to start from the checkpoint before it") from e
+          f"{self.dir / str(step)} is damaged ({reason}); delete this folder "
+          "to go on from the checkpoint before it") from e
 
   def wait(self):
     """Returns when what save() began is on disk."""
@@ -154,9 +160,7 @@ def read_params(path, sharding):
     sharding: of every array.
   """
   checkpoints, step = open_step(path)
-  return checkpoints.restore_params(step, jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      checkpoints.params_shapes(step)))
+  return checkpoints.restore_params(step, sharding)
 
 
 def is_checkpoint(path):

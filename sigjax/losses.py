@@ -111,14 +111,13 @@ def logit_stats(zimg, ztxt, t, b):
   product of two sums. Arguments as sigmoid_loss; no gradient flows.
 
   Returns:
-    {"pos": () float32, "neg": () float32}; neg is NaN if B is 1.
+    {"pos": () float32, "neg": () float32}; neg is not finite if B is 1.
   """
   zimg, ztxt, t, b = lax.stop_gradient((zimg, ztxt, t, b))
   zimg, ztxt, B = zimg.astype(F32), ztxt.astype(F32), len(zimg)
   pos = jnp.sum(zimg * ztxt)
   neg = jnp.sum(jnp.sum(zimg, axis=0) * jnp.sum(ztxt, axis=0)) - pos
-  mean_neg = neg / (B * (B - 1)) if B > 1 else jnp.nan
-  return {"pos": pos / B * t + b, "neg": mean_neg * t + b}
+  return {"pos": pos / B * t + b, "neg": neg / (B * (B - 1)) * t + b}
 
 
 # --- One device's share: its b images, and the texts as they come by ----------
@@ -130,14 +129,13 @@ def _sigmoid_share(ring, zimg, ztxt, t, b, with_grads):
   def pairs(positive, zi, zt, by_image, dzt):
     loss, db, dzi = by_image
     logits = _dot(zi, zt.T) * t + b
-    # -log_sigmoid(label * logit) is softplus(x), its slope sigmoid(x); written
-    # so that they share one exponential and neither overflows.
+    # -log_sigmoid(label * logit) is softplus(x); sigmoid(x) is its slope.
     x = jnp.where(positive, -logits, logits)
-    e = jnp.exp(-jnp.abs(x))
-    loss += jnp.sum(jnp.maximum(x, 0) + jnp.log1p(e), axis=1)
+    softplus = jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    loss += jnp.sum(softplus, axis=1)
     if not with_grads:
       return (loss, None, None), None
-    slope = jnp.where(x >= 0, 1, e) / (1 + e)
+    slope = 1 / (1 + jnp.exp(-x))  # 0, as it should be, if exp overflows
     slope = jnp.where(positive, -slope, slope)  # by the logit
     db += jnp.sum(slope, axis=1)
     slope = slope.astype(zi.dtype)

@@ -59,13 +59,13 @@ def make_schedule(total_steps, *, name="cosine", warmup_steps=0, **options):
     warmup_steps: the multiplier rises on a straight line from 0 to 1.
     **options: for instance timescale and cooldown_steps of rsqrt.
   """
-  if warmup_steps >= total_steps:
+  if warmup_steps > total_steps:
     raise errors.UserError(
         f"config.optim.schedule.warmup_steps is {warmup_steps}, but the "
         f"training has only {total_steps} steps")
   decay = errors.call(
       errors.pick(SCHEDULES, name, "config.optim.schedule.name"), options,
-      "config.optim.schedule", total_steps - warmup_steps)
+      "config.optim.schedule", max(total_steps - warmup_steps, 1))
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)

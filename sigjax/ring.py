@@ -3,7 +3,8 @@
 Each of D devices holds b = B / D images and b texts. The images stay, the texts
 go round the ring, and with them the sums that belong to them; after D steps
 every pair has met and every sum is home. A block of b x b pairs is worked
-through in tiles, so no array here has more than b x E or tile x tile numbers.
+through in tiles, so no array has more than b x E or tile x tile numbers (with
+comm "all_gather", B x E).
 
 docs/loss.md draws it; SigLIP, section 3.3 and figure 1.
 """
@@ -57,34 +58,33 @@ class Ring(NamedTuple):
 
 def _round(ring, pairs, images, texts, by_image, by_text):
   """Ring.visit: the texts go once round the ring."""
-  D, me = ring.devices, lax.axis_index(ring.axes)
+  D = ring.devices
   b = ring.batch // D
   half = b // 2 if ring.direction == "both" else 0
   lanes = [(0, half, -1), (half, b, 1)] if half else [(0, b, 1)]
 
   def send(x, way):
     perm = [(i, (i + way) % D) for i in range(D)]
-    return lax.ppermute(x, ring.axes, perm)
+    return lax.ppermute(x, ring.axes, perm) if D > 1 else x
 
-  def step(s, state, first=False):
+  def step(_, state, at_home=False):
     by_image, travelling = state
     left = []
     for (start, _, way), (texts, by_text) in zip(lanes, travelling):
-      if not first:
-        # The sums follow their texts. The barrier keeps the texts until these
-        # have come: else XLA would send both together, after the block.
-        texts, by_text = lax.optimization_barrier((texts, send(by_text, way)))
+      # The sums follow their texts, at the start of the next step: were they
+      # sent at the end of this one, XLA would hold the texts back until then.
+      if not at_home:
+        by_text = send(by_text, way)
       ahead = send(texts, way)  # under way while the block is computed
-      owner = (me - way * s) % D
       by_image, by_text = _block(
-          ring.tile, pairs, (owner - me) * b + start, images, texts, by_image,
+          ring.tile, pairs, start if at_home else None, images, texts, by_image,
           by_text)
       left.append((ahead, by_text))
     return by_image, left
 
   state = by_image, [_cut((texts, by_text), start, stop - start)
                      for start, stop, _ in lanes]
-  by_image, travelled = lax.fori_loop(1, D, step, step(0, state, first=True))
+  by_image, travelled = lax.fori_loop(1, D, step, step(0, state, at_home=True))
   home = [send(by_text, way)
           for (_, _, way), (_, by_text) in zip(lanes, travelled)]
   return by_image, jax.tree.map(lambda *x: jnp.concatenate(x), *home)
@@ -105,7 +105,8 @@ def _gathered(ring, pairs, images, texts, by_image, by_text):
 def _block(tile, pairs, first, images, texts, by_image, by_text):
   """by_image, by_text after these images have met these texts, tile by tile.
 
-  Text j belongs to image j + first; the rest is as in Ring.visit.
+  Text j belongs to image j + first, or to none of these if first is None; the
+  rest is as in Ring.visit.
   """
 
   def rows(i, m, sums):
@@ -114,8 +115,8 @@ def _block(tile, pairs, first, images, texts, by_image, by_text):
 
     def columns(j, n, sums):
       mine, by_text = sums
-      positive = ((i + jnp.arange(m))[:, None]
-                  == (first + j + jnp.arange(n))[None, :])
+      positive = jnp.zeros((m, n), bool) if first is None else (
+          (i + jnp.arange(m))[:, None] == (first + j + jnp.arange(n))[None, :])
       mine, theirs = pairs(
           positive, some, _cut(texts, j, n), mine, _cut(by_text, j, n))
       return mine, _put(by_text, theirs, j)

@@ -97,13 +97,15 @@ def batch_sharding(mesh):
   return NamedSharding(mesh, P(AXES))
 
 
-def check_batch_size(batch_size, mesh, what="config.batch_size"):
-  """A UserError unless every device gets the same number of examples."""
-  if batch_size <= 0 or batch_size % mesh.size:
-    near = max(round(batch_size / mesh.size), 1) * mesh.size
+def check_batch_size(batch_size, mesh, microbatches=1):
+  """A UserError unless each device gets as many examples in each microbatch."""
+  parts = mesh.size * microbatches
+  if batch_size <= 0 or batch_size % parts:
+    near = max(round(batch_size / parts), 1) * parts
+    times = f" times {microbatches} microbatches" if microbatches > 1 else ""
     raise errors.UserError(
-        f"{what} is {batch_size}, which {mesh.size} devices do not divide; "
-        f"try {near}")
+        f"config.batch_size is {batch_size}, which {mesh.size} devices{times} "
+        f"do not divide; try {near}")
 
 
 def put_batch(batch, mesh):

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from sigjax import losses
 from sigjax import sharding
+from sigjax import trees
 
 
 @flax.struct.dataclass
@@ -60,7 +61,7 @@ def new_state(params, tx):
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def init_state(model, tx, seed, example, abstract, params=None):
+def init_state(model, tx, seed, example, abstract, given=None):
   """The state before the first step, made where its parts belong.
 
   Args:
@@ -68,7 +69,7 @@ def init_state(model, tx, seed, example, abstract, params=None):
     seed: of the parameters. The same on any number of devices.
     example: dict(image=(H, W, C), text=(L,)), for its shapes.
     abstract: from abstract_state.
-    params: arrays to take instead; leaves that are None start from scratch.
+    given: {name: array} of parameters that do not start from scratch.
   """
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
@@ -76,12 +77,10 @@ def init_state(model, tx, seed, example, abstract, params=None):
   def from_scratch():
     return init_params(model, jax.random.key(seed), example)
 
-  fresh = from_scratch()
-  if params is not None:
-    fresh = jax.tree.map(
-        lambda own, new, to: own if new is None else jax.device_put(new, to),
-        fresh, params, shardings.params)
-  return jax.jit(lambda p: new_state(p, tx), out_shardings=shardings)(fresh)
+  params = trees.map_named(
+      lambda name, own, to: jax.device_put((given or {}).get(name, own), to),
+      from_scratch(), shardings.params)
+  return jax.jit(lambda p: new_state(p, tx), out_shardings=shardings)(params)
 
 
 def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
@@ -156,9 +155,9 @@ def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
     stats = losses.logit_stats(*z, t, b)
     metrics = dict(
         loss=loss, t=t, b=b, pos_logit=stats["pos"], neg_logit=stats["neg"],
-        grad_norm=optax.global_norm(grads),
-        update_norm=optax.global_norm(updates),
-        param_norm=optax.global_norm(params), lr=lr_fn(state.step))
+        grad_norm=optax.tree.norm(grads),
+        update_norm=optax.tree.norm(updates),
+        param_norm=optax.tree.norm(params), lr=lr_fn(state.step))
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step

@@ -28,10 +28,12 @@ from sigjax import metrics as metrics_lib
 from sigjax import optim as optim_lib
 from sigjax import sharding as sharding_lib
 from sigjax import step as step_lib
+from sigjax import trees
 from sigjax.data import pipeline
 from sigjax.data import preprocess
 from sigjax.data import sources
 from sigjax.data import tokenizer as tokenizer_lib
+from sigjax.models import load
 from sigjax.models import two_towers
 
 log = logging.getLogger("sigjax")
@@ -60,7 +62,7 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     mesh: arguments of sharding.make_mesh.
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
     microbatches: pieces in which the towers see the batch, see step.
-    init: weights to start from: {"path": .., other arguments of load_params}.
+    init: weights to start from, arguments of load_init.
     resume: a workdir or checkpoint of which everything is taken over.
     checkpoints: {"every_steps": .., other arguments of checkpoint.Checkpoints}.
     log_every_steps: how often metrics are written.
@@ -78,7 +80,7 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
 
   # ---- Devices ----
   mesh = errors.call(sharding_lib.make_mesh, mesh or {}, "config.mesh")
-  sharding_lib.check_batch_size(batch_size, mesh)
+  sharding_lib.check_batch_size(batch_size, mesh, microbatches)
   log.info("%d device(s): %s, mesh %s", mesh.size,
            jax.devices()[0].device_kind, dict(mesh.shape))
 
@@ -147,7 +149,8 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     state, data_state = checkpoint.read(resume, abstract)
   else:
     log.info("starting from %s", f"init={init}" if init else "scratch")
-    state = step_lib.init_state(model, tx, seed, example, abstract, init)
+    given = errors.call(load_init, init or {}, "config.init", shapes)
+    state = step_lib.init_state(model, tx, seed, example, abstract, given)
   if data_state is not None:
     batches.set_state(data_state)
 
@@ -181,9 +184,10 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
   def evaluate(step, names):
     rows = [(name, *row) for name in names for row in evals[name].run(
         functools.partial(embed, state.params), mesh)]
-    writer.write(step, {f"{name}/{metric}": value
-                        for name, metric, value, _, _ in rows})
-    clock.start()
+    if rows:
+      writer.write(step, {f"{name}/{metric}": value
+                          for name, metric, value, _, _ in rows})
+    clock.start()  # this was no training time
     return rows
 
   with StopRequest() as stop, progress:
@@ -209,7 +213,7 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
         raise errors.UserError(
             f"{stop.signal}: saved step {step}, and stopped; the same command "
             "goes on from there")
-      for row in evaluate(step, due):
+      for row in evaluate(step, due) if due else []:
         progress.write("step {}: {} {} {:.1%} (chance {:.1%}, n {})".format(
             step, *row))
   saved.close()
@@ -224,6 +228,38 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
       (f"step {total_steps}", "value", "chance", "n")):
     print(line)
   return rows
+
+
+def load_init(shapes, path=None, *, into=None, dont_load=(), url=None):
+  """Reads weights to start from, out of a .npz file or a run's checkpoint.
+
+  Args:
+    shapes: the tree of the model's parameters.
+    path: FILE.npz[:PART], a workdir, or WORKDIR/checkpoints/STEP.
+    into: "img" or "txt": the file is of this tower alone.
+    dont_load: regexes of names (within `into`) that start from scratch, or
+      that the file may have beside the model's.
+    url: where the file is to be had, for the error if it is missing.
+
+  Returns:
+    {name: array} of what was loaded.
+  """
+  if path is None:
+    return {}
+  like = shapes if into is None else shapes[into]
+  if checkpoint.is_checkpoint(path):
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    loaded = load.fit(
+        trees.flatten(checkpoint.read_params(path, sharding)), like, dont_load,
+        path)
+  elif url and not pathlib.Path(path).exists():
+    raise errors.UserError(
+        f"there is no file {path}; it is fetched by: gsutil cp {url} {path}")
+  else:
+    loaded = load.load_params(path, like, dont_load)
+  prefix = f"{into}/" if into else ""
+  return {f"{prefix}{name}": leaf for name, leaf in trees.flatten(loaded).items()
+          if not isinstance(leaf, jax.ShapeDtypeStruct)}
 
 
 def make_loss(mesh, name="sigmoid", **options):
@@ -276,16 +312,18 @@ def parse_flags(argv):
     rest = FLAGS(argv)
     if len(rest) > 1:
       raise errors.UserError(f'"{rest[1]}" is not a flag: flags begin with --')
-    if FLAGS.config is None:  # this is also what loads the file
+    if FLAGS.config is None:
       raise errors.UserError(
           "give --config, such as --config configs/siglip_emoji.py")
+    FLAGS.config.to_dict()  # only now a missing file is found out
     return rest
-  except (flags.Error, errors.UserError, AttributeError, KeyError, TypeError,
-          ValueError, OSError) as e:  # what files and overrides raise
-    lines = [line.strip("' ") for line in str(e.args[0] if e.args else e)
-             .replace("\\'", "'").splitlines() if line.strip()]
-    sys.exit(f"error: --config: {lines[-1]}" if "Traceback" in str(e)
-             else f"error: {' '.join(lines)}")
+  except (AttributeError, KeyError) as e:
+    sys.exit("error: the config has no key " + " ".join(
+        str(e.args[0]).replace("\\n", " ").replace("\\", "").split()))
+  except (flags.Error, errors.UserError, TypeError, ValueError, OSError) as e:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    many = isinstance(e, OSError) or "Traceback" in str(e)
+    sys.exit(f"error: {lines[-1 if many else 0]}")
 
 
 def run(argv):

@@ -75,7 +75,7 @@ def test_what_was_not_finished_does_not_count(tmp_path):
      r"another model.*shape of img/kernel is \(8, 8\), not \(8, 9\)"),
     ({"image": {"kernel": jnp.ones((8, 8))}, "t": jnp.ones(1)}, {},
      "another model.*missing image/kernel"),
-    (PARAMS, dict(name="lion"), "another rest"),
+    (PARAMS, dict(name="lion"), "another optimizer.*left over opt_state"),
 ])
 def test_another_model_is_named(tmp_path, params, options, message):
   saved = checkpoint.Checkpoints(tmp_path)

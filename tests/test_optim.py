@@ -138,7 +138,7 @@ def test_schedules(options, points):
     (dict(options=dict(beta2=0.9)), 'config.optim.options has no key "beta2"'),
     (dict(schedule=dict(name="cos")), '(did you mean "cosine"?)'),
     (dict(schedule=dict(warmup=3)), "has no key \"warmup\""),
-    (dict(schedule=dict(warmup_steps=10)), "warmup_steps is 10"),
+    (dict(schedule=dict(warmup_steps=11)), "warmup_steps is 11"),
     (dict(wd_mults=((".*/kernel", 1.0),)), "wd_mults has no row for 2"),
     (dict(frozen=(("image/.*", True), (".*", False))), "matches no parameter"),
 ])

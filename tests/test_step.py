@@ -16,7 +16,7 @@ from sigjax import trees
 from sigjax.models import two_towers
 
 B = 16
-TOWER = dict(width=16, depth=2, num_heads=2, mlp_dim=32)
+TOWER = dict(width=16, depth=1, num_heads=2, mlp_dim=32)
 EXAMPLE = dict(image=np.zeros((16, 16, 3), np.float32),
                text=np.zeros(6, np.int32))
 
@@ -34,6 +34,13 @@ def make_model(dropout=0.0, **kwargs):
       **kwargs)
 
 
+@functools.cache
+def init_params():
+  """Parameters from scratch, made once: compiling this takes seconds."""
+  return jax.device_get(jax.jit(lambda: step_lib.init_params(
+      make_model(), jax.random.key(0), EXAMPLE))())
+
+
 def run(steps=3, data=8, fsdp=1, devices=8, table=((".*", "replicate"),),
         microbatches=1, dropout=0.0, frozen=None, loss="sigmoid"):
   """Trains some steps; returns the parameters, metrics, and the state."""
@@ -45,7 +52,9 @@ def run(steps=3, data=8, fsdp=1, devices=8, table=((".*", "replicate"),),
       shapes, 10, lr=1e-2, wd=1e-3, options=dict(eps=1e-3), grad_clip_norm=1.0,
       frozen=frozen)
   abstract = step_lib.abstract_state(shapes, tx, mesh, table)
-  state = step_lib.init_state(model, tx, 0, EXAMPLE, abstract)
+  state = jax.tree.map(
+      lambda x, a: jax.device_put(x, a.sharding),
+      step_lib.new_state(init_params(), tx), abstract)
   loss_fn = functools.partial(
       losses.LOSSES[loss], mesh=mesh, axes=sharding.AXES)
   step = jax.jit(step_lib.make_train_step(
@@ -68,25 +77,23 @@ def assert_close(got, want, rtol=2e-5, atol=2e-6):
           x, y, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("data, fsdp", [(2, 1), (8, 1), (1, 8), (2, 4)])
-@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("data, fsdp", [(2, 1), (8, 1), (1, 4), (2, 4)])
 def test_any_mesh_gives_the_same_numbers(one_device, data, fsdp):
   table = ((".*/bias", "replicate"), (".*", "fsdp"))
   got = run(data=data, fsdp=fsdp, devices=data * fsdp, table=table)
   assert_close(got, one_device)
-  if fsdp == 8:  # and it is really split, moments too
+  if fsdp > 1:  # and it is really split, moments too
     for name, leaf in trees.flatten(got[2]).items():
       if "Dense_0/kernel" in name:
         part = leaf.addressable_shards[0].data.size
-        assert part == leaf.size // 8, name
+        assert part == leaf.size // fsdp, name
 
 
-def test_one_step_is_the_formula(one_device):
+def test_one_step_is_the_formula():
   """Loss, gradient norm and logits against the reference loss, by hand."""
-  del one_device
-  _, metrics, _ = run(steps=1, data=8)
+  _, metrics, _ = run(steps=1, data=1, devices=1)
   model, batch = make_model(), make_batch(0)
-  params = step_lib.init_params(model, jax.random.key(0), EXAMPLE)
+  params = init_params()
 
   def loss(params):
     zimg, ztxt, out = model.apply(
@@ -94,21 +101,41 @@ def test_one_step_is_the_formula(one_device):
     logits = zimg @ ztxt.T * out["t"][0] + out["b"][0]
     value = losses.sigmoid_loss(zimg, ztxt, out["t"][0], out["b"][0])
     return value, logits
-  (value, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+  (value, logits), grads = jax.jit(jax.value_and_grad(
+      loss, has_aux=True))(params)
   right = np.eye(B, dtype=bool)
   for key, want in dict(
-      loss=value, t=10.0, b=-10.0, grad_norm=optax.global_norm(grads),
+      loss=value, t=10.0, b=-10.0, grad_norm=optax.tree.norm(grads),
       pos_logit=np.asarray(logits)[right].mean(),
       neg_logit=np.asarray(logits)[~right].mean(), lr=1e-2).items():
     assert metrics[key] == pytest.approx(float(want), rel=1e-5), key
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("k, devices", [(2, 8), (4, 2), (16, 1)])
-def test_microbatches_change_nothing(k, devices, loss):
-  want = run(data=devices, devices=devices, loss=loss)
-  got = run(data=devices, devices=devices, microbatches=k, loss=loss)
-  assert_close(got, want)
+@pytest.mark.parametrize("k, devices", [(2, 8), (8, 2)])
+def test_microbatches_change_nothing(one_device, k, devices):
+  got = run(data=devices, devices=devices, microbatches=k)
+  assert_close(got, one_device)
+
+
+def test_microbatches_of_softmax():
+  assert_close(run(loss="softmax", microbatches=2), run(loss="softmax"))
+
+
+def test_init_does_not_depend_on_the_mesh():
+  model = make_model()
+  tx = optax.identity()
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  abstract = step_lib.abstract_state(
+      step_lib.param_shapes(model, EXAMPLE), tx, mesh, ((".*", "fsdp"),))
+  state = step_lib.init_state(model, tx, 0, EXAMPLE, abstract)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+               state.params, init_params())
+  kernel = state.params["txt"]["head"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+  # What is given is taken, the rest starts from scratch.
+  state = step_lib.init_state(
+      model, tx, 0, EXAMPLE, abstract, {"t": np.full(1, 0.5, np.float32)})
+  assert state.params["t"] == 0.5 and state.params["b"] == -10
 
 
 def test_dropout_is_the_same_in_both_passes():
@@ -119,7 +146,7 @@ def test_dropout_is_the_same_in_both_passes():
   """
   model = make_model(dropout=0.5)
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
-  params = step_lib.init_params(model, jax.random.key(0), EXAMPLE)
+  params = init_params()
   loss_fn = functools.partial(
       losses.LOSSES["sigmoid"], mesh=mesh, axes=sharding.AXES)
 
@@ -133,7 +160,7 @@ def test_dropout_is_the_same_in_both_passes():
     return metrics["loss"], grads
   loss_and_norm = jax.jit(loss_and_norm)
   _, grads = loss_and_norm(params)
-  norm = float(optax.global_norm(grads))
+  norm = float(optax.tree.norm(grads))
   ahead = lambda s: float(loss_and_norm(jax.tree.map(
       lambda p, g: p + s * g / norm, params, grads))[0])
   h = 2e-2
@@ -143,8 +170,9 @@ def test_dropout_is_the_same_in_both_passes():
 def test_frozen_tower_stays_and_costs_nothing():
   frozen = (("img/.*", True), (".*", False))
   params, metrics, state = run(frozen=frozen)
-  start = step_lib.init_params(make_model(), jax.random.key(0), EXAMPLE)
-  jax.tree.map(np.testing.assert_array_equal, params["img"], start["img"])
+  start = init_params()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+               params["img"], start["img"])
   assert np.abs(params["txt"]["head"]["kernel"]
                 - start["txt"]["head"]["kernel"]).max() > 1e-3
   assert not [n for n in trees.flatten(state.opt_state) if "/img/" in n]
@@ -154,7 +182,7 @@ def test_frozen_tower_stays_and_costs_nothing():
 def test_embed_runs_one_tower():
   model = make_model()
   mesh = sharding.make_mesh()
-  params = step_lib.init_params(model, jax.random.key(0), EXAMPLE)
+  params = init_params()
   embed, batch = step_lib.make_embed(model, mesh), make_batch()
   zimg, none = embed(params, image=batch["image"])
   assert none is None

@@ -22,12 +22,18 @@ class Source:
     records: what is read: anything with len() and [int] -> dict of features.
     members: None if element i is record i; or, for each element, an int64 array
       of the records it stands for, in rising order.
+    label_names: {feature: list of its classes' names}, where they are known.
   """
 
-  def __init__(self, name, records, members=None):
+  def __init__(self, name, records, members=None, label_names=None):
     self.name = name
     self.records = records
     self.members = members
+    self.label_names = label_names or {}
+
+  def narrowed(self, members):
+    """Returns the same source with other members."""
+    return Source(self.name, self.records, members, self.label_names)
 
   def __len__(self):
     return len(self.records if self.members is None else self.members)
@@ -90,7 +96,7 @@ def where(source, key, value):
     kept = [np.array([i for i in group if i in fits], np.int64)
             for group in source.members]
     kept = [group for group in kept if len(group)]
-  return Source(source.name, source.records, kept)
+  return source.narrowed(kept)
 
 
 def grouped(source, key):
@@ -104,8 +110,36 @@ def grouped(source, key):
   groups = {}
   for i, value in _column(source, key).items():
     groups.setdefault(value, []).append(i)
-  return Source(source.name, source.records,
-                [np.array(group) for group in groups.values()])
+  return source.narrowed([np.array(group) for group in groups.values()])
+
+
+class _Shuffled:
+  """Records of which each has feature `key` of another one."""
+
+  def __init__(self, records, key):
+    self._records, self._key = records, key
+    self._other = np.random.default_rng(0).permutation(len(records)).tolist()
+
+  def __len__(self):
+    return len(self._records)
+
+  def __getitem__(self, i):
+    other = self._records[self._other[i]]
+    return {**self._records[i], self._key: other[self._key]}
+
+
+def shuffled(source, key):
+  """Gives each record the feature `key` of another one, always the same one.
+
+  A control: images and captions that have nothing to do with each other.
+
+  Raises:
+    UserError: no such feature.
+  """
+  errors.pick(source.records[0], key, f"feature of {source.name}")
+  return Source(f"{source.name} with shuffled {key}",
+                _Shuffled(source.records, key), source.members,
+                source.label_names)
 
 
 def _as_source(builder, split):
@@ -132,7 +166,9 @@ def _as_source(builder, split):
         f'{builder.info.full_name} in {builder.data_dir} cannot read split '
         f'"{split}"; it has: {", ".join(builder.info.splits)}, and parts such '
         'as "train[:90%]"') from e
-  return Source(name, records)
+  return Source(name, records, label_names={
+      key: feature.names for key, feature in builder.info.features.items()
+      if isinstance(feature, tf_datasets.features.ClassLabel)})
 
 
 _PREPARE = (
@@ -191,13 +227,14 @@ def emoji(split, data_dir=None):
 SOURCES = {"tfds": tfds, "emoji": emoji}
 
 
-def open_source(kind, *, only=None, group_by=None, **kwargs):
+def open_source(kind, *, only=None, group_by=None, shuffle=None, **kwargs):
   """Opens SOURCES[kind](**kwargs), narrowed and grouped as asked.
 
   Args:
     kind: a name in SOURCES.
     only: {feature: value} that examples must have, such as {"is_flag": False}.
     group_by: the feature by which examples are grouped, such as "concept".
+    shuffle: the feature that is given to the wrong examples, see `shuffled`.
     **kwargs: split and whatever else that source takes.
 
   Raises:
@@ -206,6 +243,8 @@ def open_source(kind, *, only=None, group_by=None, **kwargs):
   """
   fn = errors.pick(SOURCES, kind, "source")
   source = errors.call(fn, kwargs, f'source "{kind}"')
+  if shuffle:
+    source = shuffled(source, shuffle)
   for key, value in (only or {}).items():
     source = where(source, key, value)
   return grouped(source, group_by) if group_by else source

@@ -16,7 +16,8 @@ TEMPLATES = dict(
 
 def from_labels(source, label):
   """Integer labels, their names from the dataset's own description."""
-  names = source.label_names(label)
+  names = errors.pick(
+      source.label_names, label, f"{source.name}: the class label")
   ids = np.array([source[i][label] for i in range(len(source))], np.int32)
   return ids, [[name.replace("_", " ")] for name in names]
 

@@ -1,8 +1,9 @@
-"""Reads and writes the released .npz files (names: models/transformer.py).
+"""Reads and writes the released .npz files.
 
-Released SigLIP files keep every layer's arrays under encoderblock_0, _1, ..;
-SigLIP 2 files stack them under one encoderblock, with a leading layer axis.
-Either is read into either form of model.
+Names are those of the parameters, such as "txt/head/kernel", all of them with
+"params/" before or none. SigLIP files keep every layer's arrays under
+encoderblock_0, _1, ..; SigLIP 2 files stack them under one encoderblock, with a
+leading layer axis. Either is read into either form of model.
 """
 
 import math
@@ -55,9 +56,12 @@ def load_params(path, like=None, dont_load=()):
   file, colon, part = str(path).partition(".npz:")
   file += ".npz" if colon else ""
   flat = _rename(_read(file), part, file)
-  if like is None:
-    return trees.unflatten(flat)
+  return trees.unflatten(flat) if like is None else fit(
+      flat, like, dont_load, path)
 
+
+def fit(flat, like, dont_load, path):
+  """Fits {name: array} to a model; like, dont_load, errors as in load_params."""
   skip = re.compile("|".join(f"(?:{p})" for p in dont_load) or r"(?!)")
   want = trees.flatten(like)
   flat = _stack(_unstack(flat), want)

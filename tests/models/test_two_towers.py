@@ -64,11 +64,7 @@ def test_scan_and_remat_change_no_gradient():
     return trees.flatten(jax.jit(jax.grad(loss))(params["txt"]))
 
   want = gradients(False, "none")
-  got = gradients(False, "full")
-  for name, leaf in want.items():
-    np.testing.assert_allclose(got[name], leaf, rtol=1e-4, atol=1e-6,
-                               err_msg=name)
-  got = gradients(True, "dots")
+  got = gradients(True, "full")
   for name, leaf in got.items():
     layers = np.stack([
         want[name.replace("encoderblock/", f"encoderblock_{i}/")]

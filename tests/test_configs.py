@@ -1,0 +1,98 @@
+"""Every config is built, its strings parsed and its model shaped."""
+
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from sigjax import config as config_lib
+from sigjax import errors
+from sigjax import optim
+from sigjax import step as step_lib
+from sigjax import train
+from sigjax.data import preprocess
+from sigjax.models import two_towers
+
+CONFIGS = [p.stem for p in (
+    pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
+           if p.stem not in ("common", "__init__")]
+SMOKE = [n for n in CONFIGS if n != "siglip_emoji"]
+
+
+def get(name, arg=None):
+  return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+class CountingTokenizer:
+  def __call__(self, text, length):
+    return np.full(length, min(len(text), 9), np.int32)
+
+
+@pytest.mark.parametrize("name, arg", [(n, None) for n in CONFIGS]
+                         + [(n, "smoke") for n in SMOKE])
+def test_config(name, arg):
+  config = get(name, arg).lock().to_dict()
+  parse = lambda s: preprocess.parse(s, tokenizer=CountingTokenizer())
+  from PIL import Image  # pylint: disable=g-import-not-at-top
+  import io  # pylint: disable=g-import-not-at-top
+  data = io.BytesIO()
+  Image.new("RGB", (50, 40)).save(data, "PNG")
+  rng = np.random.default_rng(0)
+  example = parse(config["pp"])(
+      dict(image=data.getvalue(), captions=["A cat"]), rng)
+  assert set(example) == {"image", "text"}
+  for key, value in (("image", data.getvalue()), ("text", "A cat")):
+    alone = parse(config[f"pp_{key}"])({key: value}, rng)[key]
+    if key == "image" and "resize" not in config["pp"]:
+      example["image"] = alone
+    assert alone.shape == example[key].shape, key
+  if name == "siglip_emoji":
+    assert example["image"].shape == (64, 64, 3)
+
+  model = errors.call(two_towers.TwoTowers, config["model"], "config.model")
+  shapes = step_lib.param_shapes(model, example)
+  total = {k: config.pop(k, None)
+           for k in ("total_steps", "total_examples", "total_epochs")}
+  times = config_lib.Durations(config["batch_size"], 100_000, **total)
+  tx, lr_fn = errors.call(
+      optim.make_optimizer, times.resolve(config["optim"], "config.optim"),
+      "config.optim", shapes, times.total_steps)
+  assert 0 <= float(lr_fn(times.total_steps)) < 1e-6 < float(lr_fn(
+      times.total_steps // 2))
+  jax.eval_shape(tx.init, shapes)
+  size = sum(x.size for x in jax.tree.leaves(shapes))
+  if arg is None and name == "siglip_b16":
+    assert size == pytest.approx(203.2e6, rel=0.01)  # the released B/16's
+  if arg == "smoke":
+    assert size < 1e6
+
+
+def test_arguments():
+  config = get("siglip_b16", "dataset=x/y,batch_size=64,examples=1e5")
+  assert config.data.name == "x/y" and config.batch_size == 64
+  config = get("siglip_emoji", "shuffle_captions")
+  assert config.data.shuffle == "captions"
+  with pytest.raises(errors.UserError, match='did you mean "dataset"'):
+    get("siglip_b16", "datset=x")
+
+
+def test_shuffling_reaches_the_data(tiny_config):
+  from sigjax.data import sources  # pylint: disable=g-import-not-at-top
+  plain = sources.open_source(**tiny_config["data"])
+  mixed = sources.open_source(**tiny_config["data"], shuffle="captions")
+  same = sum(sources.captions(plain.records[i], "captions")
+             == sources.captions(mixed.records[i], "captions")
+             for i in range(len(plain.records)))
+  assert same < len(plain.records) / 8
+  assert len(plain) == len(mixed)
+
+
+def test_missing_things_of_the_large_configs_are_named(tmp_path):
+  config = get("siglip_b16", "dataset=coco_captions").to_dict()
+  config["batch_size"] = 8
+  with pytest.raises(errors.UserError) as e:
+    errors.call(train.main, config, "config", tmp_path)
+  assert "coco_captions" in str(e.value)
+  assert "download_and_prepare" in str(e.value)

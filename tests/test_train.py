@@ -1,0 +1,243 @@
+"""The program: learns, stops, goes on, and names mistakes in one line."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from sigjax import checkpoint
+from sigjax import errors
+from sigjax import train
+from sigjax import trees
+from sigjax.models import load
+
+ROOT = pathlib.Path(__file__).parent.parent
+HOST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def run(workdir, config, **kwargs):
+  return errors.call(train.main, {**config, **kwargs}, "config", workdir)
+
+
+def lines(workdir):
+  return [json.loads(line) for line in
+          (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def params(path):
+  return trees.flatten(jax.device_get(checkpoint.read_params(path, HOST)))
+
+
+def assert_same(a, b):
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def command(workdir, config, devices, *more):
+  """The program as a user starts it, with a config file and real processes."""
+  path = workdir.parent / f"{workdir.name}_config.py"
+  path.write_text("from ml_collections import ConfigDict\n"
+                  f"def get_config(arg=None):\n  return ConfigDict({config!r})")
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": (
+      "--xla_backend_optimization_level=0 "
+      f"--xla_force_host_platform_device_count={devices}")}
+  args = [sys.executable, "-m", "sigjax.train", "--config", str(path),
+          "--workdir", str(workdir), *more]
+  return subprocess.Popen(args, env=env, cwd=workdir.parent, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
+  config = dict(tiny_config, total_steps=250, batch_size=24,
+                log_every_steps=50)
+  config["evals"]["picture"] = dict(
+      config["evals"]["retrieval"], type="picture", captions="captions")
+  rows = {row[:2]: row[2:] for row in run(tmp_path / "a", config)}
+  value, by_chance, n = rows["zeroshot", "24-way top-1"]
+  assert (by_chance, n) == (pytest.approx(1 / 24), 48)
+  assert value > 0.5
+  assert rows["retrieval", "image->text recall@1"][0] > 0.4
+  for name in ("parameters.txt", "picture.png", "tokenizer.model"):
+    assert (tmp_path / "a" / name).exists()
+  logged = lines(tmp_path / "a")
+  first, last = logged[0], [x for x in logged if "loss" in x][-1]
+  assert first["step"] == 50 and last["step"] == 250
+  assert last["loss"] < first["loss"] and last["t"] > 10
+  assert last["pos_logit"] > last["neg_logit"]
+  assert {"b", "grad_norm", "update_norm", "param_norm", "lr",
+          "examples_per_second", "examples_per_second_per_device"} <= set(last)
+  # Evaluated in the middle, too, and only what asks for it.
+  middle = [x for x in logged if x["step"] == 125]
+  assert "retrieval/image->text recall@1" in middle[0]
+  assert "zeroshot/24-way top-1" not in middle[0]
+
+  config["data"] = dict(config["data"], shuffle="captions")
+  rows = {row[:2]: row[2:] for row in run(tmp_path / "b", config)}
+  assert rows["zeroshot", "24-way top-1"][0] < 0.2
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_stopped_run_ends_like_one_that_was_not(
+    tmp_path, tiny_config, devices):
+  """SIGTERM, then the same command again: bit for bit the same parameters."""
+  config = dict(tiny_config, total_steps=30, evals={}, checkpoints=dict(
+      every_steps=10), sharding=((".*", "fsdp"),),
+                mesh=dict(data=-1, fsdp=min(devices, 2)))
+  if devices == 8:
+    config["microbatches"] = 3
+  whole = command(tmp_path / "whole", config, devices)
+  parts = command(tmp_path / "parts", config, devices)
+  progress = tmp_path / "parts" / "metrics.jsonl"
+  while not progress.exists() or progress.read_text().count("\n") < 4:
+    assert parts.poll() is None, parts.communicate()
+    time.sleep(0.02)
+  parts.send_signal(signal.SIGTERM)
+  _, err = parts.communicate(timeout=60)
+  assert parts.returncode == 1
+  last = err.strip().splitlines()[-1]
+  assert last.startswith("error: SIGTERM: saved step "), err
+  step = int(last.split()[4].rstrip(","))
+  assert 4 <= step < 30
+
+  parts = command(tmp_path / "parts", config, devices)
+  out, err = parts.communicate(timeout=120)
+  assert parts.returncode == 0, err
+  assert f"going on from {tmp_path}/parts/checkpoints/{step}" in out
+  _, err = whole.communicate(timeout=120)
+  assert whole.returncode == 0, err
+  assert_same(params(tmp_path / "parts/checkpoints/30"),
+              params(tmp_path / "whole/checkpoints/30"))
+  # And the metrics of each step are there once, the same in both.
+  same = [[{k: x[k] for k in ("step", "loss", "grad_norm")}
+           for x in lines(tmp_path / name)] for name in ("parts", "whole")]
+  assert same[0] == same[1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  return tmp_path_factory.mktemp("trained")
+
+
+def test_where_to_start(tmp_path, tiny_config, caplog):
+  """The workdir's own checkpoint, then resume, then init, then scratch."""
+  caplog.set_level("INFO", logger="sigjax")
+  config = dict(tiny_config, total_steps=4)
+  a, b, c = (tmp_path / x for x in "abc")
+  first = run(a, config)
+  assert "starting from scratch" in caplog.text
+  start = lines(a)[0]["loss"]
+
+  # Evaluation from the saved checkpoint alone gives the same rows.
+  assert run(a, config, eval_only=True) == first
+  # A finished run is not trained on.
+  caplog.clear()
+  assert run(a, config) == first
+  assert f"going on from {a}/checkpoints/4" in caplog.text
+
+  # resume takes the step and the place in the data along, ...
+  run(b, dict(config, total_steps=6), resume=str(a))
+  assert f"starting from resume={a}" in caplog.text
+  assert [x["step"] for x in lines(b) if "loss" in x] == [5, 6]
+  run(c, dict(config, total_steps=6))
+  # ... but the schedule is that of six steps, so only the batch is the same.
+  # init takes the parameters alone, and counts from 0.
+  npz = tmp_path / "a.npz"
+  load.save_params(npz, trees.unflatten(params(a)))
+  for i, path in enumerate((npz, a)):
+    caplog.clear()
+    run(tmp_path / f"d{i}", dict(config, total_steps=1),
+        init=dict(path=str(path)))
+    assert "starting from init" in caplog.text
+    step, = [x for x in lines(tmp_path / f"d{i}") if "loss" in x]
+    assert step["step"] == 1 and step["loss"] < start
+  with pytest.raises(errors.UserError, match="has no checkpoint; train"):
+    run(tmp_path / "e", config, eval_only=True)
+
+
+def test_init_of_one_tower(tmp_path, tiny_config):
+  """A file of the image tower alone, beside which the rest is from scratch."""
+  config = dict(tiny_config, total_steps=1, evals={})
+  run(tmp_path / "a", config)
+  image = trees.unflatten(params(tmp_path / "a"))["img"]
+  image["head"] = {"kernel": np.zeros((32, 1000))}
+  npz = tmp_path / "image.npz"
+  load.save_params(npz, image)
+  config["optim"] = dict(config["optim"], wd=0.0,
+                         frozen=(("img/.*", True), (".*", False)))
+  run(tmp_path / "b", config, seed=1, init=dict(
+      path=str(npz), into="img", dont_load=("head/.*",)))
+  a, b = params(tmp_path / "a"), params(tmp_path / "b")
+  assert_same({k: v for k, v in a.items() if k.startswith("img/")},
+              {k: v for k, v in b.items() if k.startswith("img/")})
+  assert np.abs(a["txt/head/kernel"] - b["txt/head/kernel"]).max() > 0.01
+  with pytest.raises(errors.UserError, match="gsutil cp gs://b/x.npz x.npz"):
+    run(tmp_path / "c", config, init=dict(path="x.npz", url="gs://b/x.npz"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_config):
+  config = dict(tiny_config, total_steps=6, evals={},
+                checkpoints=dict(every_steps=2))
+  run(tmp_path, dict(config, total_steps=2))
+  config["optim"] = dict(config["optim"], lr=1e20, grad_clip_norm=None,
+                         schedule=dict(name="constant"))
+  with pytest.raises(errors.UserError) as e:
+    run(tmp_path, config)
+  assert "stopped at step 4" in str(e.value)
+  assert f"last good checkpoint is {tmp_path}/checkpoints/2" in str(e.value)
+  assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2"}
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(batch_sizes=8), 'config has no key "batch_sizes" (did you mean '
+                          '"batch_size"?)'),
+    (dict(batch_size=12), "config.batch_size is 12, which 8 devices do not"),
+    (dict(batch_size=25 * 8), "too few for a batch of 200"),
+    (dict(optim=dict(lrr=1)), 'config.optim has no key "lrr"'),
+    (dict(loss=dict(name="sigmod")), 'config.loss.name "sigmod" is not'),
+    (dict(loss=dict(name="sigmoid", tiles=3)), 'config.loss has no key "tiles"'),
+    (dict(mesh=dict(fdsp=2)), 'config.mesh has no key "fdsp"'),
+    (dict(data=dict(kind="tfds", name="coco", split="train")),
+     'dataset "coco" is not prepared in'),
+    (dict(data=dict(kind="tdfs")), 'source "tdfs" is not known'),
+    (dict(pp="decode|tokenise(8)"), 'op "tokenise" is not known (did you mean '
+                                    '"tokenize"?)'),
+    (dict(tokenizer=dict(path="none.model")), "none.model cannot be read"),
+    (dict(evals=dict(x=dict(type="zeroshots"))), 'config.evals.x.type'),
+    (dict(total_steps=None), "config needs one of total_steps"),
+    (dict(init=dict(path="none.npz")), "there is no file none.npz"),
+    (dict(resume="nowhere"), "nowhere has no checkpoints"),
+    (dict(checkpoints=dict(keeps=2)), 'config.checkpoints has no key "keeps"'),
+    (dict(microbatches=2), "8 devices times 2 microbatches do not divide; try"),
+])
+def test_mistakes_are_one_line(tmp_path, tiny_config, change, message):
+  with pytest.raises(errors.UserError) as e:
+    run(tmp_path, {**tiny_config, **change})
+  assert message in str(e.value)
+  assert "\n" not in str(e.value)
+
+
+def test_the_command_line(tmp_path, tiny_config):
+  """Each mistake ends in one line on stderr, without a traceback."""
+  cases = {
+      "a": (["--config.optim.lrr=3"], "lrr"),
+      "b": (["--cofig=x"], "cofig"),
+      "c": (["more"], '"more" is not a flag'),
+      "d": (["--config.batch_size=many"], "batch_size"),
+      "e": (["--config.batch_size=0"], "config.batch_size is 0"),
+      "f": (["--config=configs/none.py"], "configs/none.py"),
+  }
+  running = {name: command(tmp_path / name, tiny_config, 1, *more)
+             for name, (more, _) in cases.items()}
+  for name, process in running.items():
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    line, = err.strip().splitlines()
+    assert line.startswith("error: ") and cases[name][1] in line
