@@ -51,7 +51,7 @@ def get_config(arg=None):
       text=dict(variant="B", vocab_size=arg["vocab"], scan=True, remat="dots"),
       out_dim=(None, 768), temperature_init=10.0, bias_init=-10.0,
       dtype="bfloat16")
-  config.loss = dict(name="sigmoid")
+  config.loss = dict(name="sigmoid", dtype="bfloat16", tile=2048)
   config.optim = dict(
       name="adamw", lr=1e-3, wd=1e-4, options=dict(b2=0.95), grad_clip_norm=1.0,
       schedule=dict(name="cosine", warmup_examples=200e6))

@@ -32,7 +32,8 @@ def get_config(arg=None):
 
   # One element is a concept, shown in a random one of the five styles: two
   # drawings of one concept in a batch would count as a negative pair.
-  config.data = dict(kind="emoji", split="train", group_by="concept")
+  config.data = dict(kind="emoji", split="train", only=dict(is_flag=0),
+                     group_by="concept")
   if arg["shuffle_captions"]:
     config.data.shuffle = "captions"
   config.tokenizer = dict(vocab_size=VOCAB, captions="captions")
@@ -47,7 +48,7 @@ def get_config(arg=None):
       image=dict(width=128, depth=4, num_heads=4, mlp_dim=512, patch_size=16),
       text=dict(width=128, depth=2, num_heads=4, mlp_dim=512,
                 vocab_size=VOCAB),
-      out_dim=(128, 128))
+      out_dim=(128, 128), temperature_init=10.0, bias_init=-5.5)
   config.optim = dict(
       name="adamw", lr=2e-3, wd=1e-4, options=dict(b2=0.95), grad_clip_norm=1.0,
       schedule=dict(name="cosine", warmup_percent=10))

@@ -56,7 +56,7 @@ def get_config(arg=None):
       dtype="bfloat16")
   config.init = dict(
       path=arg["weights"], into="img", dont_load=("head/.*",), url=WEIGHTS)
-  config.loss = dict(name="sigmoid")
+  config.loss = dict(name="sigmoid", dtype="bfloat16", tile=2048)
   config.optim = dict(
       name="lion", lr=1e-4, wd=1e-7, grad_clip_norm=1.0,
       schedule=dict(name="cosine", warmup_percent=10),

@@ -13,6 +13,7 @@ from etils import epath
 
 from sigjax import errors
 from sigjax import trees
+from sigjax.models import load
 
 
 class Checkpoints:
@@ -163,6 +164,38 @@ def read_params(path, sharding):
   return checkpoints.restore_params(step, sharding)
 
 
-def is_checkpoint(path):
+def _is_checkpoint(path):
   """Whether a path names a run's checkpoint, not a file of weights."""
   return (find(path)[0] / "checkpoints").exists()
+
+
+def read_init(shapes, path=None, *, into=None, dont_load=(), url=None):
+  """Reads weights to start from, out of a .npz file or a run's checkpoint.
+
+  Args:
+    shapes: the tree of the model's parameters.
+    path: FILE.npz[:PART], a workdir, or WORKDIR/checkpoints/STEP.
+    into: "img" or "txt": the file is of this tower alone.
+    dont_load: regexes of names (within `into`) that start from scratch, or
+      that the file may have beside the model's.
+    url: where the file is to be had, for the error if it is missing.
+
+  Returns:
+    {name: array} of what was loaded.
+  """
+  if path is None:
+    return {}
+  like = shapes if into is None else shapes[into]
+  if _is_checkpoint(path):
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    loaded = load.fit(
+        trees.flatten(read_params(path, sharding)), like, dont_load,
+        path)
+  elif url and not epath.Path(path).exists():
+    raise errors.UserError(
+        f"there is no file {path}; it is fetched by: gsutil cp {url} {path}")
+  else:
+    loaded = load.load_params(path, like, dont_load)
+  prefix = f"{into}/" if into else ""
+  return {prefix + name: leaf for name, leaf in trees.flatten(loaded).items()
+          if not isinstance(leaf, jax.ShapeDtypeStruct)}

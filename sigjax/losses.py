@@ -104,6 +104,30 @@ def ring_softmax_loss(zimg, ztxt, t, b=0.0, *, mesh, axes=("data",), tile=1024,
 LOSSES = {"sigmoid": ring_sigmoid_loss, "softmax": ring_softmax_loss}
 
 
+def make(mesh, axes, *, name="sigmoid", dtype="float32", **options):
+  """Returns fn(zimg, ztxt, t, b) -> () float32, as a config asks for it.
+
+  Args:
+    mesh, axes: see ring_sigmoid_loss.
+    name: one of LOSSES.
+    dtype: the embeddings are rounded to it first; "bfloat16" on accelerators,
+      whose products of float32 are several times slower.
+    **options: of that loss, such as tile.
+
+  Raises:
+    UserError: an unknown name, or an option that the loss does not take.
+  """
+  fn = errors.pick(LOSSES, name, "config.loss.name")
+  dtype = jnp.dtype(errors.pick(
+      {d: d for d in ("float32", "bfloat16")}, dtype, "config.loss.dtype"))
+
+  def loss(zimg, ztxt, t, b):
+    return errors.call(
+        fn, options, "config.loss", zimg.astype(dtype), ztxt.astype(dtype), t,
+        b, mesh=mesh, axes=axes)
+  return loss
+
+
 def logit_stats(zimg, ztxt, t, b):
   """Mean logit of the B positive and the B * (B - 1) negative pairs.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from sigjax import errors
 from sigjax import losses
 from sigjax import sharding
 from sigjax import trees
@@ -84,14 +85,15 @@ def init_state(model, tx, seed, example, abstract, given=None):
 
 
 def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
-                    microbatches=1):
-  """Builds train_step(state, batch) -> (state, metrics), to be jitted.
+                    microbatches=1, feed="device"):
+  """Builds train_step(state, batch) -> (state, metrics).
 
-  The batch is dict(image=(B, H, W, C) float32, text=(B, L) int32), split over
-  all devices. With microbatches=k the towers only ever see B/k examples at a
-  time, while the loss is over all B x B pairs: first all embeddings, then the
-  loss and its gradients with respect to them, then each microbatch's towers
-  once more, pulling those gradients back. Same gradients, one more forward.
+  The batch is dict(image=(B, H, W, C) float32, text=(B, L) int32), this
+  process's rows as numpy. With microbatches=k the towers only ever see B/k
+  examples at a time, while the loss is over all B x B pairs: first all
+  embeddings, then the loss and its gradients with respect to them, then each
+  microbatch's towers once more, pulling those gradients back. Same gradients,
+  one more forward. The state given is used up (donated).
 
   Args:
     model: TwoTowers.
@@ -101,11 +103,15 @@ def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
     seed: of the dropout masks; step and microbatch are folded in.
     frozen: tree of bool like the parameters; True gets no gradient.
     microbatches: k; has to divide b.
+    feed: "device": the whole batch is put on the devices, and the step is one
+      program. "host": the batch stays on the host, from where one microbatch at
+      a time is put on the devices, twice.
 
   Returns:
     train_step; its metrics are float32 scalars: loss, t, b, pos_logit and
     neg_logit (means over the B and the B*B - B pairs), the global norms
-    grad_norm, update_norm and param_norm, and lr.
+    grad_norm, update_norm and param_norm, and lr. With feed "device" it has an
+    attribute `program`, the jitted function of (state, global batch).
   """
 
   def thaw(params):
@@ -113,53 +119,101 @@ def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
     return params if frozen is None else jax.tree.map(
         lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
 
-  def towers(params, batch, rng):
+  def towers(params, part, rng):
     zimg, ztxt, _ = model.apply(
-        {"params": thaw(params)}, batch["image"], batch["text"], train=True,
+        {"params": thaw(params)}, part["image"], part["text"], train=True,
         rngs={"dropout": rng})
     return zimg, ztxt
 
   def pair_loss(params, zimg, ztxt):
     return loss_fn(zimg, ztxt, *temperature_and_bias(model, thaw(params)))
 
-  def one_batch(params, batch, rng):
-    def fn(params):
-      z = towers(params, batch, jax.random.fold_in(rng, 0))
-      return pair_loss(params, *z), z
-    return jax.value_and_grad(fn, has_aux=True)(params)
-
-  def many_batches(params, batch, rng):
-    parts = jax.tree.map(lambda x: split(x, microbatches, mesh), batch)
-    rngs = jax.vmap(jax.random.fold_in, (None, 0))(
-        rng, jnp.arange(microbatches))
-    _, z = jax.lax.scan(
-        lambda _, xs: (None, towers(params, *xs)), None, (parts, rngs))
-    z = jax.tree.map(lambda x: merge(x, mesh), z)
-    loss, (grads, *dz) = jax.value_and_grad(pair_loss, (0, 1, 2))(params, *z)
-    dz = jax.tree.map(lambda x: split(x, microbatches, mesh), tuple(dz))
-
-    def pull_back(grads, xs):
-      part, rng, dz = xs
-      _, vjp = jax.vjp(lambda p: towers(p, part, rng), params)
-      return jax.tree.map(jnp.add, grads, vjp(dz)[0]), None
-    grads, _ = jax.lax.scan(pull_back, grads, (parts, rngs, dz))
-    return (loss, z), grads
-
-  def train_step(state, batch):
+  def rng_of(state, i):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    value_and_grad = one_batch if microbatches == 1 else many_batches
-    (loss, z), grads = value_and_grad(state.params, batch, rng)
+    return jax.random.fold_in(rng, i)
+
+  def update(state, z, loss, grads):
+    """The end of every step: from gradients to new state and metrics."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     t, b = temperature_and_bias(model, state.params)
     stats = losses.logit_stats(*z, t, b)
     metrics = dict(
         loss=loss, t=t, b=b, pos_logit=stats["pos"], neg_logit=stats["neg"],
-        grad_norm=optax.tree.norm(grads),
-        update_norm=optax.tree.norm(updates),
+        grad_norm=optax.tree.norm(grads), update_norm=optax.tree.norm(updates),
         param_norm=optax.tree.norm(params), lr=lr_fn(state.step))
     return TrainState(state.step + 1, params, opt_state), metrics
 
+  def one_batch(state, batch):
+    def fn(params):
+      z = towers(params, batch, rng_of(state, 0))
+      return pair_loss(params, *z), z
+    (loss, z), grads = jax.value_and_grad(fn, has_aux=True)(state.params)
+    return update(state, z, loss, grads)
+
+  # The three parts of a step in microbatches: part and dz are of one of them,
+  # z of all, (k, B/k, E).
+
+  def embed(state, part, i):
+    return towers(state.params, part, rng_of(state, i))
+
+  def loss_and_gradients(state, z):
+    z = jax.tree.map(lambda x: merge(x, mesh), z)
+    loss, (grads, *dz) = jax.value_and_grad(pair_loss, (0, 1, 2))(
+        state.params, *z)
+    dz = jax.tree.map(lambda x: split(x, microbatches, mesh), tuple(dz))
+    return z, loss, grads, dz
+
+  def pull_back(state, part, i, dz, grads):
+    _, vjp = jax.vjp(lambda p: towers(p, part, rng_of(state, i)), state.params)
+    return jax.tree.map(jnp.add, grads, vjp(dz)[0])
+
+  def many_batches(state, batch):
+    parts = jax.tree.map(lambda x: split(x, microbatches, mesh), batch)
+    numbers = jnp.arange(microbatches)
+    _, z = jax.lax.scan(
+        lambda _, xs: (None, embed(state, *xs)), None, (parts, numbers))
+    z, loss, grads, dz = loss_and_gradients(state, z)
+    grads, _ = jax.lax.scan(
+        lambda grads, xs: (pull_back(state, *xs, grads), None),
+        grads, (parts, numbers, dz))
+    return update(state, z, loss, grads)
+
+  if errors.pick({"device": False, "host": True}, feed, "config.feed"):
+    return _fed_from_host(
+        embed, loss_and_gradients, pull_back, update, microbatches, mesh)
+  program = jax.jit(one_batch if microbatches == 1 else many_batches,
+                    donate_argnums=0)
+
+  def train_step(state, batch):
+    return program(state, sharding.put_batch(batch, mesh))
+  train_step.program = program
+  return train_step
+
+
+def _fed_from_host(embed, loss_and_gradients, pull_back, update, k, mesh):
+  """many_batches of make_train_step as one program for each of its parts."""
+  embed, loss_and_gradients = jax.jit(embed), jax.jit(loss_and_gradients)
+  stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
+  pull_back_of = jax.jit(
+      lambda state, part, i, dz, grads: pull_back(
+          state, part, i, jax.tree.map(lambda x: x[i], dz), grads),
+      donate_argnums=4)
+  update = jax.jit(update, donate_argnums=(0, 3))
+
+  def train_step(state, batch):
+    devices = mesh.size // jax.process_count()
+    parts = jax.tree.map(
+        lambda x: x.reshape(devices, k, -1, *x.shape[1:]), batch)
+
+    def part(i):
+      rows = jax.tree.map(lambda x: x[:, i].reshape(-1, *x.shape[3:]), parts)
+      return sharding.put_batch(rows, mesh)
+    z = stack(*(embed(state, part(i), i) for i in range(k)))
+    z, loss, grads, dz = loss_and_gradients(state, z)
+    for i in range(k):
+      grads = pull_back_of(state, part(i), i, dz, grads)
+    return update(state, z, loss, grads)
   return train_step
 
 

@@ -28,12 +28,10 @@ from sigjax import metrics as metrics_lib
 from sigjax import optim as optim_lib
 from sigjax import sharding as sharding_lib
 from sigjax import step as step_lib
-from sigjax import trees
 from sigjax.data import pipeline
 from sigjax.data import preprocess
 from sigjax.data import sources
 from sigjax.data import tokenizer as tokenizer_lib
-from sigjax.models import load
 from sigjax.models import two_towers
 
 log = logging.getLogger("sigjax")
@@ -42,7 +40,7 @@ log = logging.getLogger("sigjax")
 def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
          optim, total_steps=None, total_epochs=None, total_examples=None, seed=0,
          loss=None, mesh=None, sharding=((".*", "replicate"),), microbatches=1,
-         init=None, resume=None, checkpoints=None, log_every_steps=50,
+         feed="device", init=None, resume=None, checkpoints=None, log_every_steps=50,
          evals=None, eval_only=False):
   """Runs a config; its top-level keys are these arguments.
 
@@ -58,11 +56,12 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     optim: arguments of optim.make_optimizer.
     total_steps, total_epochs, total_examples: the length; one of them.
     seed: of initialisation, order, augmentation and dropout.
-    loss: {"name": one of losses.LOSSES, and its options}.
+    loss: {"name": one of losses.LOSSES, and its options}, see losses.make.
     mesh: arguments of sharding.make_mesh.
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
-    microbatches: pieces in which the towers see the batch, see step.
-    init: weights to start from, arguments of load_init.
+    microbatches: pieces in which the towers see the batch, and
+    feed: where the batch waits for them, see step.make_train_step.
+    init: weights to start from, arguments of checkpoint.read_init.
     resume: a workdir or checkpoint of which everything is taken over.
     checkpoints: {"every_steps": .., other arguments of checkpoint.Checkpoints}.
     log_every_steps: how often metrics are written.
@@ -112,8 +111,9 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
       optim_lib.make_optimizer, optim, "config.optim", shapes, total_steps)
   frozen = optim_lib.frozen_mask(shapes, optim.get("frozen"))
   train_step = step_lib.make_train_step(
-      model, tx, lr_fn, make_loss(mesh, **(loss or {})), mesh, seed=seed,
-      frozen=frozen, microbatches=microbatches)
+      model, tx, lr_fn,
+      losses.make(mesh, sharding_lib.AXES, **(loss or {})), mesh, seed=seed,
+      frozen=frozen, microbatches=microbatches, feed=feed)
   abstract = step_lib.abstract_state(shapes, tx, mesh, sharding)
   flops = 3 * sum(two_towers.flops(
       model, (1, *example["image"].shape), (1, *example["text"].shape)
@@ -149,7 +149,8 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     state, data_state = checkpoint.read(resume, abstract)
   else:
     log.info("starting from %s", f"init={init}" if init else "scratch")
-    given = errors.call(load_init, init or {}, "config.init", shapes)
+    given = errors.call(
+        checkpoint.read_init, init or {}, "config.init", shapes)
     state = step_lib.init_state(model, tx, seed, example, abstract, given)
   if data_state is not None:
     batches.set_state(data_state)
@@ -160,7 +161,6 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     log.info("at step %d of %d: only evaluating", first_step, total_steps)
     total_steps = first_step
   writer = metrics_lib.Writer(workdir)
-  train_step = jax.jit(train_step, donate_argnums=0)
   clock = metrics_lib.Clock(batch_size, flops)
   progress = metrics_lib.Progress(first_step, total_steps)
   last_good = saved.newest()
@@ -193,8 +193,7 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
   with StopRequest() as stop, progress:
     running = None  # the step whose metrics have not been read: (step, metrics)
     for step in range(first_step + 1, total_steps + 1):
-      batch = sharding_lib.put_batch(next(batches), mesh)
-      state, metrics = train_step(state, batch)
+      state, metrics = train_step(state, next(batches))
       if running:
         report(*running)
       running = step, metrics
@@ -228,45 +227,6 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
       (f"step {total_steps}", "value", "chance", "n")):
     print(line)
   return rows
-
-
-def load_init(shapes, path=None, *, into=None, dont_load=(), url=None):
-  """Reads weights to start from, out of a .npz file or a run's checkpoint.
-
-  Args:
-    shapes: the tree of the model's parameters.
-    path: FILE.npz[:PART], a workdir, or WORKDIR/checkpoints/STEP.
-    into: "img" or "txt": the file is of this tower alone.
-    dont_load: regexes of names (within `into`) that start from scratch, or
-      that the file may have beside the model's.
-    url: where the file is to be had, for the error if it is missing.
-
-  Returns:
-    {name: array} of what was loaded.
-  """
-  if path is None:
-    return {}
-  like = shapes if into is None else shapes[into]
-  if checkpoint.is_checkpoint(path):
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    loaded = load.fit(
-        trees.flatten(checkpoint.read_params(path, sharding)), like, dont_load,
-        path)
-  elif url and not pathlib.Path(path).exists():
-    raise errors.UserError(
-        f"there is no file {path}; it is fetched by: gsutil cp {url} {path}")
-  else:
-    loaded = load.load_params(path, like, dont_load)
-  prefix = f"{into}/" if into else ""
-  return {f"{prefix}{name}": leaf for name, leaf in trees.flatten(loaded).items()
-          if not isinstance(leaf, jax.ShapeDtypeStruct)}
-
-
-def make_loss(mesh, name="sigmoid", **options):
-  """Returns fn(zimg, ztxt, t, b) -> scalar of the section config.loss."""
-  fn = errors.pick(losses.LOSSES, name, "config.loss.name")
-  return functools.partial(errors.call, fn, options, "config.loss",
-                           mesh=mesh, axes=sharding_lib.AXES)
 
 
 class StopRequest:

@@ -42,7 +42,8 @@ def init_params():
 
 
 def run(steps=3, data=8, fsdp=1, devices=8, table=((".*", "replicate"),),
-        microbatches=1, dropout=0.0, frozen=None, loss="sigmoid"):
+        microbatches=1, feed="device", dropout=0.0, frozen=None,
+        loss="sigmoid"):
   """Trains some steps; returns the parameters, metrics, and the state."""
   model = make_model(dropout)
   mesh = sharding.make_mesh(
@@ -57,11 +58,11 @@ def run(steps=3, data=8, fsdp=1, devices=8, table=((".*", "replicate"),),
       step_lib.new_state(init_params(), tx), abstract)
   loss_fn = functools.partial(
       losses.LOSSES[loss], mesh=mesh, axes=sharding.AXES)
-  step = jax.jit(step_lib.make_train_step(
-      model, tx, lr_fn, loss_fn, mesh, microbatches=microbatches,
-      frozen=optim.frozen_mask(shapes, frozen)), donate_argnums=0)
+  step = step_lib.make_train_step(
+      model, tx, lr_fn, loss_fn, mesh, microbatches=microbatches, feed=feed,
+      frozen=optim.frozen_mask(shapes, frozen))
   for i in range(steps):
-    state, metrics = step(state, sharding.put_batch(make_batch(i), mesh))
+    state, metrics = step(state, make_batch(i))
   return jax.device_get(state.params), jax.device_get(metrics), state
 
 
@@ -111,9 +112,10 @@ def test_one_step_is_the_formula():
     assert metrics[key] == pytest.approx(float(want), rel=1e-5), key
 
 
-@pytest.mark.parametrize("k, devices", [(2, 8), (8, 2)])
-def test_microbatches_change_nothing(one_device, k, devices):
-  got = run(data=devices, devices=devices, microbatches=k)
+@pytest.mark.parametrize("k, devices, feed", [
+    (2, 8, "device"), (8, 2, "device"), (4, 2, "host")])
+def test_microbatches_change_nothing(one_device, k, devices, feed):
+  got = run(data=devices, devices=devices, microbatches=k, feed=feed)
   assert_close(got, one_device)
 
 
@@ -153,7 +155,7 @@ def test_dropout_is_the_same_in_both_passes():
   def loss_and_norm(params):
     tx = optax.sgd(1.0)
     step = step_lib.make_train_step(
-        model, tx, lambda s: 0.0, loss_fn, mesh, microbatches=4)
+        model, tx, lambda s: 0.0, loss_fn, mesh, microbatches=4).program
     state = step_lib.new_state(params, tx)
     new, metrics = step(state, make_batch())
     grads = jax.tree.map(lambda a, b: a - b, params, new.params)

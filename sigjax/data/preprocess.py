@@ -11,14 +11,13 @@ Between `decode` and `value_range`, "image" is (h, w, 3) uint8; "text" is a str
 from `choice` or `first` until `tokenize`.
 """
 
-import ast
-import inspect
 import io
 
 import numpy as np
 from PIL import Image
 
 from sigjax import errors
+from sigjax.data import pipe_string
 from sigjax.data import sources
 
 
@@ -250,55 +249,6 @@ OPS = {op.__name__: op for op in (
     choice, first, lower, tokenize, keep)}
 
 
-# Pipe strings.
-
-
-def _calls(node, string):
-  """Yields (name, args, kwargs) of each call in a|b(1)|c(d=2)."""
-  if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-    yield from _calls(node.left, string)
-    yield from _calls(node.right, string)
-  elif isinstance(node, ast.Name):
-    yield node.id, [], {}
-  elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-    try:
-      yield (node.func.id, [ast.literal_eval(arg) for arg in node.args],
-             {kw.arg: ast.literal_eval(kw.value) for kw in node.keywords})
-    except ValueError as e:
-      raise errors.UserError(
-          f'arguments in "{ast.unparse(node)}" have to be plain values '
-          "(numbers, quoted strings, tuples)") from e
-  else:
-    raise errors.UserError(f'"{ast.unparse(node)}" in "{string}" is not an op')
-
-
-def _build(name, args, kwargs, context):
-  """Makes one op's function, its arguments checked against its signature."""
-  factory = errors.pick(OPS, name, "preprocessing op")
-  signature = inspect.signature(factory)
-  params = signature.parameters.values()
-  needs = [p.name for p in params if p.kind == p.KEYWORD_ONLY]
-  taken = [str(p) for p in params if p.kind != p.KEYWORD_ONLY]
-  face = f"{name}({', '.join(taken)})"
-  for need in needs:
-    if context.get(need) is None:
-      raise errors.UserError(f'preprocessing op "{name}" needs a {need}')
-  try:
-    bound = signature.bind(
-        *args, **kwargs, **{need: context[need] for need in needs})
-  except TypeError as e:
-    raise errors.UserError(f"preprocessing op {face}: {e}") from e
-  for key, value in bound.arguments.items():
-    param = signature.parameters[key]
-    values = value if param.kind == param.VAR_POSITIONAL else [value]
-    kinds = {float: (int, float)}.get(param.annotation, param.annotation)
-    wrong = [v for v in values if not isinstance(v, kinds)]
-    if wrong and key not in needs:
-      raise errors.UserError(
-          f"preprocessing op {face}: {key} cannot be {wrong[0]!r}")
-  return factory(*bound.args, **bound.kwargs)
-
-
 def parse(string, **context):
   """Builds the function that a pipe string describes.
 
@@ -314,16 +264,11 @@ def parse(string, **context):
   Raises:
     UserError: no valid pipe string, an unknown op, or wrong arguments.
   """
-  try:
-    tree = ast.parse(string.strip(), mode="eval")
-  except SyntaxError as e:
-    raise errors.UserError(
-        f'"{string}" is not of the form op|op(1, "a")|...: {e.msg}') from e
-  ops = [_build(*call, context) for call in _calls(tree.body, string)]
+  fns = pipe_string.build(string, OPS, context)
 
   def preprocess(example, rng):
     example = dict(example)
-    for op in ops:
-      example = op(example, rng)
+    for fn in fns:
+      example = fn(example, rng)
     return example
   return preprocess
