@@ -99,7 +99,7 @@ class Progress:
 
   def __init__(self, first_step, total_steps):
     self._bar = tqdm.tqdm(
-        total=total_steps, initial=first_step, unit="step", smoothing=0.1,
+        total=total_steps, initial=first_step, smoothing=0.1, mininterval=0.5,
         dynamic_ncols=True, disable=jax.process_index() != 0,
         bar_format="{desc}{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} "
                    "[{elapsed}, {remaining} left{postfix}]")

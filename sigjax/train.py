@@ -84,7 +84,7 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
            jax.devices()[0].device_kind, dict(mesh.shape))
 
   # ---- Data ----
-  source = sources.open_source(**data)
+  source = errors.call(sources.open_source, data, "config.data")
   tokenizer = errors.call(
       tokenizer_lib.of_run, tokenizer, "config.tokenizer",
       workdir / "tokenizer.model",
@@ -102,22 +102,28 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
            len(source), total_steps, batch_size,
            total_steps * batch_size / len(source))
 
-
   # ---- Model, loss, optimizer ----
   model = errors.call(two_towers.TwoTowers, model, "config.model")
   shapes = step_lib.param_shapes(model, example)
   optim = times.resolve(optim, "config.optim")
   tx, lr_fn = errors.call(
       optim_lib.make_optimizer, optim, "config.optim", shapes, total_steps)
+  if tokenizer.vocab_size > model.text.get("vocab_size", tokenizer.vocab_size):
+    raise errors.UserError(
+        f"config.model.text.vocab_size is {model.text['vocab_size']}, but the "
+        f"tokenizer has {tokenizer.vocab_size} pieces; set it to that")
   frozen = optim_lib.frozen_mask(shapes, optim.get("frozen"))
   train_step = step_lib.make_train_step(
       model, tx, lr_fn,
       losses.make(mesh, sharding_lib.AXES, **(loss or {})), mesh, seed=seed,
       frozen=frozen, microbatches=microbatches, feed=feed)
   abstract = step_lib.abstract_state(shapes, tx, mesh, sharding)
-  flops = 3 * sum(two_towers.flops(
-      model, (1, *example["image"].shape), (1, *example["text"].shape)
-  ).values())
+  flops = sum(
+      # Backwards it is twice the forward pass, if anything is trained.
+      value * (1 if all(jax.tree.leaves(frozen[tower])) else 3)
+      for tower, value in two_towers.flops(
+          model, (1, *example["image"].shape), (1, *example["text"].shape)
+      ).items())
   (workdir / "parameters.txt").write_text(
       parameter_overview.get_parameter_overview(
           shapes, include_stats=False) + "\n")
@@ -198,7 +204,8 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
         report(*running)
       running = step, metrics
 
-      save = step % save_every == 0 or step == total_steps or stop.signal
+      stopping = stop.signal  # asked once: it may come at any moment
+      save = step % save_every == 0 or step == total_steps or stopping
       due = [name for name, every in eval_every.items()
              if every and step % every == 0 and step < total_steps]
       if save or due:
@@ -207,11 +214,11 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
       if save:
         saved.save(step, state, batches.get_state())
         last_good = step
-      if stop.signal:
+      if stopping:
         saved.close()
-        raise errors.UserError(
-            f"{stop.signal}: saved step {step}, and stopped; the same command "
-            "goes on from there")
+        writer.close()
+        sys.exit(f"{stopping}: saved step {step} and stopped; the same "
+                 "command goes on from there")
       for row in evaluate(step, due) if due else []:
         progress.write("step {}: {} {} {:.1%} (chance {:.1%}, n {})".format(
             step, *row))

@@ -103,8 +103,8 @@ def test_a_stopped_run_ends_like_one_that_was_not(
   _, err = parts.communicate(timeout=60)
   assert parts.returncode == 1
   last = err.strip().splitlines()[-1]
-  assert last.startswith("error: SIGTERM: saved step "), err
-  step = int(last.split()[4].rstrip(","))
+  assert last.startswith("SIGTERM: saved step "), err
+  step = int(last.split()[3])
   assert 4 <= step < 30
 
   parts = command(tmp_path / "parts", config, devices)
@@ -211,6 +211,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_config):
                                     '"tokenize"?)'),
     (dict(tokenizer=dict(path="none.model")), "none.model cannot be read"),
     (dict(evals=dict(x=dict(type="zeroshots"))), 'config.evals.x.type'),
+    (dict(data=dict(split="train")), "config.data needs: kind"),
+    (dict(tokenizer=dict(vocab_size=33)), "text.vocab_size is 32, but the token"),
     (dict(total_steps=None), "config needs one of total_steps"),
     (dict(init=dict(path="none.npz")), "there is no file none.npz"),
     (dict(resume="nowhere"), "nowhere has no checkpoints"),

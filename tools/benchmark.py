@@ -140,8 +140,7 @@ NUMBER = dict(
 def main(mode, *, devices=None, out=None, plot=False, **options):
   """Measures and reports; the options are the keywords of MODES[mode]."""
   measure = errors.pick(MODES, mode, "the benchmark")
-  if plot:
-    timing.check_plot(out)
+  timing.check_out(out, plot)
   if devices:
     jax.config.update("jax_num_cpu_devices", devices)
   found = jax.devices()
@@ -213,9 +212,13 @@ def parse_flags(argv):
     rest = FLAGS(argv)
     given_flags()  # a missing config file is found out only now
     return rest
-  except (flags.Error, ValueError, AttributeError, KeyError, OSError) as e:
+  except (AttributeError, KeyError) as e:
+    sys.exit("error: the config has no key " + " ".join(
+        str(e.args[0]).replace("\\n", " ").replace("\\", "").split()))
+  except (flags.Error, TypeError, ValueError, OSError) as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    sys.exit(f"error: {lines[-1] if isinstance(e, OSError) else lines[0]}")
+    within = isinstance(e, OSError) or "Traceback" in str(e)
+    sys.exit(f"error: {lines[-1 if within else 0]}")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,6 @@ def table(mode, rows):
 
 def write(folder, mode, rows, machine, plot):
   """Writes MODE.csv into a folder and, if asked to, MODE.png."""
-  folder.mkdir(parents=True, exist_ok=True)
   rows = [{**machine, **row} for row in rows]
   keys = list(dict.fromkeys(key for row in rows for key in row))
   with open(folder / f"{mode}.csv", "w", newline="", encoding="utf-8") as f:
@@ -171,8 +170,15 @@ def write(folder, mode, rows, machine, plot):
     draw(folder / f"{mode}.png", mode, rows)
 
 
-def check_plot(out):
-  """A UserError if nothing can be drawn, before hours are spent on it."""
+def check_out(out, plot):
+  """Makes the folder; what is amiss is a UserError before hours are spent."""
+  if out:
+    try:
+      os.makedirs(out, exist_ok=True)
+    except OSError as e:
+      raise errors.UserError(f"--out {out}: {e.strerror}") from e
+  if not plot:
+    return
   if not out:
     raise errors.UserError("--plot needs a folder to draw into: give --out DIR")
   try:

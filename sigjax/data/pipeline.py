@@ -11,6 +11,8 @@ process p holds the rows p*b to (p+1)*b.
 
 import weakref
 
+import os
+
 import grain
 import numpy as np
 
@@ -58,9 +60,11 @@ def _batches(load, length, b, num_threads, prefetch):
     load: the index of an example on this process -> the example.
     length: how many examples this process loads; None for no end.
     b: how many make a batch.
-    num_threads: in which examples are loaded; 0 for none.
+    num_threads: in which examples are loaded; None for as many as cores.
     prefetch: how many batches are held ready by one more thread.
   """
+  if num_threads is None:
+    num_threads = os.cpu_count()
   indices = grain.MapDataset.range(length or b)
   indices = indices if length else indices.repeat()
   examples = indices.map_with_index(lambda i, _: load(i)).to_iter_dataset(
@@ -133,7 +137,7 @@ class EvalBatches:
 
 
 def train_batches(source, preprocess, *, batch_size, seed, process_index=0,
-                  process_count=1, shuffle=True, num_threads=8, prefetch=2):
+                  process_count=1, shuffle=True, num_threads=None, prefetch=2):
   """Returns an endless iterator over batches for training.
 
   An epoch is len(source) // B batches. The rest, fewer than B elements, is left
@@ -148,7 +152,7 @@ def train_batches(source, preprocess, *, batch_size, seed, process_index=0,
     process_index, process_count: which part of each batch this process loads.
     shuffle: whether each epoch is shuffled globally; otherwise its order is
       the source's.
-    num_threads: in which examples are loaded; 0 for none.
+    num_threads: in which examples are loaded; 0 for none, None for one a core.
     prefetch: how many batches are held ready.
 
   Returns:
@@ -184,7 +188,7 @@ def train_batches(source, preprocess, *, batch_size, seed, process_index=0,
 
 
 def eval_batches(source, preprocess, *, batch_size, process_index=0,
-                 process_count=1, num_threads=8, prefetch=2):
+                 process_count=1, num_threads=None, prefetch=2):
   """Returns batches of all elements once, in order, over all processes.
 
   Every process gets ceil(len(source) / B) batches. Rows past the end are zeros.

@@ -193,10 +193,10 @@ def test_loss(tmp_path):
 def test_step(config_file, tmp_path):
   done = command(
       "step", "--config", config_file, "--microbatches", "1,3", "--losses",
-      "sigmoid,softmax", "--rounds", 2, "--devices", 2, "--out", tmp_path)
+      "softmax", "--rounds", 2, "--devices", 2, "--out", tmp_path)
   rows = rows_of(done, tmp_path, "step")
   assert [(r["loss"], r["microbatches"], r["batch_size"]) for r in rows] == [
-      (loss, k, "24") for loss in ("sigmoid", "softmax") for k in "13"]
+      ("softmax", k, "24") for k in "13"]
   for row in rows:
     assert float(row["examples_per_second"]) == pytest.approx(
         24e3 / float(row["ms"]))
@@ -215,7 +215,9 @@ def test_data(config_file, tmp_path, tiny_config):
   for row in rows[:3]:
     assert float(row["examples_per_second"]) == pytest.approx(
         1e6 / float(row["us"]))
-    assert 0 < float(row["per_core"]) < math.inf
+    # The same work, with and without threads; a batch has 24 examples.
+    same = float(row["per_core"]) / float(rows[2]["per_core"])
+    assert 1 / 8 < same < 8
   # Nothing that takes time is left out, and nothing counted twice.
   assert 70 < sum(float(r["share_percent"]) for r in rows[3:]) < 115
 
@@ -247,8 +249,17 @@ def test_mistakes_are_named(says, options, monkeypatch):
     benchmark.main(**{"mode": "loss", **options})
 
 
+def test_losses_are_those_of_the_config(tiny_config):
+  tiny_config["loss"] = dict(name="softmax")
+  with pytest.raises(errors.UserError, match='mean "sigmoid"'):
+    benchmark.main("step", config=tiny_config, losses=["sigmid"], rounds=1)
+
+
 @pytest.mark.parametrize("says,args", [
-    ("--tiles takes whole numbers", ["loss", "--tiles", "0,x"]),
+    ("--tiles takes whole numbers", ["loss", "--tiles", "0,4"]),
+    ("Not a directory", ["loss", "--out", f"{__file__}/here"]),
+    ("no key 'modl' Did you mean \"model\"", [
+        "step", "--config", "configs/siglip_emoji.py", "--config.modl.x=1"]),
 ])
 def test_a_mistake_ends_in_one_line(says, args):
   done = command(*args)

@@ -1,0 +1,263 @@
+"""Reads a program of the TPU compiler; and, where that is there, uses it."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sigjax import errors
+from sigjax import losses
+from sigjax import sharding
+from tools import aot
+from tools import aot_compile
+from tools import hlo
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+# Cut out of a compiled ring loss: a permute waited for at once and one with a
+# loop in between, in a loop; an all-reduce; reduce-scatter as on TPU.
+TEXT = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%add.1 (x.1: f32[], y.1: f32[]) -> f32[] {
+  %x.1 = f32[]{:T(128)} parameter(0)
+  %y.1 = f32[]{:T(128)} parameter(1)
+  ROOT %add.2 = f32[]{:T(128)} add(%x.1, %y.1)
+}
+
+%tile (p.1: (s32[], f32[64,768])) -> (s32[], f32[64,768]) {
+  %p.1 = (s32[]{:T(128)}, f32[64,768]{1,0:T(8,128)}) parameter(0)
+  %fusion.1 = f32[64,768]{1,0:T(8,128)S(3)} fusion(%p.1), kind=kOutput, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[64,768]{1,0:T(8,128)}) tuple(%p.1, %fusion.1)
+}
+
+%tile_condition (p.2: (s32[], f32[64,768])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(16), metadata={op_name="x"}
+  %p.2 = (s32[]{:T(128)}, f32[64,768]{1,0:T(8,128)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i.2, %constant.1), direction=LT
+}
+
+%ring (p.3: (s32[], f32[64,768], /*index=2*/bf16[64,768])) -> (s32[], f32[64,768], bf16[64,768]) {
+  %p.3 = (s32[]{:T(128)}, f32[64,768]{1,0:T(8,128)}, /*index=2*/bf16[64,768]{1,0:T(8,128)(2,1)}) parameter(0)
+  %sums = f32[64,768]{1,0:T(8,128)} get-tuple-element(%p.3), index=1
+  %start.1 = (f32[64,768]{1,0:T(8,128)}, f32[64,768]{1,0:T(8,128)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%sums), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %texts = bf16[64,768]{1,0:T(8,128)(2,1)} get-tuple-element(%p.3), index=2
+  %start.2 = (bf16[64,768]{1,0:T(8,128)(2,1)}, bf16[64,768]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%texts), channel_id=1
+  %done.1 = f32[64,768]{1,0:T(8,128)} collective-permute-done(%start.1)
+  %while.1 = (s32[]{:T(128)}, f32[64,768]{1,0:T(8,128)}) while(%done.1), condition=%tile_condition, body=%tile
+  %done.2 = bf16[64,768]{1,0:T(8,128)(2,1)} collective-permute-done(%start.2)
+  ROOT %tuple.3 = (s32[]{:T(128)}, f32[64,768]{1,0:T(8,128)}, bf16[64,768]{1,0:T(8,128)(2,1)}) tuple(%p.3, %done.1, %done.2)
+}
+
+%ring_condition (p.4: (s32[], f32[64,768], bf16[64,768])) -> pred[] {
+  %constant.2 = s32[]{:T(128)} constant(3)
+  %p.4 = (s32[]{:T(128)}, f32[64,768]{1,0:T(8,128)}, bf16[64,768]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.4 = s32[]{:T(128)} get-tuple-element(%p.4), index=0
+  ROOT %lt.2 = pred[]{:T(512)} compare(%i.4, %constant.2), direction=LT
+}
+
+%all-reduce-scatter.1 (x.5: f32[64,768]) -> f32[16,768] {
+  %x.5 = f32[64,768]{1,0:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[64,768]{1,0:T(8,128)} all-reduce(%x.5), replica_groups={{0,1,2,3}}, to_apply=%add.1
+  ROOT %slice.1 = f32[16,768]{1,0:T(8,128)} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={16,768}
+}
+
+ENTRY %main.1 (a: f32[64,768], b: bf16[64,768]) -> f32[16,768] {
+  %a = f32[64,768]{1,0:T(8,128)} parameter(0)
+  %b = bf16[64,768]{1,0:T(8,128)(2,1)} parameter(1)
+  %while.2 = (s32[]{:T(128)}, f32[64,768]{1,0:T(8,128)}, bf16[64,768]{1,0:T(8,128)(2,1)}) while(%b), condition=%ring_condition, body=%ring
+  %all-reduce.2 = (f32[768]{0:T(1024)}, bf16[2,768]{1,0:T(8,128)(2,1)}) all-reduce(%a, %b), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, to_apply=%add.1
+  %gather.1 = f32[256,768]{1,0:T(8,128)} all-gather(%a), replica_groups=[2,4]<=[8], dimensions={0}
+  %copy.1 = f32[256,768]{1,0:T(8,128)} copy(%gather.1), metadata={op_name="here"}, backend_config={"window_config":{"estimated_cycles":"7"}}
+  ROOT %fusion.2 = f32[16,768]{1,0:T(8,128)} fusion(%copy.1), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"window_config":{"estimated_cycles":"9"}}
+}
+"""
+
+
+def test_loops_and_collectives_are_counted():
+  program = hlo.Program(TEXT)
+  assert program.times == {"main.1": 1, "ring": 3, "tile": 48}
+  assert program.uncounted == 0
+  # The collective's own cycles are not computation.
+  assert program.cycles() == 3 * 16 * 100 + 7
+  n = 64 * 768
+  assert {c.kind + " " + c.array: c[2:] for c in program.collectives()} == {
+      "collective-permute f32[64,768]": (4 * n, 3, 0),
+      "collective-permute bf16[64,768]": (2 * n, 3, 1600),
+      "all-reduce 2 arrays": (2 * 3 * (4 * 768 + 2 * 2 * 768) // 4, 1, None),
+      "all-gather f32[256,768]": (3 * 4 * n, 1, None),
+      "reduce-scatter f32[64,768]": (3 * n, 1, None)}
+  assert program.largest(1) == [("f32[256,768]", 16 * n, "")]
+
+
+def test_a_loop_of_unknown_length_is_told():
+  program = hlo.Program(TEXT.replace("direction=LT", "direction=GT"))
+  assert program.uncounted == 2 and program.times["tile"] == 1
+
+
+@pytest.mark.parametrize("name, text", [
+    ("v9:2x2", "choose from: v4, v5e, v5p, v6e"), ("v4", "write one as"),
+    ("v5e:2,4", "write one as"), ("v4:2x2x1", "pip install 'sigjax.aot.'")])
+def test_topologies_that_cannot_be(name, text, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(errors.UserError, match=text):
+    aot.open_topology(name)
+
+
+@pytest.mark.parametrize("args, text", [
+    (["--topology", "v9:2x2"], 'the chip of --topology v9:2x2, "v9" is not'),
+    (["--config", "none.py"], "none.py"),
+    (["--config.batch=2"], "the config has no key"),
+    (["--batch_size", "0"], "batch_size"), (["typo"], "is not a flag")],
+                         ids=str)
+def test_mistakes_end_in_one_line(args, text):
+  done = subprocess.run(
+      [sys.executable, "-m", "tools.aot_compile", "--config",
+       "configs/siglip_emoji.py", *args], cwd=ROOT, text=True,
+      capture_output=True, check=False, env={**os.environ, "XLA_FLAGS": ""})
+  assert done.returncode == 1 and text in done.stderr
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def step_job(config, **more):
+  keys = ("batch_size", "total_steps", "model", "optim", "pp_image", "pp_text")
+  return errors.call(aot.step_job, {**{k: config[k] for k in keys}, **more},
+                     "config", sharding.make_mesh())
+
+
+def test_flops_as_traced_are_those_of_the_formula(tiny_config):
+  config = dict(tiny_config, batch_size=32)
+  config["model"]["image"]["depth"] = config["model"]["text"]["depth"] = 4
+  once = step_job(config)
+  traced = lambda job: aot.traced_flops(job.traced.jaxpr.jaxpr, devices=8) / 8
+  # No gradient goes into the pixels: less than twice forward for the patches.
+  assert traced(once) == pytest.approx(once.flops, rel=0.1)
+  twice = step_job(config, microbatches=2)
+  assert twice.flops == once.flops
+  assert traced(twice) == pytest.approx(4 / 3 * once.flops, rel=0.1)
+  locked = dict(config["optim"], frozen=(("img/.*", True), (".*", False)))
+  locked = step_job(config, optim=locked)
+  assert traced(locked) == pytest.approx(locked.flops, rel=0.1)
+  assert locked.flops < 0.7 * once.flops
+
+
+def test_shares_of_a_chip(tiny_config):
+  job = step_job(dict(tiny_config, batch_size=32))
+  assert job.arguments["batch: images"] == 4 * 4 * 16 * 16 * 3
+  assert job.arguments["batch: texts"] == 4 * 4 * 8
+  params, = [v for k, v in job.arguments.items() if k.startswith("parameters")]
+  assert 2 * params < job.arguments["optimizer state"] < 2 * params + 99
+
+
+@pytest.mark.parametrize("more, text", [
+    (dict(batch_size=33), "do not divide"),
+    (dict(batch_size=32, microbatches=3), "do not divide"),
+    (dict(feed="host"), "config.feed"), (dict(modle=1), 'did you mean "model"'),
+    (dict(loss=dict(name="sigmoyd")), "config.loss.name")], ids=str)
+def test_configs_that_cannot_be(more, text, tiny_config):
+  with pytest.raises(errors.UserError, match=text):
+    step_job(tiny_config, **more)
+
+
+class Fails:
+  """Stands for what jax.jit(fn).trace(...) returns."""
+
+  def __init__(self, message):
+    self._message = message
+
+  def lower(self):
+    raise jax.errors.JaxRuntimeError(self._message)
+
+
+def test_out_of_memory_says_how_much():
+  message = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
+             "required for HLO temporaries (1.50T) exceeds available HBM "
+             "(30.75G).")
+  with pytest.raises(aot.DoesNotFit, match="needs 1536.00 GiB a chip, of 30.7"):
+    aot.compile_job(aot.Job("", Fails(message), {}, 0))
+  with pytest.raises(errors.UserError, match="the compiler says: INTERNAL: x"):
+    aot.compile_job(aot.Job("", Fails("INTERNAL: x\ny"), {}, 0))
+
+
+@pytest.mark.parametrize("first", [8, 64, 1000, 8000])
+def test_largest_batch_is_found(first, monkeypatch):
+  tried = []
+
+  def compile_job(n):
+    tried.append(n)
+    if n > 1000:
+      raise aot.DoesNotFit(n, 1000)
+    return f"compiled {n}"
+  monkeypatch.setattr(aot, "compile_job", compile_job)
+  n, job, compiled = aot.find_batch(
+      lambda n: n, first, 8, lambda n, got: None)
+  assert (job, compiled) == (n, f"compiled {n}")
+  assert 8 / 9 * 1000 < n <= 1000 and n % 8 == 0
+  assert len(tried) == len(set(tried)) < 12
+  with pytest.raises(aot.DoesNotFit):
+    aot.find_batch(lambda n: n, first, 1008, lambda n, got: None)
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+  """Devices of a topology, where the compiler is installed."""
+  pytest.importorskip("libtpu")
+  for key, value in dict(
+      TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v4-8",
+      TPU_WORKER_HOSTNAMES="localhost").items():
+    monkeypatch.setenv(key, value)  # and away again afterwards
+  return aot.open_topology("v4:2x2x1")
+
+
+CONFIG = dict(
+    batch_size=131072, data={}, model=dict(
+        image=dict(variant="mu/16"), text=dict(variant="mu", vocab_size=32),
+        out_dim=(1024, 1024)),
+    loss=dict(dtype="bfloat16"), pp_image="decode|resize(32)|value_range(-1,1)",
+    pp_text="tokenize(8)")
+
+
+def test_loss_on_a_tpu_that_is_not_there(tpu, capsys):
+  aot_compile.main(CONFIG, "v4:2x2x1", what="loss")
+  lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+  row = lambda *words: next(
+      line[len(words):] for line in lines if line[:len(words)] == [*words])
+  b = 131072 // 4
+  assert float(row("embeddings")[0]) == 2 * 2 * b * 1024 / 2**30
+  found = float(row("temporaries", "(activations,", "gradients)")[0])
+  assert found == pytest.approx(14 * b * 1024 / 2**30, rel=0.01)
+  assert float(row("the", "chip", "has")[0]) == 30.75
+  tflop = 6 * 131072**2 * 1024 / 4 / 1e12
+  for label in ("by formula: what the gradients need",
+                "as traced: and what is computed again"):
+    assert float(row(*label.split())[0]) == pytest.approx(tflop, abs=1e-3)
+  assert row("in", "all:")[:2] == ["all-reduce", "0.0"]
+  assert row("in", "all:")[-3:] == ["collective-permute", "768.0", "MiB"]
+  _, chip = tpu
+  texts = [line for line in lines if line[:2] == [
+      "collective-permute", f"bf16[{b},1024]"]]
+  assert sorted(int(line[2]) for line in texts) == [1, 3]
+  for line in texts:
+    assert float(line[5]) == pytest.approx(
+        1e3 * 2 * b * 1024 / chip.link, abs=1e-3)
+    assert float(line[6]) > 10 * float(line[5])  # computed meanwhile
+
+
+def test_what_does_not_fit_is_told(tpu, capsys):
+  del tpu
+  with pytest.raises(aot.DoesNotFit, match="of 30.75 there are"):
+    aot_compile.main(CONFIG, "v4:2x2x1", what="loss", batch_size=2**25)
+  assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["v4:2x3x1", "v5e:99x99"])
+def test_topologies_that_the_compiler_refuses(name, tpu):
+  del tpu
+  with pytest.raises(errors.UserError, match=f"--topology {name}: "):
+    aot.open_topology(name)
