@@ -1,6 +1,6 @@
 """Checkpoints of a run, by orbax: asynchronous, atomic, the data's place too.
 
-    WORKDIR/checkpoints/STEP/params  the parameters alone: all that serving needs
+    WORKDIR/checkpoints/STEP/params  the parameters: all that serving needs
     WORKDIR/checkpoints/STEP/rest    step and optimizer state
     WORKDIR/checkpoints/STEP/data    where the data iterator was (JSON)
 """

@@ -68,7 +68,7 @@ class Durations:
     return max(round(exact), 1) if exact else 0
 
   def resolve(self, section, where):
-    """Replaces each NAME_{epochs,examples,percent} by NAME_steps, in all depths.
+    """Replaces each NAME_{epochs,examples,percent} by NAME_steps, at any depth.
 
     Rounded to the nearest step, but at least one unless it is 0.
 

@@ -4,8 +4,11 @@ B is the global batch, D the number of devices, b = B/D, k the number of
 microbatches, E the width of the embeddings.
 """
 
+from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
+from flax import linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -113,77 +116,12 @@ def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
     grad_norm, update_norm and param_norm, and lr. With feed "device" it has an
     attribute `program`, the jitted function of (state, global batch).
   """
-
-  def thaw(params):
-    # Where a gradient stops, XLA drops the whole backward pass behind it.
-    return params if frozen is None else jax.tree.map(
-        lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
-
-  def towers(params, part, rng):
-    zimg, ztxt, _ = model.apply(
-        {"params": thaw(params)}, part["image"], part["text"], train=True,
-        rngs={"dropout": rng})
-    return zimg, ztxt
-
-  def pair_loss(params, zimg, ztxt):
-    return loss_fn(zimg, ztxt, *temperature_and_bias(model, thaw(params)))
-
-  def rng_of(state, i):
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    return jax.random.fold_in(rng, i)
-
-  def update(state, z, loss, grads):
-    """The end of every step: from gradients to new state and metrics."""
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    t, b = temperature_and_bias(model, state.params)
-    stats = losses.logit_stats(*z, t, b)
-    metrics = dict(
-        loss=loss, t=t, b=b, pos_logit=stats["pos"], neg_logit=stats["neg"],
-        grad_norm=optax.tree.norm(grads), update_norm=optax.tree.norm(updates),
-        param_norm=optax.tree.norm(params), lr=lr_fn(state.step))
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-  def one_batch(state, batch):
-    def fn(params):
-      z = towers(params, batch, rng_of(state, 0))
-      return pair_loss(params, *z), z
-    (loss, z), grads = jax.value_and_grad(fn, has_aux=True)(state.params)
-    return update(state, z, loss, grads)
-
-  # The three parts of a step in microbatches: part and dz are of one of them,
-  # z of all, (k, B/k, E).
-
-  def embed(state, part, i):
-    return towers(state.params, part, rng_of(state, i))
-
-  def loss_and_gradients(state, z):
-    z = jax.tree.map(lambda x: merge(x, mesh), z)
-    loss, (grads, *dz) = jax.value_and_grad(pair_loss, (0, 1, 2))(
-        state.params, *z)
-    dz = jax.tree.map(lambda x: split(x, microbatches, mesh), tuple(dz))
-    return z, loss, grads, dz
-
-  def pull_back(state, part, i, dz, grads):
-    _, vjp = jax.vjp(lambda p: towers(p, part, rng_of(state, i)), state.params)
-    return jax.tree.map(jnp.add, grads, vjp(dz)[0])
-
-  def many_batches(state, batch):
-    parts = jax.tree.map(lambda x: split(x, microbatches, mesh), batch)
-    numbers = jnp.arange(microbatches)
-    _, z = jax.lax.scan(
-        lambda _, xs: (None, embed(state, *xs)), None, (parts, numbers))
-    z, loss, grads, dz = loss_and_gradients(state, z)
-    grads, _ = jax.lax.scan(
-        lambda grads, xs: (pull_back(state, *xs, grads), None),
-        grads, (parts, numbers, dz))
-    return update(state, z, loss, grads)
-
+  step = _Step(model, tx, lr_fn, loss_fn, mesh, seed, frozen, microbatches)
   if errors.pick({"device": False, "host": True}, feed, "config.feed"):
-    return _fed_from_host(
-        embed, loss_and_gradients, pull_back, update, microbatches, mesh)
-  program = jax.jit(one_batch if microbatches == 1 else many_batches,
-                    donate_argnums=0)
+    return step.fed_from_host()
+  program = jax.jit(
+      step.one_batch if microbatches == 1 else step.many_batches,
+      donate_argnums=0)
 
   def train_step(state, batch):
     return program(state, sharding.put_batch(batch, mesh))
@@ -191,30 +129,109 @@ def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
   return train_step
 
 
-def _fed_from_host(embed, loss_and_gradients, pull_back, update, k, mesh):
-  """many_batches of make_train_step as one program for each of its parts."""
-  embed, loss_and_gradients = jax.jit(embed), jax.jit(loss_and_gradients)
-  stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
-  pull_back_of = jax.jit(
-      lambda state, part, i, dz, grads: pull_back(
-          state, part, i, jax.tree.map(lambda x: x[i], dz), grads),
-      donate_argnums=4)
-  update = jax.jit(update, donate_argnums=(0, 3))
+class _Step(NamedTuple):
+  """The parts of a step; the arguments are those of make_train_step."""
+  model: nn.Module
+  tx: optax.GradientTransformation
+  lr_fn: Callable
+  loss_fn: Callable
+  mesh: jax.sharding.Mesh
+  seed: int
+  frozen: dict | None
+  k: int
 
-  def train_step(state, batch):
-    devices = mesh.size // jax.process_count()
-    parts = jax.tree.map(
-        lambda x: x.reshape(devices, k, -1, *x.shape[1:]), batch)
+  def thaw(self, params):
+    # Where a gradient stops, XLA drops the whole backward pass behind it.
+    return params if self.frozen is None else jax.tree.map(
+        lambda p, f: jax.lax.stop_gradient(p) if f else p, params, self.frozen)
 
-    def part(i):
-      rows = jax.tree.map(lambda x: x[:, i].reshape(-1, *x.shape[3:]), parts)
-      return sharding.put_batch(rows, mesh)
-    z = stack(*(embed(state, part(i), i) for i in range(k)))
-    z, loss, grads, dz = loss_and_gradients(state, z)
-    for i in range(k):
-      grads = pull_back_of(state, part(i), i, dz, grads)
-    return update(state, z, loss, grads)
-  return train_step
+  def towers(self, params, state, part, i):
+    """Embeddings of microbatch i: its zimg and ztxt, (B/k, E)."""
+    rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
+    zimg, ztxt, _ = self.model.apply(
+        {"params": self.thaw(params)}, part["image"], part["text"], train=True,
+        rngs={"dropout": jax.random.fold_in(rng, i)})
+    return zimg, ztxt
+
+  def pair_loss(self, params, zimg, ztxt):
+    return self.loss_fn(
+        zimg, ztxt, *temperature_and_bias(self.model, self.thaw(params)))
+
+  def update(self, state, z, loss, grads):
+    """The end of every step: from gradients to new state and metrics."""
+    updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    t, b = temperature_and_bias(self.model, state.params)
+    stats = losses.logit_stats(*z, t, b)
+    metrics = dict(
+        loss=loss, t=t, b=b, pos_logit=stats["pos"], neg_logit=stats["neg"],
+        grad_norm=optax.tree.norm(grads), update_norm=optax.tree.norm(updates),
+        param_norm=optax.tree.norm(params), lr=self.lr_fn(state.step))
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  def one_batch(self, state, batch):
+    """A step without microbatches."""
+    def fn(params):
+      z = self.towers(params, state, batch, 0)
+      return self.pair_loss(params, *z), z
+    (loss, z), grads = jax.value_and_grad(fn, has_aux=True)(state.params)
+    return self.update(state, z, loss, grads)
+
+  # The three parts of a step in microbatches.
+
+  def embed(self, state, part, i):
+    return self.towers(state.params, state, part, i)
+
+  def loss_and_gradients(self, state, z):
+    """From all embeddings, (k, B/k, E), to the gradients by them, likewise."""
+    z = jax.tree.map(lambda x: merge(x, self.mesh), z)
+    loss, (grads, *dz) = jax.value_and_grad(self.pair_loss, (0, 1, 2))(
+        state.params, *z)
+    dz = jax.tree.map(lambda x: split(x, self.k, self.mesh), tuple(dz))
+    return z, loss, grads, dz
+
+  def pull_back(self, state, part, i, dz, grads):
+    """Adds the parameters' gradients through microbatch i."""
+    _, vjp = jax.vjp(lambda p: self.towers(p, state, part, i), state.params)
+    return jax.tree.map(jnp.add, grads, vjp(dz)[0])
+
+  def many_batches(self, state, batch):
+    """A step in microbatches, as one program."""
+    parts = jax.tree.map(lambda x: split(x, self.k, self.mesh), batch)
+    numbers = jnp.arange(self.k)
+    _, z = jax.lax.scan(
+        lambda _, xs: (None, self.embed(state, *xs)), None, (parts, numbers))
+    z, loss, grads, dz = self.loss_and_gradients(state, z)
+    grads, _ = jax.lax.scan(
+        lambda grads, xs: (self.pull_back(state, *xs, grads), None),
+        grads, (parts, numbers, dz))
+    return self.update(state, z, loss, grads)
+
+  def fed_from_host(self):
+    """many_batches, as one program for each part of it."""
+    embed, loss_and_gradients = map(jax.jit, (
+        self.embed, self.loss_and_gradients))
+    stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
+    pull_back = jax.jit(
+        lambda state, part, i, dz, grads: self.pull_back(
+            state, part, i, jax.tree.map(lambda x: x[i], dz), grads),
+        donate_argnums=4)
+    update = jax.jit(self.update, donate_argnums=(0, 3))
+
+    def train_step(state, batch):
+      devices = self.mesh.size // jax.process_count()
+      parts = jax.tree.map(
+          lambda x: x.reshape(devices, self.k, -1, *x.shape[1:]), batch)
+
+      def part(i):  # the same rows as split's
+        rows = jax.tree.map(lambda x: x[:, i].reshape(-1, *x.shape[3:]), parts)
+        return sharding.put_batch(rows, self.mesh)
+      z = stack(*(embed(state, part(i), i) for i in range(self.k)))
+      z, loss, grads, dz = loss_and_gradients(state, z)
+      for i in range(self.k):
+        grads = pull_back(state, part(i), i, dz, grads)
+      return update(state, z, loss, grads)
+    return train_step
 
 
 def make_embed(model, mesh):

@@ -38,10 +38,10 @@ log = logging.getLogger("sigjax")
 
 
 def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
-         optim, total_steps=None, total_epochs=None, total_examples=None, seed=0,
-         loss=None, mesh=None, sharding=((".*", "replicate"),), microbatches=1,
-         feed="device", init=None, resume=None, checkpoints=None, log_every_steps=50,
-         evals=None, eval_only=False):
+         optim, total_steps=None, total_epochs=None, total_examples=None,
+         seed=0, loss=None, mesh=None, sharding=((".*", "replicate"),),
+         microbatches=1, feed="device", init=None, resume=None,
+         checkpoints=None, log_every_steps=50, evals=None, eval_only=False):
   """Runs a config; its top-level keys are these arguments.
 
   Args:
@@ -72,7 +72,8 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
   Returns:
     The rows of the last evaluation: (name, metric, value, chance, n).
 
-  All durations may also be given as *_epochs, *_examples or *_percent.
+  Durations in optim, checkpoints and evals may also be given as *_epochs,
+  *_examples or *_percent.
   """
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)

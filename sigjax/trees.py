@@ -25,7 +25,7 @@ def flatten(tree):
 
 
 def unflatten(flat):
-  """Returns nested dicts from {name: leaf}; the inverse of flatten for dicts."""
+  """Returns nested dicts from {name: leaf}: flatten, backwards."""
   tree = {}
   for name, leaf in flat.items():
     *parents, last = name.split("/")

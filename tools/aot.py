@@ -72,10 +72,11 @@ def open_topology(name):
   if importlib.util.find_spec("libtpu") is None:
     raise errors.UserError(
         "the TPU compiler is not installed: pip install 'sigjax[aot]'")
-  # libtpu is to ask nobody which TPU it is on.
+  # libtpu is to ask nobody which TPU it is on, and need not have it alone.
   for key, value in dict(
       TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=chip.env,
-      TPU_WORKER_HOSTNAMES="localhost").items():
+      TPU_WORKER_HOSTNAMES="localhost",
+      ALLOW_MULTIPLE_LIBTPU_LOAD="1").items():
     os.environ.setdefault(key, value)
   try:
     found = topologies.get_topology_desc(

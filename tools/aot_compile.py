@@ -37,7 +37,8 @@ def memory_rows(job, compiled, capacity):
   stats = compiled.memory_analysis()
   results = stats.output_size_in_bytes - stats.alias_size_in_bytes
   peak = stats.peak_memory_in_bytes
-  rows = [*job.arguments.items(), ("results not written over arguments", results),
+  rows = [*job.arguments.items(),
+          ("results not written over arguments", results),
           ("temporaries (activations, gradients)",
            peak - sum(job.arguments.values()) - results),
           ("together, at the peak", peak), ("the chip has", capacity)]
@@ -58,9 +59,10 @@ def flop_rows(job, compiled, peak, devices):
 
 def link_rows(collectives, chip):
   """Rows (kind, array, times, MiB sent each, in all, ms each, hidden ms)."""
+  ms = lambda seconds: f"{1e3 * seconds:.3f}"
   return [(c.kind, c.array, c.times, f"{c.sent / MIB:.2f}",
-           f"{c.sent * c.times / MIB:.1f}", f"{1e3 * c.sent / chip.link:.3f}",
-           "waits" if c.hidden is None else f"{1e3 * c.hidden / chip.clock:.3f}")
+           f"{c.sent * c.times / MIB:.1f}", ms(c.sent / chip.link),
+           "waits" if c.hidden is None else ms(c.hidden / chip.clock))
           for c in sorted(collectives, key=lambda c: -c.sent * c.times)]
 
 
@@ -82,7 +84,7 @@ def report(job, compiled, mesh, chip, capacity):
   sent = program.collectives()
   flops = flop_rows(job, compiled, peak, mesh.size)
   show(memory_rows(job, compiled, capacity), "memory per chip", "GiB", "share")
-  print("(temp_size_in_bytes, which counts some buffers twice: "
+  print("(temporaries by the compiler's temp_size_in_bytes: "
         f"{compiled.memory_analysis().temp_size_in_bytes / MIB:,.1f} MiB)")
   show([(array, f"{size / GIB:.3f}", made_by[-60:])
         for array, size, made_by in program.largest(5)],
@@ -95,15 +97,16 @@ def report(job, compiled, mesh, chip, capacity):
           c.sent * c.times for c in sent if c.kind == kind))))
   if program.uncounted:
     print(f"{program.uncounted} loop(s) of unknown length count once")
-  waits = 1e3 * exposed(sent, chip)
-  cycles = 1e3 * program.cycles() / chip.clock
+  waits = f"{1e3 * exposed(sent, chip):.1f}"
   print(f"""
 estimate of the time, in ms:
-  at the chip's peak: products {flops[1][2]} + links not hidden {waits:.1f}
-  by the compiler's guess of cycles: {cycles:.1f} + links not hidden {waits:.1f}
-assumed: {peak / 1e12:.0f} TFLOP/s in bfloat16, {chip.clock / 1e9:.2f} GHz, {chip.link / 1e9:.0f} GB/s over a link one
-way; collectives as rings over one link at a time, between neighbours. The
-mesh's neighbours are up to {hops(mesh)} link(s) apart (without links that close a torus).""")
+  at the chip's peak: products {flops[1][2]} + links not hidden {waits}
+  by the compiler's guess of cycles: {1e3 * program.cycles() / chip.clock:.1f}\
+ + links not hidden {waits}
+assumed: {peak / 1e12:.0f} TFLOP/s in bfloat16, {chip.clock / 1e9:.2f} GHz,\
+ {chip.link / 1e9:.0f} GB/s over a link one way;
+collectives as rings over one link at a time, between neighbours. The mesh's
+are up to {hops(mesh)} link(s) apart, links that close a torus not counted.""")
 
 
 def hops(mesh):
@@ -119,7 +122,7 @@ def main(config, topology, what="step", batch_size=None, microbatches=None,
   devices, chip = aot.open_topology(topology)
   mesh = errors.call(sharding_lib.make_mesh, config.get("mesh") or {},
                      "config.mesh", devices=devices)
-  make = errors.pick({"step": aot.step_job, "loss": aot.loss_job}, what, "--what")
+  make = {"step": aot.step_job, "loss": aot.loss_job}[what]
   keys = inspect.signature(make).parameters
   config = {k: v for k, v in config.items() if k in keys}
   if batch_size:
@@ -143,7 +146,8 @@ def main(config, topology, what="step", batch_size=None, microbatches=None,
   capacity = aot.memory_of(devices[0])
   if find:
     smallest = piece if k > 1 and not rest else mesh.size
-    _, job, compiled = aot.find_batch(build, config["batch_size"], smallest, tried)
+    _, job, compiled = aot.find_batch(
+        build, config["batch_size"], smallest, tried)
   else:
     job = errors.call(make, config, "config", mesh)
     compiled = aot.compile_job(job)

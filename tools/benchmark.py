@@ -128,7 +128,8 @@ NUMBERS = dict(
     batch_sizes="loss: batch sizes, over all devices.",
     tiles="loss: tile sizes of the ring.",
     microbatches="step: numbers of microbatches; the config's if unset.",
-    threads="data: numbers of threads that load examples.")
+    threads="data: numbers of threads that load examples; 1 and one a core if "
+            "unset.")
 NUMBER = dict(
     devices="Devices to use: on a CPU that many are made. All there are if "
             "unset.",

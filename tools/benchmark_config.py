@@ -4,6 +4,7 @@ import functools
 import inspect
 import io
 import itertools
+import os
 import pathlib
 import tempfile
 import time
@@ -106,7 +107,8 @@ def step_parts(devices, *, batch_size, model, optim, pp_image, pp_text,
         model, tx, lr_fn,
         losses_lib.make(mesh, sharding_lib.AXES, **loss_section), mesh,
         frozen=frozen, microbatches=k)
-    return jax.jit(fn, donate_argnums=0, out_shardings=(
+    # The state comes out split as it went in: each variant takes it next.
+    return jax.jit(fn.program, donate_argnums=0, out_shardings=(
         jax.tree.map(lambda x: x.sharding, abstract), None)), abstract
   return make, functools.partial(
       step_lib.init_state, model, tx, 0, example, abstract), batch, flops
@@ -125,16 +127,18 @@ def example_of(pp_image, pp_text):
 # --- The data -----------------------------------------------------------------
 
 
-def data(devices, *, config, threads=(1, 8), batches=4, rounds=5):
+def data(devices, *, config, threads=None, batches=4, rounds=5):
   """Rows for the config's pipeline, and for what it does to one example.
 
+  Threads are one, and one a core as in training, unless they are given.
   Of the pipeline, per_core is examples a second of processor time, whatever
   else the machine does meanwhile.
   """
   del devices
   return errors.call(
       data_rows, {k: config[k] for k in config if k in inspect.signature(
-          data_rows).parameters}, "config", threads, batches, rounds)
+          data_rows).parameters}, "config",
+      threads or sorted({1, os.cpu_count()}), batches, rounds)
 
 
 def data_rows(threads, batches, rounds, *, batch_size, data, pp, tokenizer):

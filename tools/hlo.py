@@ -124,7 +124,9 @@ class Program:
     kind = op.op.removesuffix("-start").removesuffix("-done")
     if kind in KINDS:
       return kind, op
-    inner = _attribute(op, "calls") if op.op in ("fusion", "async-start") else ""
+    if op.op not in ("fusion", "async-start"):
+      return None
+    inner = _attribute(op, "calls")
     for part in self.computations.get(inner, ()):
       if part.op in KINDS:
         # On TPU a reduce-scatter is an all-reduce fused with a slice.

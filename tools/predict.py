@@ -98,7 +98,7 @@ def run(argv):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "A run's workdir, or a checkpoint of it.")
+  flags.DEFINE_string("workdir", None, "A run's workdir or a checkpoint of it.")
   flags.DEFINE_list("image", None, "Image files.")
   flags.DEFINE_list("texts", None, "Texts.")
   flags.mark_flags_as_required(["workdir", "image", "texts"])

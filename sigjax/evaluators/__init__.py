@@ -12,7 +12,7 @@ EVALUATORS = dict(
 )
 
 
-def make(what, path, tokenizer, type, **options):  # pylint: disable=redefined-builtin
+def make(what, path, tokenizer, *, type=None, **options):
   """Builds the evaluator of one section of config.evals.
 
   Args:

@@ -61,7 +61,7 @@ def load_params(path, like=None, dont_load=()):
 
 
 def fit(flat, like, dont_load, path):
-  """Fits {name: array} to a model; like, dont_load, errors as in load_params."""
+  """Fits {name: array} to a model; arguments and errors as in load_params."""
   skip = re.compile("|".join(f"(?:{p})" for p in dont_load) or r"(?!)")
   want = trees.flatten(like)
   flat = _stack(_unstack(flat), want)

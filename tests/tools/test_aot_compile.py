@@ -144,7 +144,7 @@ def test_flops_as_traced_are_those_of_the_formula(tiny_config):
   locked = dict(config["optim"], frozen=(("img/.*", True), (".*", False)))
   locked = step_job(config, optim=locked)
   assert traced(locked) == pytest.approx(locked.flops, rel=0.1)
-  assert locked.flops < 0.7 * once.flops
+  assert locked.flops < 0.8 * once.flops
 
 
 def test_shares_of_a_chip(tiny_config):
