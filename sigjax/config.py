@@ -1,8 +1,48 @@
-"""Config files' helpers: the argument after the colon, and durations."""
+"""Configs: the command line, the argument after the colon, and durations."""
 
 import math
+import sys
+
+from absl import app
+from absl import flags
 
 from sigjax import errors
+
+
+def parse_flags(argv, check):
+  """Parses the command line; a mistake in it ends in one line on stderr.
+
+  Args:
+    argv: as given to a flags_parser of absl's app.run.
+    check: fn(rest of argv without flags), called at the end; a config file is
+      only loaded when FLAGS.config is used, so check is to use it.
+
+  Returns:
+    The rest of argv.
+  """
+  app.define_help_flags()
+  try:
+    rest = flags.FLAGS(argv)
+    check(rest)
+    return rest
+  except (AttributeError, KeyError) as e:  # of overrides, --config.x=1
+    sys.exit("error: the config has no key " + " ".join(
+        str(e.args[0]).replace("\\n", " ").replace("\\", "").split()))
+  except (flags.Error, TypeError, ValueError, OSError) as e:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    # ml_collections puts what it is about last, flags put it first.
+    last = isinstance(e, OSError) or "Traceback" in str(e)
+    sys.exit(f"error: {lines[-1 if last else 0]}")
+
+
+def check_config(rest):
+  """A check for parse_flags: --config is given and loads, nothing is left."""
+  if len(rest) > 1:
+    raise errors.UserError(f'"{rest[1]}" is not a flag: flags begin with --')
+  if flags.FLAGS.config is None:
+    raise errors.UserError(
+        "give --config, such as --config configs/siglip_emoji.py")
+  flags.FLAGS.config.to_dict()
 
 
 def parse_arg(arg, **defaults):

@@ -273,27 +273,6 @@ flags.DEFINE_bool(
     "eval_only", False, "Only evaluate the workdir's newest checkpoint.")
 
 
-def parse_flags(argv):
-  """Parses the command line; a mistake in it ends in one line on stderr."""
-  try:
-    app.define_help_flags()
-    rest = FLAGS(argv)
-    if len(rest) > 1:
-      raise errors.UserError(f'"{rest[1]}" is not a flag: flags begin with --')
-    if FLAGS.config is None:
-      raise errors.UserError(
-          "give --config, such as --config configs/siglip_emoji.py")
-    FLAGS.config.to_dict()  # only now a missing file is found out
-    return rest
-  except (AttributeError, KeyError) as e:
-    sys.exit("error: the config has no key " + " ".join(
-        str(e.args[0]).replace("\\n", " ").replace("\\", "").split()))
-  except (flags.Error, errors.UserError, TypeError, ValueError, OSError) as e:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    many = isinstance(e, OSError) or "Traceback" in str(e)
-    sys.exit(f"error: {lines[-1 if many else 0]}")
-
-
 def run(argv):
   """What app.run calls."""
   del argv
@@ -314,4 +293,5 @@ def run(argv):
 
 
 if __name__ == "__main__":
-  app.run(run, flags_parser=parse_flags)
+  app.run(run, flags_parser=lambda argv: config_lib.parse_flags(
+      argv, config_lib.check_config))

@@ -22,6 +22,7 @@ from absl import logging
 import jax
 from ml_collections import config_flags
 
+from sigjax import config as config_lib
 from sigjax import errors
 from sigjax import metrics
 from sigjax import sharding as sharding_lib
@@ -156,31 +157,10 @@ def main(config, topology, what="step", batch_size=None, microbatches=None,
   report(job, compiled, mesh, chip, capacity)
 
 
-def parse_flags(argv):
-  """Parses the command line; a mistake in it ends in one line on stderr."""
-  app.define_help_flags()
-  logging.set_verbosity(logging.ERROR)  # JAX tells what it has not found
-  try:
-    rest = FLAGS(argv)
-    if len(rest) > 1:
-      raise errors.UserError(f'"{rest[1]}" is not a flag: flags begin with --')
-    if FLAGS.config is None:
-      raise errors.UserError(
-          "give --config, such as --config configs/siglip_b16.py")
-    FLAGS.config.to_dict()  # only now a missing file is found out
-    return rest
-  except (AttributeError, KeyError) as e:
-    sys.exit("error: the config has no key " + " ".join(
-        str(e.args[0]).replace("\\n", " ").replace("\\", "").split()))
-  except (flags.Error, TypeError, ValueError, OSError) as e:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    within = isinstance(e, OSError) or "Traceback" in str(e)
-    sys.exit(f"error: {lines[-1 if within else 0]}")
-
-
 def run(argv):
   """What app.run calls."""
   del argv
+  logging.set_verbosity(logging.ERROR)  # JAX tells what it has not found
   jax.config.update("jax_platforms", "cpu")  # a TPU here is left alone
   try:
     main(FLAGS.config.to_dict(), FLAGS.topology, FLAGS.what, FLAGS.batch_size,
@@ -204,4 +184,5 @@ def define_flags():
 
 if __name__ == "__main__":
   define_flags()
-  app.run(run, flags_parser=parse_flags)
+  app.run(run, flags_parser=lambda argv: config_lib.parse_flags(
+      argv, config_lib.check_config))

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from ml_collections import config_flags
 import numpy as np
 
+from sigjax import config as config_lib
 from sigjax import errors
 from sigjax import losses
 from sigjax import sharding as sharding_lib
@@ -195,6 +196,7 @@ def given_flags():
 
 def run(argv):
   """What app.run calls."""
+  logging.set_verbosity(logging.WARNING)  # JAX tells what it has not found
   try:
     if len(argv) != 2:
       raise errors.UserError(
@@ -204,24 +206,8 @@ def run(argv):
     sys.exit(f"error: {e}")
 
 
-def parse_flags(argv):
-  """Parses the command line; a mistake in it ends in one line on stderr."""
-  app.define_help_flags()
-  logging.set_verbosity(logging.WARNING)  # JAX tells what it has not found
-  FLAGS.set_gnu_getopt(True)  # flags may stand behind the mode
-  try:
-    rest = FLAGS(argv)
-    given_flags()  # a missing config file is found out only now
-    return rest
-  except (AttributeError, KeyError) as e:
-    sys.exit("error: the config has no key " + " ".join(
-        str(e.args[0]).replace("\\n", " ").replace("\\", "").split()))
-  except (flags.Error, TypeError, ValueError, OSError) as e:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    within = isinstance(e, OSError) or "Traceback" in str(e)
-    sys.exit(f"error: {lines[-1 if within else 0]}")
-
-
 if __name__ == "__main__":
   define_flags()
-  app.run(run, flags_parser=parse_flags)
+  FLAGS.set_gnu_getopt(True)  # flags may stand behind the mode
+  app.run(run, flags_parser=lambda argv: config_lib.parse_flags(
+      argv, lambda rest: given_flags()))
