@@ -1,5 +1,39 @@
 """What several configs share."""
 
+# Arguments of the configs over TFDS datasets, with their defaults.
+TFDS_ARGS = dict(
+    dataset="coco_captions", split="train", val="val", captions="captions",
+    tokenizer="c4_en.model", vocab=32_000, batch_size=32_768, microbatches=1,
+    loss="sigmoid", smoke=False)
+
+
+def from_tfds(config, arg, res, length):
+  """Fills in data, preprocessing, loss, checkpoints and evaluation.
+
+  Args:
+    config: ConfigDict.
+    arg: values of TFDS_ARGS.
+    res: H and W of the image.
+    length: L, tokens.
+  """
+  config.batch_size = arg["batch_size"]
+  config.microbatches = arg["microbatches"]
+  config.data = dict(kind="tfds", name=arg["dataset"], split=arg["split"])
+  config.tokenizer = dict(path=arg["tokenizer"])
+  image = f"decode|resize({res})|value_range(-1,1)"
+  config.pp = (f"{image}|choice('{arg['captions']}')|tokenize({length})"
+               "|keep('image','text')")
+  config.pp_image = f"{image}|keep('image')"
+  config.pp_text = f"tokenize({length})|keep('text')"
+  config.loss = dict(name=arg["loss"], dtype="bfloat16", tile=2048,
+                     direction="forward")
+  config.checkpoints = dict(every_steps=1000, keep_every_steps=10_000)
+  config.evals = dict(retrieval=dict(
+      type="retrieval", captions=arg["captions"], every_steps=5000,
+      data=dict(kind="tfds", name=arg["dataset"], split=arg["val"])))
+  if not arg["val"]:
+    del config.evals
+
 
 def emoji_evals():
   """Evaluations on what was held out of the emoji dataset.

@@ -17,6 +17,7 @@ Arguments:
   val: the split for retrieval, "" for none (val).
   tokenizer, vocab: a SentencePiece file and its size (c4_en.model, 32000).
   batch_size, examples, microbatches: 32768, 3e9, 1.
+  loss: sigmoid or, for comparison, softmax.
   smoke: the same code with tiny towers on the emoji data, a minute on 2 cores.
 """
 
@@ -29,38 +30,20 @@ RES, LENGTH = 224, 16
 
 
 def get_config(arg=None):
-  arg = config_lib.parse_arg(
-      arg, dataset="coco_captions", split="train", val="val",
-      captions="captions", tokenizer="c4_en.model", vocab=32_000,
-      batch_size=32_768, examples=3e9, microbatches=1, smoke=False)
+  arg = config_lib.parse_arg(arg, **common.TFDS_ARGS, examples=3e9)
   config = ConfigDict()
-  config.batch_size = arg["batch_size"]
-  config.microbatches = arg["microbatches"]
+  common.from_tfds(config, arg, RES, LENGTH)
   config.total_examples = arg["examples"]
-
-  config.data = dict(kind="tfds", name=arg["dataset"], split=arg["split"])
-  config.tokenizer = dict(path=arg["tokenizer"])
-  config.pp = (f"decode|resize({RES})|value_range(-1,1)"
-               f"|choice('{arg['captions']}')|tokenize({LENGTH})"
-               "|keep('image','text')")
-  config.pp_image = f"decode|resize({RES})|value_range(-1,1)|keep('image')"
-  config.pp_text = f"tokenize({LENGTH})|keep('text')"
 
   config.model = dict(
       image=dict(variant="B/16", pool_type="map", scan=True, remat="dots"),
       text=dict(variant="B", vocab_size=arg["vocab"], scan=True, remat="dots"),
       out_dim=(None, 768), temperature_init=10.0, bias_init=-10.0,
       dtype="bfloat16")
-  config.loss = dict(name="sigmoid", dtype="bfloat16", tile=2048)
   config.optim = dict(
       name="adamw", lr=1e-3, wd=1e-4, options=dict(b2=0.95), grad_clip_norm=1.0,
       schedule=dict(name="cosine", warmup_examples=200e6))
 
-  config.checkpoints = dict(every_steps=1000, keep_every_steps=10_000)
-  if arg["val"]:
-    config.evals = dict(retrieval=dict(
-        type="retrieval", captions=arg["captions"], every_steps=5000,
-        data=dict(kind="tfds", name=arg["dataset"], split=arg["val"])))
   if arg["smoke"]:
     common.shrink(config, arg)
   return config

@@ -14,6 +14,7 @@ Arguments:
   weights: the image tower's file (L_16.npz).
   dataset, split, captions, val, tokenizer, vocab: as in siglip_b16.py.
   batch_size, steps, microbatches: 32768, 65000, 1.
+  loss: sigmoid or, for comparison, softmax.
   smoke: the same code with tiny towers (the locked one at random) on the emoji
     data, a minute on 2 cores.
 """
@@ -30,21 +31,10 @@ WEIGHTS = ("gs://vit_models/augreg/L_16-i21k-300ep-lr_0.001-aug_strong1-wd_0.1"
 
 def get_config(arg=None):
   arg = config_lib.parse_arg(
-      arg, weights="L_16.npz", dataset="coco_captions", split="train",
-      val="val", captions="captions", tokenizer="c4_en.model", vocab=32_000,
-      batch_size=32_768, steps=65_000, microbatches=1, smoke=False)
+      arg, **common.TFDS_ARGS, weights="L_16.npz", steps=65_000)
   config = ConfigDict()
-  config.batch_size = arg["batch_size"]
-  config.microbatches = arg["microbatches"]
+  common.from_tfds(config, arg, RES, LENGTH)
   config.total_steps = arg["steps"]
-
-  config.data = dict(kind="tfds", name=arg["dataset"], split=arg["split"])
-  config.tokenizer = dict(path=arg["tokenizer"])
-  config.pp = (f"decode|resize({RES})|value_range(-1,1)"
-               f"|choice('{arg['captions']}')|tokenize({LENGTH})"
-               "|keep('image','text')")
-  config.pp_image = f"decode|resize({RES})|value_range(-1,1)|keep('image')"
-  config.pp_text = f"tokenize({LENGTH})|keep('text')"
 
   # LiT (arXiv 2111.07991): the locked tower ends before its classifier; the
   # text tower's head maps to its width.
@@ -56,17 +46,11 @@ def get_config(arg=None):
       dtype="bfloat16")
   config.init = dict(
       path=arg["weights"], into="img", dont_load=("head/.*",), url=WEIGHTS)
-  config.loss = dict(name="sigmoid", dtype="bfloat16", tile=2048)
   config.optim = dict(
       name="lion", lr=1e-4, wd=1e-7, grad_clip_norm=1.0,
       schedule=dict(name="cosine", warmup_percent=10),
       frozen=(("img/.*", True), (".*", False)))
 
-  config.checkpoints = dict(every_steps=1000, keep_every_steps=10_000)
-  if arg["val"]:
-    config.evals = dict(retrieval=dict(
-        type="retrieval", captions=arg["captions"], every_steps=5000,
-        data=dict(kind="tfds", name=arg["dataset"], split=arg["val"])))
   if arg["smoke"]:
     common.shrink(config, arg)
     del config.init

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
@@ -176,11 +177,19 @@ def loss_flops(B, E, name="sigmoid", **_):
   return (8 if name == "softmax" else 6) * B * B * E
 
 
-def traced_flops(jaxpr, times=1, devices=1):
-  """FLOPs of matrix products and convolutions of a jaxpr, loops multiplied.
+def traced_flops(job, devices):
+  """FLOPs a device of the products in a job's program, loops multiplied.
 
-  Counts what is computed twice (rematerialised, a second forward pass), too.
+  Counts what is computed twice (rematerialised, a second forward pass), too,
+  but, like XLA, nothing of which no result is used.
   """
+  jaxpr = job.traced.jaxpr.jaxpr
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return jaxpr_flops(used, devices) / devices
+
+
+def jaxpr_flops(jaxpr, devices, times=1):
+  """FLOPs of matrix products and convolutions, of all devices together."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
@@ -200,7 +209,7 @@ def traced_flops(jaxpr, times=1, devices=1):
              for sub in (value if isinstance(value, tuple) else (value,))]
     found = [getattr(sub, "jaxpr", sub) for sub in found]
     found = [sub for sub in found if hasattr(sub, "eqns")]
-    parts = [traced_flops(sub, inner, devices) for sub in found]
+    parts = [jaxpr_flops(sub, devices, inner) for sub in found]
     total += (max if eqn.primitive.name == "cond" else sum)(parts or [0])
   return total * times
 

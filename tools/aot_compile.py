@@ -50,8 +50,8 @@ def memory_rows(job, compiled, capacity):
 def flop_rows(job, compiled, peak, devices):
   """Rows (what, TFLOP, ms at the chip's peak)."""
   rows = [("by formula: what the gradients need", job.flops),
-          ("as traced: and what is computed again", aot.traced_flops(
-              job.traced.jaxpr.jaxpr, devices=devices) / devices),
+          ("as traced: and what is computed again",
+           aot.traced_flops(job, devices)),
           ("by the compiler, which counts a loop once",
            compiled.cost_analysis()["flops"])]
   return [(what, f"{n / 1e12:.3f}", f"{1e3 * n / peak:.1f}")
