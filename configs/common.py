@@ -17,7 +17,7 @@ def from_tfds(config, arg, res, length):
     length: L, tokens.
   """
   config.batch_size = arg["batch_size"]
-  config.microbatches = arg["microbatches"]
+  config.microbatches, config.feed = arg["microbatches"], "device"
   config.data = dict(kind="tfds", name=arg["dataset"], split=arg["split"])
   config.tokenizer = dict(path=arg["tokenizer"])
   image = f"decode|resize({res})|value_range(-1,1)"

@@ -141,7 +141,8 @@ def logit_stats(zimg, ztxt, t, b):
   zimg, ztxt, B = zimg.astype(F32), ztxt.astype(F32), len(zimg)
   pos = jnp.sum(zimg * ztxt)
   neg = jnp.sum(jnp.sum(zimg, axis=0) * jnp.sum(ztxt, axis=0)) - pos
-  return {"pos": pos / B * t + b, "neg": neg / (B * (B - 1)) * t + b}
+  # Not by B * (B - 1), which is no int32 from B = 46,342.
+  return {"pos": pos / B * t + b, "neg": neg / B / (B - 1) * t + b}
 
 
 # --- One device's share: its b images, and the texts as they come by ----------

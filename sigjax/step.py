@@ -212,10 +212,12 @@ class _Step(NamedTuple):
     embed, loss_and_gradients = map(jax.jit, (
         self.embed, self.loss_and_gradients))
     stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
-    pull_back = jax.jit(
-        lambda state, part, i, dz, grads: self.pull_back(
-            state, part, i, jax.tree.map(lambda x: x[i], dz), grads),
-        donate_argnums=4)
+
+    @functools.partial(jax.jit, donate_argnums=4)
+    def pull_back(state, part, i, dz, grads):
+      grads = self.pull_back(
+          state, part, i, jax.tree.map(lambda x: x[i], dz), grads)
+      return grads, grads["t"] + 0  # to wait for: the sums are given on
     update = jax.jit(self.update, donate_argnums=(0, 3))
 
     def train_step(state, batch):
@@ -226,10 +228,17 @@ class _Step(NamedTuple):
       def part(i):  # the same rows as split's
         rows = jax.tree.map(lambda x: x[:, i].reshape(-1, *x.shape[3:]), parts)
         return sharding.put_batch(rows, self.mesh)
-      z = stack(*(embed(state, part(i), i) for i in range(self.k)))
-      z, loss, grads, dz = loss_and_gradients(state, z)
+      # Waiting for the one before keeps two microbatches on the devices, no
+      # more: one that is worked on, one that is on its way.
+      z = []
       for i in range(self.k):
-        grads = pull_back(state, part(i), i, dz, grads)
+        z.append(embed(state, part(i), i))
+        jax.block_until_ready(z[i - 1])
+      z, loss, grads, dz = loss_and_gradients(state, stack(*z))
+      for i in range(self.k):
+        before = loss if i == 0 else done
+        grads, done = pull_back(state, part(i), i, dz, grads)
+        jax.block_until_ready(before)
       return update(state, z, loss, grads)
     return train_step
 

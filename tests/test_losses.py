@@ -379,3 +379,8 @@ def test_logit_stats_have_no_gradient():
 def test_logit_stats_of_one_pair():
   got = losses.logit_stats(*embeddings(n=1), *scalars())
   assert np.isfinite(got["pos"]) and not np.isfinite(got["neg"])
+
+
+def test_logit_stats_of_a_batch_whose_square_is_no_int32():
+  z = jax.ShapeDtypeStruct((2**20, 8), jnp.float32)
+  jax.eval_shape(losses.logit_stats, z, z, 10.0, -10.0)
