@@ -53,7 +53,10 @@ class Writer:
     for name, value in scalars.items():
       self._events.add_scalar(name, value, int(step))
 
-  def close(self):
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
     if self._file is not None:
       self._file.close()
       self._events.close()

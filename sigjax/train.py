@@ -3,6 +3,7 @@
   python -m sigjax.train --config configs/siglip_emoji.py --workdir DIR
 """
 
+import contextlib
 import functools
 import logging
 import pathlib
@@ -167,7 +168,6 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
   if eval_only or first_step >= total_steps:
     log.info("at step %d of %d: only evaluating", first_step, total_steps)
     total_steps = first_step
-  writer = metrics_lib.Writer(workdir)
   clock = metrics_lib.Clock(batch_size, flops)
   progress = metrics_lib.Progress(first_step, total_steps)
   last_good = saved.newest()
@@ -197,38 +197,36 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     clock.start()  # this was no training time
     return rows
 
-  with StopRequest() as stop, progress:
-    running = None  # the step whose metrics have not been read: (step, metrics)
-    for step in range(first_step + 1, total_steps + 1):
-      state, metrics = train_step(state, next(batches))
-      if running:
-        report(*running)
-      running = step, metrics
+  # However it ends: what is being saved is saved, what was written is flushed.
+  with (metrics_lib.Writer(workdir) as writer, contextlib.closing(saved),
+        contextlib.closing(batches)):
+    with StopRequest() as stop, progress:
+      running = None  # (step, metrics) of the step not yet read
+      for step in range(first_step + 1, total_steps + 1):
+        state, metrics = train_step(state, next(batches))
+        if running:
+          report(*running)
+        running = step, metrics
 
-      stopping = stop.signal  # asked once: it may come at any moment
-      save = step % save_every == 0 or step == total_steps or stopping
-      due = [name for name, every in eval_every.items()
-             if every and step % every == 0 and step < total_steps]
-      if save or due:
-        report(*running)  # nothing is kept of a step that was not finite
-        running = None
-      if save:
-        saved.save(step, state, batches.get_state())
-        last_good = step
-      if stopping:
-        saved.close()
-        writer.close()
-        sys.exit(f"{stopping}: saved step {step} and stopped; the same "
-                 "command goes on from there")
-      for row in evaluate(step, due) if due else []:
-        progress.write("step {}: {} {} {:.1%} (chance {:.1%}, n {})".format(
-            step, *row))
-  saved.close()
-  batches.close()
+        stopping = stop.signal  # asked once: it may come at any moment
+        save = step % save_every == 0 or step == total_steps or stopping
+        due = [name for name, every in eval_every.items()
+               if every and step % every == 0 and step < total_steps]
+        if save or due:
+          report(*running)  # nothing is kept of a step that was not finite
+          running = None
+        if save:
+          saved.save(step, state, batches.get_state())
+          last_good = step
+        if stopping:
+          sys.exit(f"{stopping}: saved step {step} and stopped; the same "
+                   "command goes on from there")
+        for row in evaluate(step, due) if due else []:
+          progress.write("step {}: {} {} {:.1%} (chance {:.1%}, n {})".format(
+              step, *row))
+    rows = evaluate(total_steps, evals)
 
   # ---- Results ----
-  rows = evaluate(total_steps, evals)
-  writer.close()
   for line in metrics_lib.table(
       [(f"{name} {metric}", f"{value:.1%}", f"{by_chance:.2%}", n)
        for name, metric, value, by_chance, n in rows],

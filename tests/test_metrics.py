@@ -9,10 +9,9 @@ from sigjax import metrics
 
 
 def test_jsonl_and_events(tmp_path):
-  writer = metrics.Writer(tmp_path)
-  writer.write(1, {"loss": 2.5, "held/top-1": 0.25})
-  writer.write(2, {"loss": float("nan")})
-  writer.close()
+  with metrics.Writer(tmp_path) as writer:
+    writer.write(1, {"loss": 2.5, "held/top-1": 0.25})
+    writer.write(2, {"loss": float("nan")})
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == [
       {"step": 1, "loss": 2.5, "held/top-1": 0.25}, {"step": 2, "loss": None}]
@@ -34,9 +33,8 @@ def events(data):
 
 def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
-  writer = metrics.Writer(tmp_path)
-  writer.write(2, {"loss": 1.0})
-  writer.close()
+  with metrics.Writer(tmp_path) as writer:
+    writer.write(2, {"loss": 1.0})
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
