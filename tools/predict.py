@@ -13,6 +13,7 @@ import sys
 
 from absl import app
 from absl import flags
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +92,8 @@ def main(argv):
 
 
 def run(argv):
+  """What app.run calls."""
+  logging.set_verbosity(logging.WARNING)  # orbax tells a lot
   try:
     main(argv)
   except errors.UserError as e:
