@@ -93,7 +93,7 @@ def main(argv):
 
 def run(argv):
   """What app.run calls."""
-  logging.set_verbosity(logging.WARNING)  # orbax tells a lot
+  logging.set_verbosity(logging.ERROR)  # orbax tells a lot
   try:
     main(argv)
   except errors.UserError as e:
