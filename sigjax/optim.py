@@ -125,10 +125,8 @@ def make_optimizer(params, total_steps, *, name="adamw", lr=1e-3, wd=0.0,
     lr: learning rate at the schedule's top.
     wd: decoupled weight decay per step at the schedule's top.
     options: dict for the optimizer, such as dict(b2=0.95).
-    schedule: dict for make_schedule, such as dict(name="cosine",
-      warmup_steps=1000).
-    grad_clip_norm: the gradients of all that is trained are scaled down to this
-      global norm.
+    schedule: dict for make_schedule, such as dict(warmup_steps=1000).
+    grad_clip_norm: global norm to which larger gradients are scaled down.
     lr_mults: rows (regex, multiple of lr), the first match counts.
     wd_mults: rows (regex, multiple of wd). By default kernels alone decay.
     frozen: rows (regex, bool). What is frozen gets no update, no weight decay
