@@ -1,12 +1,18 @@
 """Configs: the command line, the argument after the colon, and durations."""
 
+import json
+import logging
 import math
+import pathlib
+import re
 import sys
 
 from absl import app
 from absl import flags
 
 from sigjax import errors
+
+log = logging.getLogger("sigjax")
 
 
 def parse_flags(argv, check):
@@ -43,6 +49,25 @@ def check_config(rest):
     raise errors.UserError(
         "give --config, such as --config configs/siglip_emoji.py")
   flags.FLAGS.config.to_dict()
+
+
+def default_workdir(config):
+  """configs/x.py:a=1 -> workdirs/x_a=1: another argument, another run."""
+  file, colon, arg = config.partition(":")
+  arg = re.sub(r"[^\w.=,-]+", "_", arg)
+  return f"workdirs/{pathlib.Path(file).stem}{'_' if colon else ''}{arg}"
+
+
+def keep_config(config, path):
+  """Writes config.json; what differs from the one that was there is said."""
+  text = config.to_json_best_effort(indent=2) + "\n"
+  if path.exists():
+    old, new = json.loads(path.read_text()), json.loads(text)
+    for key in sorted({**old, **new}):
+      if old.get(key) != new.get(key):
+        log.info("this workdir's run goes on with another config.%s: it was %s,"
+                 " now it is %s", key, old.get(key), new.get(key))
+  path.write_text(text)
 
 
 def parse_arg(arg, **defaults):

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import logging
 import pathlib
-import re
 import signal
 import sys
 import threading
@@ -274,18 +273,16 @@ flags.DEFINE_bool(
 def run(argv):
   """What app.run calls."""
   del argv
-  config = FLAGS.config.to_dict()
-  name = re.sub(r"[^\w.=,-]+", "_", pathlib.Path(
-      FLAGS["config"].config_filename).stem)
-  workdir = pathlib.Path(FLAGS.workdir or f"workdirs/{name}")
+  workdir = pathlib.Path(FLAGS.workdir or config_lib.default_workdir(
+      FLAGS["config"].config_filename))
   absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells a lot
   metrics_lib.log_above_progress(log)
   workdir.mkdir(parents=True, exist_ok=True)
   if not FLAGS.eval_only:
-    (workdir / "config.json").write_text(
-        FLAGS.config.to_json_best_effort(indent=2) + "\n")
+    config_lib.keep_config(FLAGS.config, workdir / "config.json")
   try:
-    errors.call(main, config, "config", workdir, eval_only=FLAGS.eval_only)
+    errors.call(main, FLAGS.config.to_dict(), "config", workdir,
+                eval_only=FLAGS.eval_only)
   except errors.UserError as e:
     sys.exit(f"error: {e}")
 

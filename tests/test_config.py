@@ -1,5 +1,8 @@
 """The config argument and durations."""
 
+import json
+
+from ml_collections import ConfigDict
 import pytest
 
 from sigjax import config
@@ -49,3 +52,20 @@ def test_a_duration_is_given_once():
   times = config.Durations(10, 100, total_steps=5)
   with pytest.raises(errors.UserError, match="s gives warmup_"):
     times.resolve(dict(warmup_steps=1, warmup_epochs=1), "s")
+
+
+def test_another_argument_is_another_workdir():
+  assert config.default_workdir("configs/x.py") == "workdirs/x"
+  assert config.default_workdir("a/x.py:b=c/d.npz,e") == (
+      "workdirs/x_b=c_d.npz,e")
+
+
+def test_another_config_in_a_workdir_is_said(tmp_path, caplog):
+  caplog.set_level("INFO", logger="sigjax")
+  path = tmp_path / "config.json"
+  config.keep_config(ConfigDict(dict(a=1, b=(2, 3))), path)
+  config.keep_config(ConfigDict(dict(a=1, b=(2, 3))), path)
+  assert not caplog.text
+  config.keep_config(ConfigDict(dict(a=1, b=(2, 4))), path)
+  assert "config.b: it was [2, 3], now it is [2, 4]" in caplog.text
+  assert json.loads(path.read_text()) == {"a": 1, "b": [2, 4]}
