@@ -235,10 +235,11 @@ class _Step(NamedTuple):
         z.append(embed(state, part(i), i))
         jax.block_until_ready(z[i - 1])
       z, loss, grads, dz = loss_and_gradients(state, stack(*z))
+      before = loss
       for i in range(self.k):
-        before = loss if i == 0 else done
         grads, done = pull_back(state, part(i), i, dz, grads)
         jax.block_until_ready(before)
+        before = done
       return update(state, z, loss, grads)
     return train_step
 

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import io
 import itertools
 import os
 import pathlib
@@ -11,7 +10,6 @@ import time
 
 import jax
 import numpy as np
-from PIL import Image
 
 from sigjax import config as config_lib
 from sigjax import errors
@@ -26,6 +24,7 @@ from sigjax.data import preprocess
 from sigjax.data import sources
 from sigjax.data import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
+from tools import aot
 from tools import timing
 
 
@@ -80,7 +79,7 @@ def step_parts(devices, *, batch_size, model, optim, pp_image, pp_text,
   mesh = errors.call(
       sharding_lib.make_mesh, mesh or {}, "config.mesh", devices=devices)
   sharding_lib.check_batch_size(batch_size, mesh)
-  example = example_of(pp_image, pp_text)
+  example = aot.example_of(pp_image, pp_text)
   model = errors.call(two_towers.TwoTowers, model, "config.model")
   shapes = step_lib.param_shapes(model, example)
   # How many examples there are bends the schedule, not the time it takes.
@@ -112,16 +111,6 @@ def step_parts(devices, *, batch_size, model, optim, pp_image, pp_text,
         jax.tree.map(lambda x: x.sharding, abstract), None)), abstract
   return make, functools.partial(
       step_lib.init_state, model, tx, 0, example, abstract), batch, flops
-
-
-def example_of(pp_image, pp_text):
-  """An example as a config's preprocessing makes them, without its data."""
-  data = io.BytesIO()
-  Image.new("RGB", (256, 256)).save(data, "PNG")
-  rng, tokenizer = np.random.default_rng(0), lambda _, n: np.ones(n, np.int32)
-  return {key: preprocess.parse(pp, tokenizer=tokenizer)({key: value}, rng)[key]
-          for key, pp, value in (("image", pp_image, data.getvalue()),
-                                 ("text", pp_text, "a cat"))}
 
 
 # --- The data -----------------------------------------------------------------

@@ -7,11 +7,9 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from sigjax import errors
-from sigjax import losses
 from sigjax import sharding
 from tools import aot
 from tools import aot_compile
