@@ -1,7 +1,10 @@
 """A mistake by the user: one line that names the thing and the remedy."""
 
 import difflib
+import functools
 import inspect
+
+import numpy as np
 
 
 class UserError(ValueError):
@@ -10,8 +13,35 @@ class UserError(ValueError):
 
 def closest(name, names):
   """Returns ' (did you mean "x"?)' for the nearest of names, or ''."""
-  near = difflib.get_close_matches(str(name), [str(n) for n in names], 1, 0.5)
+  names = tuple(str(n) for n in names)
+  near = difflib.get_close_matches(
+      str(name), _candidates(str(name), names), 1, 0.5)
   return f' (did you mean "{near[0]}"?)' if near else ""
+
+
+def _candidates(name, names, count=8):
+  """Returns the few of names that share the most letter pairs with name.
+
+  difflib takes a tenth of a millisecond for two names. Two checkpoints that
+  have nothing in common have a thousand each.
+  """
+  if len(names) <= count:
+    return names
+  pairs = _pairs((name,))
+  shared = np.minimum(_pairs(names), pairs).sum(1, dtype=np.int32)
+  sizes = np.array([len(n) for n in names]) + len(name)
+  order = np.argsort(-shared / sizes, kind="stable")
+  return [names[i] for i in order[:count]]
+
+
+@functools.lru_cache(maxsize=4)
+def _pairs(names):
+  """Counts the letter pairs of names: (n, 509) uint8, hashed."""
+  counts = np.zeros((len(names), 509), np.uint8)
+  for row, name in zip(counts, names):
+    letters = np.frombuffer(f"^{name}$".encode(), np.uint8).astype(np.int32)
+    np.add.at(row, (letters[:-1] * 31 + letters[1:]) % 509, 1)
+  return counts
 
 
 def pick(choices, name, what):

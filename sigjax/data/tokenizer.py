@@ -9,12 +9,21 @@ import io
 import os
 import shutil
 
+from absl import logging
 import numpy as np
 import sentencepiece
 
 from sigjax import errors
+from sigjax import fetch
 
 EOS = 1
+
+# The vocabularies of the released models.
+NAMES = {
+    "c4_en": "gs://t5-data/vocabs/cc_en.32000/sentencepiece.model",
+    "mc4": "gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model",
+    "gemma": "gs://big_vision/gemma_tokenizer.model",
+}
 
 
 class Tokenizer:
@@ -41,11 +50,15 @@ class Tokenizer:
           f"{self._model.eos_id()}, but it has to be {EOS}")
     self.vocab_size = self._model.vocab_size()
 
-  def __call__(self, text, length):
-    """Returns the ids of a text, (length,) int32, cut so that the last is 1."""
-    row = np.full(length, EOS, np.int32)
+  def __call__(self, text, length, pad=EOS):
+    """Returns the ids of a text and 1, (length,) int32, cut so that 1 is last.
+
+    What is left of the row is `pad`: 1 of SigLIP, 0 of SigLIP 2.
+    """
+    row = np.full(length, pad, np.int32)
     ids = self._model.encode(text)[:length - 1]
     row[:len(ids)] = ids
+    row[len(ids)] = EOS
     return row
 
   def batch(self, texts, length):
@@ -55,7 +68,9 @@ class Tokenizer:
 
 
 def train(texts, vocab_size, path):
-  """Trains a unigram model of exactly vocab_size pieces, the same every time.
+  """Trains a unigram model of vocab_size pieces, the same every time.
+
+  It has fewer where the texts yield no more, which is logged.
 
   Args:
     texts: an iterable of str; for lower-cased text, lower-case it before.
@@ -64,7 +79,7 @@ def train(texts, vocab_size, path):
     path: where the model is written, all at once.
 
   Raises:
-    UserError: there are no texts, or they do not yield that many pieces.
+    UserError: there are no texts, or they have more characters than pieces.
   """
   model = io.BytesIO()
   texts = [text for text in texts if text.strip()]
@@ -75,9 +90,9 @@ def train(texts, vocab_size, path):
         sentence_iterator=iter(texts), model_writer=model,
         vocab_size=vocab_size, pad_id=0, eos_id=EOS, unk_id=2, bos_id=-1,
         character_coverage=0.9995, byte_fallback=False, num_threads=1,
-        shuffle_input_sentence=False, minloglevel=2)
+        shuffle_input_sentence=False, hard_vocab_limit=False, minloglevel=2)
   except RuntimeError as e:
-    # The last sentence says what would do: "... set it to a value <= 123."
+    # The last sentence says what is wrong.
     reason = " ".join(str(e).split()).split("] ")[-1]
     raise errors.UserError(
         f"no tokenizer of {vocab_size} pieces from these texts: {reason}"
@@ -85,6 +100,10 @@ def train(texts, vocab_size, path):
   aside = f"{path}.{os.getpid()}.tmp"
   with open(aside, "wb") as f:
     f.write(model.getvalue())
+  found = Tokenizer(aside).vocab_size
+  if found < vocab_size:
+    logging.info("%d texts yield a vocabulary of %d pieces, not of %d",
+                 len(texts), found, vocab_size)
   os.replace(aside, path)
 
 
@@ -94,13 +113,13 @@ def of_run(copy, texts, *, path=None, vocab_size=None, captions="captions"):
   Args:
     copy: the workdir's copy; if it is there already, it is what is used.
     texts: fn(captions) -> iterable of str, the training captions.
-    path: a SentencePiece model to copy, or
+    path: a SentencePiece model to copy: a file, a URL, or one of NAMES; or
     vocab_size: the size of one to train, on lower-cased training captions.
     captions: the feature that holds them.
 
   Raises:
-    UserError: neither or both of path and vocab_size, or what Tokenizer and
-      train refuse.
+    UserError: neither or both of path and vocab_size, or what Tokenizer, train
+      and fetch.local refuse.
   """
   if (path is None) == (vocab_size is None):
     raise errors.UserError(
@@ -109,8 +128,22 @@ def of_run(copy, texts, *, path=None, vocab_size=None, captions="captions"):
     if path is None:
       train((text.lower() for text in texts(captions)), vocab_size, copy)
     else:
+      path = _local(path)
       Tokenizer(path)  # refuses what is none before it is copied
       aside = f"{copy}.{os.getpid()}.tmp"
       shutil.copyfile(path, aside)
       os.replace(aside, copy)
   return Tokenizer(copy)
+
+
+def _local(path):
+  """Returns the local path of a SentencePiece model, fetched if need be."""
+  known = f"known are: {', '.join(NAMES)}"
+  url = NAMES.get(str(path), path)
+  if fetch.is_url(url):
+    return fetch.local(url, known)
+  if not os.path.exists(path):
+    raise errors.UserError(
+        f"there is no SentencePiece model {path}{errors.closest(path, NAMES)}; "
+        f"{known}")
+  return path

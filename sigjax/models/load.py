@@ -7,6 +7,7 @@ leading layer axis. Either is read into either form of model.
 """
 
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -18,7 +19,9 @@ import ml_dtypes
 import numpy as np
 
 from sigjax import errors
+from sigjax import fetch
 from sigjax import trees
+from sigjax.models import known
 
 # Files from before flax linen, such as the public ViTs (arXiv 2010.11929) and
 # AugReg ViTs (arXiv 2106.10270), count the layers of a block together.
@@ -35,8 +38,10 @@ def load_params(path, like=None, dont_load=()):
   """Reads parameters from a .npz file, to fit a model.
 
   Args:
-    path: a file, local or anything etils.epath opens (gs://..). With a suffix,
-      "file.npz:img", only the arrays under img/, named without it.
+    path: a local file or one that etils.epath opens, a URL (gs://, s3://,
+      https://; see fetch.local), or a name from known.KNOWN. With a suffix,
+      "file.npz:img" or "siglip/b16_256:img", only the arrays under img/, named
+      without it.
     like: the model's parameters, or their shapes from jax.eval_shape. Without
       it everything is returned as named in the file.
     dont_load: regexes of whole names that are not taken from the file, whether
@@ -47,15 +52,16 @@ def load_params(path, like=None, dont_load=()):
     the leaf of `like` itself.
 
   To fit `like`, blocks are stacked or unstacked, a position row of "cls" is
-  added to "cls", and learned image positions are resampled (see the log).
+  added to "cls", learned image positions are resampled, and of text positions
+  the first ones are taken (see the log).
 
   Raises:
-    UserError: the file is missing or damaged, or does not fit: all arrays that
-      are missing, left over or of another shape are listed.
+    UserError: the file is missing or damaged, or cannot be fetched; or it does
+      not fit: all arrays that are missing, left over or of another shape are
+      listed. A model for longer texts than the file's is refused.
   """
-  file, colon, part = str(path).partition(".npz:")
-  file += ".npz" if colon else ""
-  flat = _rename(_read(file), part, file)
+  file, part = known.split(path)
+  flat = _rename(_read(file, part), part, file)
   return trees.unflatten(flat) if like is None else fit(
       flat, like, dont_load, path)
 
@@ -64,14 +70,15 @@ def fit(flat, like, dont_load, path):
   """Fits {name: array} to a model; arguments and errors as in load_params."""
   skip = re.compile("|".join(f"(?:{p})" for p in dont_load) or r"(?!)")
   want = trees.flatten(like)
-  flat = _stack(_unstack(flat), want)
+  flat = _stack(_unstack(flat, keep=want), want)
   want = {k: v for k, v in want.items() if not skip.fullmatch(k)}
-  _fit_positions(flat, want)
+  _fit_image_positions(flat, want)
+  _fit_text_positions(flat, want, path)
   flat = {k: v for k, v in flat.items() if not skip.fullmatch(k)}
   lines = trees.difference(want, flat)
   if lines:
-    lines[0] = (f"{path} does not fit the model in {len(lines)} arrays: "
-                f"{lines[0]}")
+    count = f"{len(lines)} array{'s' if len(lines) > 1 else ''}"
+    lines[0] = f"{path} does not fit the model in {count}: {lines[0]}"
     lines.append("(dont_load takes regexes of names to leave as they are)")
     raise errors.UserError("\n  ".join(lines))
   return trees.map_named(lambda name, leaf: flat.get(name, leaf), like)
@@ -83,44 +90,64 @@ def save_params(path, params, scan=False):
   The file is written aside and renamed: `path` is never half a file.
 
   Args:
-    path: as in load_params, without a suffix.
+    path: a file, local or one that etils.epath opens.
     params: nested dicts of arrays, of a model in either form.
     scan: False for encoderblock_0, _1, .. as in SigLIP files, True for stacked
       blocks as in SigLIP 2 files.
+
+  Raises:
+    UserError: it cannot be written.
   """
-  flat = trees.flatten(params)
-  flat = _unstack({k: np.asarray(v) for k, v in flat.items()})
-  if scan:
-    flat = _stack(flat, [re.sub(r"encoderblock_\d+", "encoderblock", k)
-                         for k in flat])
+  flat = {k: np.asarray(v) for k, v in trees.flatten(params).items()}
+  names = {re.sub(r"encoderblock_\d+/", "encoderblock/", k) for k in flat}
+  keep = names if scan else ()
+  flat = _stack(_unstack(flat, keep), keep)
   path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  aside = path.parent / f"{path.name}.partial"
-  with aside.open("wb") as f:
-    np.savez(f, **{f"params/{k}": flat[k] for k in sorted(flat)})
-  aside.replace(path)
-
-
-def _read(path):
-  """Returns {name: array} of a .npz file, as stored."""
+  aside = path.parent / f"{path.name}.{os.getpid()}.partial"
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with aside.open("wb") as f:
+        np.savez(f, **{f"params/{k}": flat[k] for k in sorted(flat)})
+      aside.replace(path)
+    except BaseException:
+      aside.unlink(missing_ok=True)
+      raise
+  except OSError as e:
+    raise errors.UserError(
+        f"cannot write {path}: {e.strerror or e}; make room, or name another "
+        "place") from e
+
+
+def _read(path, part):
+  """Returns {name: array} of a .npz file, as stored; the part's, if any."""
+  again = ""
+  file = path
+  try:
+    if fetch.is_url(path):
+      file = fetch.local(path, known.names())
+      again = f"; delete it to fetch it again from {path}"
     # allow_pickle=False: a file from elsewhere must not run code.
-    with epath.Path(path).open("rb") as f:
+    with epath.Path(file).open("rb") as f:
       arrays = np.load(f, allow_pickle=False)
       if isinstance(arrays, np.ndarray):
         raise ValueError("a single array")
-      return {name: arrays[name] for name in arrays.files}
+      prefix = f"{part.strip('/')}/" if part else ""
+      names = [name for name in arrays.files
+               if name.removeprefix("params/").startswith(prefix)]
+      arrays = {name: arrays[name] for name in names or arrays.files}
+      if not all(isinstance(a, np.ndarray) for a in arrays.values()):
+        raise ValueError("a zip file of something else, such as PyTorch's")
+      return arrays
   except FileNotFoundError:
-    name = path.rsplit("/", 1)[-1]
-    bucket = "siglip2" if name.startswith("siglip2") else "siglip"
+    raise errors.UserError(known.no_file(path)) from None
+  except errors.UserError:  # Is a ValueError, too.
+    raise
+  except (ImportError, OSError) as e:  # Such as hdfs:// without its library.
+    raise errors.UserError(f"cannot read {file}: {e}") from None
+  except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
     raise errors.UserError(
-        f"there is no file {path}; a released one is fetched by: "
-        f"gsutil cp gs://big_vision/{bucket}/{name} {path}") from None
-  except (ImportError, OSError) as e:  # Such as gs:// without gcsfs.
-    raise errors.UserError(f"cannot read {path}: {e}") from None
-  except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-    raise errors.UserError(
-        f"{path} is not a .npz file, or not a whole one") from None
+        f"{file} is not a .npz file, or not a whole one{again}") from None
 
 
 def _rename(flat, part, path):
@@ -150,12 +177,15 @@ def _rename(flat, part, path):
   return out
 
 
-def _unstack(flat):
-  """Returns flat with encoderblock_0, _1, .. in place of an encoderblock."""
+def _unstack(flat, keep=()):
+  """Returns flat with encoderblock_0, _1, .. in place of an encoderblock.
+
+  Names in `keep` stay, which saves taking apart and stacking again.
+  """
   out = {}
   for name, value in flat.items():
     head, block, tail = f"/{name}".partition("/encoderblock/")
-    if block:
+    if block and name not in keep:
       for i, layer in enumerate(value):
         out[f"{head}/encoderblock_{i}/{tail}"[1:]] = layer
     else:
@@ -174,6 +204,10 @@ def _stack(flat, names):
     else:
       out[name] = value
   for name, by_layer in layers.items():
+    if sorted(by_layer) != list(range(len(by_layer))):
+      raise errors.UserError(
+          f"of {name} there are layers {', '.join(map(str, sorted(by_layer)))}"
+          " alone")
     if len({value.shape for value in by_layer.values()}) > 1:
       raise errors.UserError(
           f"the layers of {name} have shapes "
@@ -182,13 +216,20 @@ def _stack(flat, names):
   return out
 
 
-def _fit_positions(flat, want):
+def _positions(flat, beside):
+  """Returns (tower, name) of position tables that stand beside an array."""
+  for name in list(flat):
+    tower, found, rest = name.rpartition("pos_embedding")
+    # Other than (1, rows, width): of NaFlex, not a list of patches.
+    if found and not rest and tower + beside in flat and (
+        flat[name].ndim == 3 and flat[name].shape[0] == 1):
+      yield tower, name
+
+
+def _fit_image_positions(flat, want):
   """Adapts image position tables, in place, to the shapes that are wanted."""
-  for name in [n for n in flat if re.fullmatch(r"(.*/)?pos_embedding", n)]:
-    tower = name.removesuffix("pos_embedding")
+  for tower, name in _positions(flat, "embedding/kernel"):
     table = flat[name]
-    if tower + "embedding/kernel" not in flat or table.ndim != 3:
-      continue  # Of a text tower, or NaFlex: not a square as a list of patches.
     if tower + "cls" in flat and _grid(table.shape[1] - 1):
       # The first row is the position of cls (AugReg).
       flat[tower + "cls"] = flat[tower + "cls"] + table[:, :1]
@@ -200,6 +241,22 @@ def _fit_positions(flat, want):
       logging.info("%s: resampled from %d x %d to %d x %d patches", name,
                    old_grid, old_grid, new_grid, new_grid)
     flat[name] = table
+
+
+def _fit_text_positions(flat, want, path):
+  """Cuts text position tables, in place, to the length that is wanted."""
+  for _, name in _positions(flat, "Embed_0/embedding"):
+    table, new = flat[name], want.get(name, flat[name])
+    if new.shape[2:] != table.shape[2:]:
+      continue
+    have, length = table.shape[1], new.shape[1]
+    if have < length:
+      raise errors.UserError(
+          f"{path} is for texts of {have} tokens, the model for {length} "
+          f"({name}): cut texts to {have} tokens, or name it in dont_load")
+    if have > length:
+      logging.info("%s: the first %d of %d positions", name, length, have)
+      flat[name] = table[:, :length]
 
 
 def _grid(patches):

@@ -73,11 +73,15 @@ def test_training_is_deterministic_and_leaves_one_file(path, tmp_path):
 def test_too_few_texts(tmp_path):
   path = tmp_path / "old.model"
   path.write_bytes(b"old")
-  with pytest.raises(errors.UserError, match="5000 pieces.*value <= [0-9]+"):
-    tokenizer.train(TEXTS, 5000, path)
+  with pytest.raises(errors.UserError, match="of 5 pieces from these texts"):
+    tokenizer.train(TEXTS, 5, path)
   with pytest.raises(errors.UserError, match="no texts"):
     tokenizer.train(["", " "], 50, path)
   assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == 1
+  tokenizer.train(TEXTS, 5000, path)  # as many as there are
+  tok = tokenizer.Tokenizer(path)
+  assert 26 < tok.vocab_size < 200
+  assert tok("a red dog", 8).tolist() != [1] * 8
 
 
 @pytest.mark.parametrize("content, reason", [
