@@ -11,18 +11,14 @@ Between `decode` and `value_range`, "image" is (h, w, 3) uint8; "text" is a str
 from `choice` or `first` until `tokenize`.
 """
 
-import io
-
 import numpy as np
 from PIL import Image
 
 from sigjax import errors
+from sigjax.data import images
 from sigjax.data import pipe_string
 from sigjax.data import sources
-
-
-class BadExample(errors.UserError):
-  """This example cannot be used, though others may be fine."""
+from sigjax.data.faults import BadExample
 
 
 # Pillow widens the filter when it shrinks an image (antialiasing) in all of
@@ -45,43 +41,18 @@ def _on_image(fn):
 # Decoding and sizes.
 
 
-def _to_rgb(image):
-  """Converts a loaded Pillow image of any mode to RGB."""
-  if image.mode == "RGB" and "transparency" not in image.info:
-    return image
-  if image.mode == "F":
-    raise ValueError("the range of float pixels is not known")
-  if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips
-    deep = np.asarray(image).astype(np.uint32)
-    grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
-  if "A" in image.getbands() or "transparency" in image.info:
-    image = image.convert("RGBA")  # from PNG, palettes may have alpha, too
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image.getchannel("A"))
-    return white
-  return image.convert("RGB")
-
-
 def decode():
-  """Decodes "image" from bytes to (h, w, 3) uint8.
+  """Decodes "image" from bytes to (h, w, 3) uint8; see images.decode."""
+  return _on_image(lambda data, _: images.decode(data))
 
-  Whatever Pillow reads: grey, palette, 16 bits, CMYK. Transparent pixels are
-  shown on white. Rotations asked for by EXIF are not made.
 
-  Raises (when called): BadExample, for a damaged image.
+def decode_small(size: int):
+  """Decodes "image" and makes its shorter side `size`, the fastest way.
+
+  For training; evaluations take decode|resize_small(size), which is antialiased
+  exactly as in Pillow. See images.decode_small.
   """
-  def fn(data, _):
-    if not isinstance(data, bytes):
-      raise errors.UserError("decode needs an encoded image")
-    try:
-      with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        return np.asarray(_to_rgb(image))
-    except Exception as e:  # not all of Pillow's errors are OSErrors
-      reason = str(e).split(" <")[0]  # without the address of the BytesIO
-      raise BadExample(f"image cannot be decoded: {reason}") from e
-  return _on_image(fn)
+  return _on_image(lambda data, _: images.decode_small(data, size))
 
 
 def resize(height: int, width: int = None, method: str = "bilinear"):
@@ -103,8 +74,7 @@ def resize_small(size: int, method: str = "bilinear"):
   """Resizes the shorter side to `size`, keeping the aspect ratio."""
   def fn(example, rng):
     h, w = example["image"].shape[:2]
-    new = [max(size, round(n * size / min(h, w))) for n in (h, w)]
-    return resize(*new, method)(example, rng)
+    return resize(*images.smaller(h, w, size), method)(example, rng)
   errors.pick(_RESAMPLING, method, "resize method")
   return fn
 
@@ -113,7 +83,8 @@ def _crop(image, height, width, where):
   """Cuts height x width out; where(room) -> offset, from 0 to room."""
   h, w = image.shape[:2]
   if h < height or w < width:
-    raise BadExample(f"no crop of {height}x{width} fits an image of {h}x{w}")
+    raise BadExample(f"no crop of {height}x{width} fits an image of {h}x{w}",
+                     kind="image too small")
   top, left = where(h - height), where(w - width)
   return image[top:top + height, left:left + width]
 
@@ -226,10 +197,13 @@ def lower():
   return fn
 
 
-def tokenize(length: int, *, tokenizer):
-  """Replaces "text" by its tokens, (length,) int32; see Tokenizer."""
+def tokenize(length: int, pad: int = 1, *, tokenizer):
+  """Replaces "text" by its tokens, (length,) int32; see Tokenizer.
+
+  SigLIP's texts are padded with 1, SigLIP 2's with 0.
+  """
   def fn(example, _):
-    example["text"] = tokenizer(example["text"], length)
+    example["text"] = tokenizer(example["text"], length, pad)
     return example
   return fn
 
@@ -244,7 +218,7 @@ def _get(example, key):
 
 
 OPS = {op.__name__: op for op in (
-    decode, resize, resize_small, random_crop, central_crop, flip_lr,
+    decode, decode_small, resize, resize_small, random_crop, central_crop, flip_lr,
     random_affine, color_gain, random_grey, random_invert, value_range,
     choice, first, lower, tokenize, keep)}
 

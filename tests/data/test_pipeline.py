@@ -62,18 +62,16 @@ def test_seeds_do_not_share_epochs():
   assert len(set(epochs)) == 12
 
 
-def test_no_batch_holds_an_element_twice_if_epochs_do_not_divide():
+def test_batches_across_epochs_leave_nothing_out_and_repeat_nothing():
   steps = take(batches(10, 4), 40)["i"]
   assert all(len(set(step)) == 4 for step in steps)
-  epochs = steps.reshape(20, 8)
-  assert all(len(set(epoch)) == 8 for epoch in epochs)
-  left_out = {i for epoch in epochs for i in set(range(10)) - set(epoch)}
-  assert left_out == set(range(10))
+  for epoch in steps.reshape(16, 10):
+    assert sorted(epoch) == list(range(10))
 
 
 def test_without_shuffling_the_order_is_the_sources():
-  got = take(batches(10, 4, shuffle=False), 4)["i"]
-  np.testing.assert_array_equal(got.ravel(), [*range(8), *range(8)])
+  got = take(batches(10, 4, shuffle=False), 5)["i"]
+  np.testing.assert_array_equal(got.ravel(), [*range(10), *range(10)])
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -155,7 +153,8 @@ def test_loads_in_several_threads():
 
 def test_state_of_other_batches_is_refused():
   state = batches(20, 4).get_state()
-  for other in (batches(20, 4, seed=1), batches(20, 5), batches(21, 4)):
+  for other in (batches(20, 4, seed=1), batches(20, 5), batches(21, 4),
+                batches(20, 4, shuffle=False)):
     with pytest.raises(errors.UserError, match="data position was saved with"):
       other.set_state(state)
 
@@ -194,12 +193,52 @@ def test_impossible_batches():
 
 
 def test_features_that_cannot_be_batched():
-  ragged = lambda example, rng: {"x": np.zeros(example["i"])}
-  with pytest.raises(errors.UserError, match=r'"x".*\(0,\), \(1,\)'):
-    next(batches(4, 4, fn=ragged))
-  nested = lambda example, rng: {"y": example}
-  with pytest.raises(errors.UserError, match='"y".*keep'):
-    next(batches(4, 4, fn=nested))
+  for fn, words in (
+      (lambda i: {"x": np.zeros(i % 2)}, r'"x".*shape \(.,\) .*shape \(.,\)'),
+      (lambda i: {"x": np.zeros(2, [int, float][i % 2])},
+       '"x".*(int64.*float64|float64.*int64)'),
+      (lambda i: {"x": 0, **({"y": 0} if i % 2 else {})}, '"y".*missing'),
+      (lambda i: {"x": "text" if i % 2 else 0}, '"x".*text'),
+      (lambda i: {"y": {"i": i}}, '"y".*no array.*keep')):
+    with pytest.raises(errors.UserError, match=words):
+      next(batches(4, 4, fn=lambda example, rng, fn=fn: fn(example["i"])))
+
+
+def test_texts_of_any_length():
+  fn = lambda example, rng: {
+      "s": "x" * example["i"], "b": np.asarray(b"y" * example["i"])}
+  batch = next(iter(pipeline.eval_batches(source(4), fn, batch_size=4)))
+  assert batch["s"].tolist() == ["", "x", "xx", "xxx"]
+  assert batch["b"].tolist() == [b"", b"y", b"yy", b"yyy"]
+
+
+def test_batches_are_arrays_of_their_own():
+  run = batches(8, 4)
+  first, second = next(run), next(run)
+  kept = first["r"].copy()
+  second["r"][:] = 0
+  next(run)["r"][:] = 0
+  np.testing.assert_array_equal(first["r"], kept)
+
+
+def test_tells_how_long_it_was_waited_for():
+  def slow(example, rng):
+    time.sleep(0.05)
+    return keep_and_draw(example, rng)
+  run = batches(8, 4, fn=slow, num_threads=0, prefetch=1)
+  assert run.waited == 0
+  next(run)
+  assert 0.2 <= run.waited < 2
+  before = run.waited
+  time.sleep(1)  # so long that what follows is ready
+  next(run)
+  assert run.waited - before < 0.1
+
+
+def test_first_example():
+  example = pipeline.first_example(source(4), keep_and_draw)
+  assert example["i"] == 0 and example["i"].dtype == np.int32
+  assert example["r"].shape == (3,)
 
 
 def test_mistakes_in_code_keep_their_type_and_name_the_record():
@@ -272,7 +311,8 @@ def test_from_array_record_to_batches(tmp_path):
   tfds.disable_progress_bar()
   PipelineTestImages(data_dir=tmp_path, file_format="array_record"
                      ).download_and_prepare()
-  tokenizer = lambda text, length: np.array(text.split(), np.int32)[:length]
+  tokenizer = lambda text, length, pad: np.array(
+      text.split(), np.int32)[:length]
   fn = preprocess.parse(
       "decode|flip_lr|value_range(0,255)|choice('captions')|tokenize(2)"
       "|keep('image','text')", tokenizer=tokenizer)
@@ -288,6 +328,7 @@ def test_from_array_record_to_batches(tmp_path):
   bad = sources.tfds("pipeline_test_images", "bad", tmp_path)
   where = [i for i in range(16) if bad[i]["captions"][0] == b"5 0"]
   with pytest.raises(errors.UserError) as e:
-    take(batches(bad, 8, fn=fn), 2)
+    list(pipeline.eval_batches(bad, fn, batch_size=8))
   assert str(e.value).startswith(
       f"pipeline_test_images[bad][{where[0]}]: image cannot be decoded")
+  assert "evaluation skips nothing" in str(e.value)

@@ -261,7 +261,7 @@ def test_one_caption_or_none(op):
 
 
 def test_lower_tokenize_keep():
-  tokenizer = lambda text, length: np.array([ord(c) for c in text][:length])
+  tokenizer = lambda text, length, pad: np.array([ord(c) for c in text][:length])
   fn = preprocess.parse(
       "first('a|b')|lower|tokenize(3)|keep('text','image')",
       tokenizer=tokenizer)

@@ -115,9 +115,9 @@ def test_other_format_is_refused(data_dir, tmp_path):
   for file in (data_dir / "sources_test_pairs" / "1.0.0").iterdir():
     (path / file.name).write_bytes(file.read_bytes())
   info = json.loads((path / "dataset_info.json").read_text())
-  info["fileFormat"] = "tfrecord"
+  info["fileFormat"] = "riegeli"
   (path / "dataset_info.json").write_text(json.dumps(info))
-  with pytest.raises(errors.UserError, match="stored as tfrecord") as e:
+  with pytest.raises(errors.UserError, match="stored as riegeli") as e:
     sources.tfds("sources_test_pairs", "train", tmp_path)
   assert "file_format='array_record'" in str(e.value)
 

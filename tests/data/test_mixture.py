@@ -1,0 +1,173 @@
+"""Several sources mixed by weight, through the pipeline."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sigjax import errors
+from sigjax.data import faults
+from sigjax.data import mixture
+from sigjax.data import pipeline
+from sigjax.data import sources
+
+MADE = {}
+
+
+def made(name, only=None, group_by=None):
+  """Stands for open_source: a source made by the test."""
+  source = MADE[name]
+  for key, wanted in (only or {}).items():
+    source = sources.where(source, key, wanted)
+  return sources.grouped(source, group_by) if group_by else source
+
+
+def make(name, n, tower=None, **attributes):
+  MADE[name] = sources.Source(
+      name, [{"name": name, "i": i, "c": i // 3} for i in range(n)],
+      tower=tower).replaced(**attributes)
+
+
+@pytest.fixture(autouse=True)
+def three():
+  MADE.clear()
+  for name, n in (("a", 50), ("b", 34), ("c", 90)):
+    make(name, n)
+
+
+def mix(weights=(5, 2, 3), **last):
+  return mixture.mix(made, [
+      dict(name="a"), dict(name="b"), dict(name="c", **last)], weights)
+
+
+def show(example, rng):
+  return {"name": example["name"], "i": np.int32(example["i"]),
+          "r": rng.random(2)}
+
+
+def batches(source, size=20, fn=show, **kwargs):
+  return pipeline.train_batches(
+      source, fn, batch_size=size, **{"seed": 0, "num_threads": 2, **kwargs})
+
+
+def take(run, n):
+  out = [next(run) for _ in range(n)]
+  return {key: np.stack([batch[key].astype("U1") if key == "name" else
+                         batch[key] for batch in out]) for key in out[0]}
+
+
+def test_each_batch_has_its_shares_and_each_source_its_epochs():
+  got = take(batches(mix()), 170)
+  for name, share, n in (("a", 10, 50), ("b", 4, 34), ("c", 6, 90)):
+    own = got["name"] == name
+    assert (own.sum(1) == share).all()
+    epochs = got["i"][own][:170 * share // n * n].reshape(-1, n)
+    if n % share == 0:  # no batch across epochs
+      for epoch in epochs:
+        assert sorted(epoch) == list(range(n))
+    counts = np.bincount(got["i"][own], minlength=n)
+    assert counts.max() - counts.min() <= 1
+    for step in range(170):
+      assert len(set(got["i"][step][own[step]])) == share
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_and_restarts(processes):
+  whole = take(batches(mix()), 9)
+  parts = [take(batches(mix(), process_index=p, process_count=processes), 9)
+           for p in range(processes)]
+  for key in whole:
+    np.testing.assert_array_equal(
+        np.concatenate([part[key] for part in parts], axis=1), whole[key])
+  run = batches(mix())
+  take(run, 4)
+  fresh = batches(mix())
+  fresh.set_state(json.loads(json.dumps(run.get_state())))
+  for key, value in take(fresh, 5).items():
+    np.testing.assert_array_equal(value, whole[key][4:])
+  with pytest.raises(errors.UserError, match="saved with weights="):
+    batches(mix((5, 3, 3))).set_state(run.get_state())
+
+
+def test_narrowed_and_grouped_parts():
+  source = mix(only=dict(i=(0, 59)), group_by="c")
+  assert len(source) == 50 + 34 + 20
+  assert source.numbers().tolist() == list(range(50 + 34 + 60))
+  got = take(batches(source), 100)
+  groups = got["i"][got["name"] == "c"].reshape(100, 6) // 3
+  assert all(len(set(batch)) == 6 for batch in groups)
+  assert set(got["i"][got["name"] == "c"]) == set(range(60))
+
+
+def test_what_the_program_asks_of_a_source():
+  make("a", 50, label_names={"c": ["x"], "d": ["y"]}, faults={"odd": 1})
+  make("b", 34, label_names={"c": ["x"]}, faults={"odd": 2, "even": 3})
+  source = mixture.mix(made, [dict(name="a"), dict(name="b")], [1, 2])
+  assert source.name == "mix of a, b" and len(source) == 84
+  assert source.label_names == {"c": ["x"]} and source.tower is None
+  assert source.faults == {"odd": 3, "even": 3}
+  assert source[0]["name"] == "a" and source[49] == {"name": "a", "i": 49,
+                                                     "c": 16}
+  assert source[50]["name"] == "b" and source[83]["i"] == 33
+  for i in (-1, 84):
+    with pytest.raises(IndexError):
+      source[i]
+  assert source.brief(51) == {"name": "b", "i": 1, "c": 0}
+  assert list(sources.all_captions(source, "name")) == ["a"] * 50 + ["b"] * 34
+
+
+def test_faults_name_the_part():
+  def fn(example, rng):
+    if (example["name"], example["i"]) == ("b", 7):
+      raise faults.BadExample("is odd", kind="odd")
+    return show(example, rng)
+  run = batches(mix(), fn=fn)
+  got = take(run, 30)
+  assert run.faults()["odd"] >= 3
+  own = got["name"] == "b"
+  assert (own.sum(1) == 4).all()  # what takes its place is of b, too
+  assert 7 not in got["i"][own]
+  assert all(len(set(got["i"][s][own[s]])) == 4 for s in range(30))
+  with pytest.raises(errors.UserError, match=r"1 x odd \(b\[7\]: is odd\)"):
+    take(batches(mix(), fn=fn, bad_fraction=0), 30)
+
+
+def test_parts_have_to_be_alike():
+  def fn(example, rng):
+    return {"x": np.zeros(2 if example["name"] == "c" else 1)}
+  with pytest.raises(errors.UserError, match=r'"x".*\(2,\) in c\[0\]'):
+    pipeline.first_example(mix(), fn)
+  assert pipeline.first_example(mix(), show)["name"] == "a"
+
+
+@pytest.mark.parametrize("weights, words", [
+    ([1, 2], "3 sources and 2 weights"), ([1, 0, 1], "0 is no weight"),
+    ([1, -1, 1], "-1 is no weight"), ([1, "1", 1], "'1' is no weight"),
+    ([0, 0, 0], "0 is no weight"), ([1, None, 1], "None is no weight"),
+    ([1, float("nan"), 1], "nan is no weight"),
+    ([1, 1e-12, 1], "1e-12 is no weight")])
+def test_weights_that_are_none(weights, words):
+  with pytest.raises(errors.UserError, match=words):
+    mix(weights)
+
+
+def test_mistakes():
+  make("d", 40, tower="other")
+  with pytest.raises(errors.UserError, match="d has embeddings of tower other"):
+    mixture.mix(made, [dict(name="a"), dict(name="d")], [1, 1])
+  with pytest.raises(errors.UserError, match="source 1 of the mix .*nam"):
+    mixture.mix(made, [dict(name="a"), dict(nam="d")], [1, 1])
+  with pytest.raises(errors.UserError, match="2 of the mix is there already"):
+    mixture.mix(made, [dict(name=x) for x in "aba"], [1, 1, 1])
+  with pytest.raises(errors.UserError, match="itself a mix"):
+    mixture.mix(made, [dict(kind="mix")], [1])
+  with pytest.raises(errors.UserError, match="b has 34 .* its 40 .* weight"):
+    batches(mix((1, 2, 1)), 80)
+  with pytest.raises(errors.UserError, match="cannot be evaluated on"):
+    pipeline.eval_batches(mix(), show, batch_size=4)
+  for narrow in (lambda s: sources.where(s, "i", 3),
+                 lambda s: sources.grouped(s, "c"),
+                 lambda s: sources.shuffled(s, "i"),
+                 lambda s: s.narrowed([[0]])):
+    with pytest.raises(errors.UserError, match="to each of its sources"):
+      narrow(mix())
