@@ -39,9 +39,9 @@ def get_config(arg=None):
   config.tokenizer = dict(vocab_size=VOCAB, captions="captions")
   config.pp = (
       "decode|random_affine(scale=(0.85,1.15),shift=0.08)|color_gain(0.3)"
-      "|random_grey(0.15)|random_invert(0.05)|value_range(-1,1)"
+      "|random_grey(0.15)|random_invert(0.05)"
       f"|choice('captions')|lower|tokenize({LENGTH})|keep('image','text')")
-  config.pp_image = f"decode|resize({RES})|value_range(-1,1)|keep('image')"
+  config.pp_image = f"decode|resize({RES})|keep('image')"
   config.pp_text = f"lower|tokenize({LENGTH})|keep('text')"
 
   # Means, not the released models' probe and last token: in so short a training

@@ -105,21 +105,14 @@ def lion(b1=0.9, b2=0.99, mu_dtype=None):
 OPTIMIZERS = dict(adamw=adamw, adafactor=adafactor, lion=lion)
 
 
-def frozen_mask(params, frozen=None):
-  """Tree of bool at each leaf of params: True where the table says so."""
-  frozen = ((".*", False),) if frozen is None else frozen
-  return trees.first_match(frozen, params, "config.optim.frozen")
-
-
 def make_optimizer(params, total_steps, *, name="adamw", lr=1e-3, wd=0.0,
                    options=None, schedule=None, grad_clip_norm=None,
                    lr_mults=((".*", 1.0),),
-                   wd_mults=((".*/kernel", 1.0), (".*", 0.0)),
-                   frozen=None):
+                   wd_mults=((".*/kernel", 1.0), (".*", 0.0))):
   """Builds the optimizer of a parameter tree; see the top of this file.
 
   Args:
-    params: the parameters, or their shapes.
+    params: the parameters that are trained, or their shapes.
     total_steps: length of the training.
     name: one of OPTIMIZERS; options are its own arguments.
     lr: learning rate at the schedule's top.
@@ -129,8 +122,6 @@ def make_optimizer(params, total_steps, *, name="adamw", lr=1e-3, wd=0.0,
     grad_clip_norm: global norm to which larger gradients are scaled down.
     lr_mults: rows (regex, multiple of lr), the first match counts.
     wd_mults: rows (regex, multiple of wd). By default kernels alone decay.
-    frozen: rows (regex, bool). What is frozen gets no update, no weight decay
-      and no optimizer state. None: nothing is.
 
   Returns:
     (tx, lr_fn): an optax transformation, and fn(step) -> learning rate.
@@ -145,24 +136,18 @@ def make_optimizer(params, total_steps, *, name="adamw", lr=1e-3, wd=0.0,
       "config.optim.options")
   lr_mults = trees.first_match(lr_mults, params, "config.optim.lr_mults")
   wd_mults = trees.first_match(wd_mults, params, "config.optim.wd_mults")
-  labels = jax.tree.map(
-      lambda f: "frozen" if f else "trained", frozen_mask(params, frozen))
 
   def to_update(updates, params):
-    # The multiples of what is frozen are masked away by multi_transform.
     return jax.tree.map(
         lambda u, p, l, w: -(lr * l * u.astype(p.dtype) + wd * w * p),
-        updates, params, *(_like(m, updates) for m in (lr_mults, wd_mults)))
+        updates, params, lr_mults, wd_mults)
 
-  tx = optax.multi_transform({
-      "trained": optax.chain(
-          optax.clip_by_global_norm(grad_clip_norm)
-          if grad_clip_norm else optax.identity(),
-          direction,
-          optax.stateless(to_update),
-          optax.scale_by_schedule(multiplier)),
-      "frozen": optax.set_to_zero(),
-  }, labels)
+  tx = optax.chain(
+      optax.clip_by_global_norm(grad_clip_norm)
+      if grad_clip_norm else optax.identity(),
+      direction,
+      optax.stateless(to_update),
+      optax.scale_by_schedule(multiplier))
 
   def update(grads, state, params):
     # optax multiplies floats by integer counts, which JAX can be told to refuse
@@ -172,9 +157,3 @@ def make_optimizer(params, total_steps, *, name="adamw", lr=1e-3, wd=0.0,
   return (optax.GradientTransformation(tx.init, update),
           lambda step: lr * multiplier(step))
 
-
-def _like(tree, masked):
-  """`tree` with optax.MaskedNode wherever `masked` has one."""
-  is_masked = lambda x: isinstance(x, optax.MaskedNode)
-  return jax.tree.map(
-      lambda m, x: m if is_masked(m) else x, masked, tree, is_leaf=is_masked)

@@ -1,4 +1,4 @@
-"""The train state, one step of training, and embedding: pure functions.
+"""One step of training, and embedding: pure functions.
 
 B is the global batch, D the number of devices, b = B/D, k the number of
 microbatches, E the width of the embeddings.
@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 from flax import linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,76 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from sigjax import errors
 from sigjax import losses
 from sigjax import sharding
+from sigjax import state as state_lib
 from sigjax import trees
 
 
-@flax.struct.dataclass
-class TrainState:
-  step: jax.Array  # int32 (), steps done
-  params: dict  # {"img": .., "txt": .., "t": (1,), "b": (1,)}, float32
-  opt_state: optax.OptState
-
-
-def init_params(model, rng, example):
-  """Parameters from scratch, for examples like this dict(image=, text=)."""
-  batch = {k: jnp.asarray(example[k])[None] for k in ("image", "text")}
-  return model.init(rng, **batch)["params"]
-
-
-def param_shapes(model, example):
-  """The tree of ShapeDtypeStructs of init_params."""
-  return jax.eval_shape(
-      lambda rng: init_params(model, rng, example), jax.random.key(0))
-
-
-def abstract_state(param_shapes, tx, mesh, table):
-  """A TrainState of ShapeDtypeStructs with shardings: what a step works on.
-
-  Args:
-    param_shapes: eval_shape of init_params.
-    tx: the optimizer.
-    mesh: from sharding.make_mesh.
-    table: rows (regex, split) for sharding.shard_params.
-  """
-  shapes = jax.eval_shape(lambda params: new_state(params, tx), param_shapes)
-  of_params = sharding.shard_params(param_shapes, mesh, table)
-  shardings = TrainState(
-      step=NamedSharding(mesh, P()), params=of_params,
-      opt_state=sharding.shard_like(
-          shapes.opt_state, param_shapes, of_params, mesh))
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, shardings)
-
-
-def new_state(params, tx):
-  """The state before the first step."""
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-
-def init_state(model, tx, seed, example, abstract, given=None):
-  """The state before the first step, made where its parts belong.
-
-  Args:
-    model, tx: the towers and the optimizer.
-    seed: of the parameters. The same on any number of devices.
-    example: dict(image=(H, W, C), text=(L,)), for its shapes.
-    abstract: from abstract_state.
-    given: {name: array} of parameters that do not start from scratch.
-  """
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-
-  @functools.partial(jax.jit, out_shardings=shardings.params)
-  def from_scratch():
-    return init_params(model, jax.random.key(seed), example)
-
-  params = trees.map_named(
-      lambda name, own, to: jax.device_put((given or {}).get(name, own), to),
-      from_scratch(), shardings.params)
-  return jax.jit(lambda p: new_state(p, tx), out_shardings=shardings)(params)
-
-
-def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
+def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, lock=(),
                     microbatches=1, feed="device"):
   """Builds train_step(state, batch) -> (state, metrics).
 
@@ -104,7 +38,8 @@ def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
     loss_fn: fn(zimg, ztxt, t, b) -> scalar, over the mesh.
     mesh: from sharding.make_mesh.
     seed: of the dropout masks; step and microbatch are folded in.
-    frozen: tree of bool like the parameters; True gets no gradient.
+    lock: parts of the parameters that stay as they are: no gradients, no
+      optimizer state; see trees.split_off.
     microbatches: k; has to divide b.
     feed: "device": the whole batch is put on the devices, and the step is one
       program. "host": the batch stays on the host, from where one microbatch at
@@ -113,10 +48,11 @@ def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, frozen=None,
   Returns:
     train_step; its metrics are float32 scalars: loss, t, b, pos_logit and
     neg_logit (means over the B and the B*B - B pairs), the global norms
-    grad_norm, update_norm and param_norm, and lr. With feed "device" it has an
+    grad_norm, update_norm and param_norm of what is trained, and lr. With feed
+    "device" it has an
     attribute `program`, the jitted function of (state, global batch).
   """
-  step = _Step(model, tx, lr_fn, loss_fn, mesh, seed, frozen, microbatches)
+  step = _Step(model, tx, lr_fn, loss_fn, mesh, seed, tuple(lock), microbatches)
   if errors.pick({"device": False, "host": True}, feed, "config.feed"):
     return step.fed_from_host()
   program = jax.jit(
@@ -137,62 +73,66 @@ class _Step(NamedTuple):
   loss_fn: Callable
   mesh: jax.sharding.Mesh
   seed: int
-  frozen: dict | None
+  lock: tuple
   k: int
 
-  def thaw(self, params):
-    # Where a gradient stops, XLA drops the whole backward pass behind it.
-    return params if self.frozen is None else jax.tree.map(
-        lambda p, f: jax.lax.stop_gradient(p) if f else p, params, self.frozen)
+  def split_off(self, params):
+    return trees.split_off(params, self.lock, "config.lock")
 
-  def towers(self, params, state, part, i):
+  def towers(self, trained, state, part, i):
     """Embeddings of microbatch i: its zimg and ztxt, (B/k, E)."""
+    _, locked = self.split_off(state.params)
     rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
     zimg, ztxt, _ = self.model.apply(
-        {"params": self.thaw(params)}, part["image"], part["text"], train=True,
-        rngs={"dropout": jax.random.fold_in(rng, i)})
+        {"params": trees.join(trained, locked)}, part["image"], part["text"],
+        train=True, rngs={"dropout": jax.random.fold_in(rng, i)})
     return zimg, ztxt
 
-  def pair_loss(self, params, zimg, ztxt):
-    return self.loss_fn(
-        zimg, ztxt, *temperature_and_bias(self.model, self.thaw(params)))
+  def pair_loss(self, trained, state, zimg, ztxt):
+    _, locked = self.split_off(state.params)
+    return self.loss_fn(zimg, ztxt, *temperature_and_bias(
+        self.model, trees.join(trained, locked)))
 
   def update(self, state, z, loss, grads):
     """The end of every step: from gradients to new state and metrics."""
-    updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    trained, locked = self.split_off(state.params)
+    updates, opt_state = self.tx.update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
     t, b = temperature_and_bias(self.model, state.params)
     stats = losses.logit_stats(*z, t, b)
     metrics = dict(
         loss=loss, t=t, b=b, pos_logit=stats["pos"], neg_logit=stats["neg"],
         grad_norm=optax.tree.norm(grads), update_norm=optax.tree.norm(updates),
-        param_norm=optax.tree.norm(params), lr=self.lr_fn(state.step))
-    return TrainState(state.step + 1, params, opt_state), metrics
+        param_norm=optax.tree.norm(trained), lr=self.lr_fn(state.step))
+    return state_lib.TrainState(
+        state.step + 1, trees.join(trained, locked), opt_state), metrics
 
   def one_batch(self, state, batch):
     """A step without microbatches."""
-    def fn(params):
-      z = self.towers(params, state, batch, 0)
-      return self.pair_loss(params, *z), z
-    (loss, z), grads = jax.value_and_grad(fn, has_aux=True)(state.params)
+    def fn(trained):
+      z = self.towers(trained, state, batch, 0)
+      return self.pair_loss(trained, state, *z), z
+    (loss, z), grads = jax.value_and_grad(fn, has_aux=True)(
+        self.split_off(state.params)[0])
     return self.update(state, z, loss, grads)
 
   # The three parts of a step in microbatches.
 
   def embed(self, state, part, i):
-    return self.towers(state.params, state, part, i)
+    return self.towers(self.split_off(state.params)[0], state, part, i)
 
   def loss_and_gradients(self, state, z):
     """From all embeddings, (k, B/k, E), to the gradients by them, likewise."""
     z = jax.tree.map(lambda x: merge(x, self.mesh), z)
-    loss, (grads, *dz) = jax.value_and_grad(self.pair_loss, (0, 1, 2))(
-        state.params, *z)
+    loss, (grads, *dz) = jax.value_and_grad(self.pair_loss, (0, 2, 3))(
+        self.split_off(state.params)[0], state, *z)
     dz = jax.tree.map(lambda x: split(x, self.k, self.mesh), tuple(dz))
     return z, loss, grads, dz
 
   def pull_back(self, state, part, i, dz, grads):
     """Adds the parameters' gradients through microbatch i."""
-    _, vjp = jax.vjp(lambda p: self.towers(p, state, part, i), state.params)
+    _, vjp = jax.vjp(lambda p: self.towers(p, state, part, i),
+                     self.split_off(state.params)[0])
     return jax.tree.map(jnp.add, grads, vjp(dz)[0])
 
   def many_batches(self, state, batch):
@@ -217,7 +157,8 @@ class _Step(NamedTuple):
     def pull_back(state, part, i, dz, grads):
       grads = self.pull_back(
           state, part, i, jax.tree.map(lambda x: x[i], dz), grads)
-      return grads, grads["t"] + 0  # to wait for: the sums are given on
+      # The second is there to wait for: the sums themselves are given on.
+      return grads, min(jax.tree.leaves(grads), key=jnp.size) + 0
     update = jax.jit(self.update, donate_argnums=(0, 3))
 
     def train_step(state, batch):

@@ -42,6 +42,37 @@ def map_named(fn, tree, *rest):
       lambda path, *leaves: fn("/".join(map(_key, path)), *leaves), tree, *rest)
 
 
+def split_off(tree, parts, what):
+  """Divides nested dicts into (rest, taken), either with some leaves missing.
+
+  Args:
+    tree: nested dicts.
+    parts: names of leaves, or of all leaves below them, such as "img" or
+      "txt/Embed_0".
+    what: for the error, such as "config.lock".
+
+  Raises:
+    UserError: a part that is not in the tree.
+  """
+  flat = flatten(tree)
+  within = lambda name, part: f"{name}/".startswith(f"{part}/")
+  for part in parts:
+    if not any(within(name, part) for name in flat):
+      names = {"/".join(name.split("/")[:i]) for name in flat
+               for i in range(1, part.count("/") + 2)}
+      raise errors.UserError(
+          f'{what} names "{part}", which is no part of the parameters'
+          + errors.closest(part, names))
+  taken = {name for name in flat if any(within(name, p) for p in parts)}
+  return tuple(unflatten({k: v for k, v in flat.items() if (k in taken) == it})
+               for it in (False, True))
+
+
+def join(a, b):
+  """Returns the tree of which split_off made a and b."""
+  return unflatten({**flatten(a), **flatten(b)})
+
+
 def first_match(table, tree, what):
   """Gives every leaf the value of the first row whose regex matches its name.
 

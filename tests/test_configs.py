@@ -1,24 +1,25 @@
 """Every config is built, its strings parsed and its model shaped."""
 
 import importlib
+import inspect
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from sigjax import build
 from sigjax import config as config_lib
 from sigjax import errors
 from sigjax import optim
-from sigjax import step as step_lib
+from sigjax import sharding
 from sigjax import train
 from sigjax.data import preprocess
-from sigjax.models import two_towers
 
 CONFIGS = [p.stem for p in (
     pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
            if p.stem not in ("common", "__init__")]
-SMOKE = [n for n in CONFIGS if n != "siglip_emoji"]
+SMOKE = ["siglip_b16", "siglit_l16"]
 
 
 def get(name, arg=None):
@@ -26,12 +27,15 @@ def get(name, arg=None):
 
 
 class CountingTokenizer:
-  def __call__(self, text, length):
+  def __call__(self, text, length, pad):
     return np.full(length, min(len(text), 9), np.int32)
 
 
 @pytest.mark.parametrize("name, arg", [(n, None) for n in CONFIGS]
-                         + [(n, "smoke") for n in SMOKE])
+                         + [(n, "smoke") for n in SMOKE]
+                         + [("siglip_b16", "pretrained=augreg/B_16"),
+                            ("siglit_l16", "embeddings=x"),
+                            ("siglit_l16", "smoke,embeddings=x")])
 def test_config(name, arg):
   config = get(name, arg).lock().to_dict()
   parse = lambda s: preprocess.parse(s, tokenizer=CountingTokenizer())
@@ -40,33 +44,46 @@ def test_config(name, arg):
   data = io.BytesIO()
   Image.new("RGB", (50, 40)).save(data, "PNG")
   rng = np.random.default_rng(0)
-  example = parse(config["pp"])(
-      dict(image=data.getvalue(), captions=["A cat"]), rng)
+  image, precomputed = data.getvalue(), config["model"]["image"].get("kind")
+  if precomputed:
+    image = np.zeros(config["model"]["image"]["width"], np.float16)
+  example = parse(config["pp"])(dict(image=image, captions=["A cat"]), rng)
   assert set(example) == {"image", "text"}
-  for key, value in (("image", data.getvalue()), ("text", "A cat")):
+  for key, value in (("image", image), ("text", "A cat")):
     alone = parse(config[f"pp_{key}"])({key: value}, rng)[key]
-    if key == "image" and "resize" not in config["pp"]:
+    if key == "image" and not precomputed and "resize" not in config["pp"]:
       example["image"] = alone
     assert alone.shape == example[key].shape, key
   if name == "siglip_emoji":
     assert example["image"].shape == (64, 64, 3)
 
-  model = errors.call(two_towers.TwoTowers, config["model"], "config.model")
-  shapes = step_lib.param_shapes(model, example)
   total = {k: config.pop(k, None)
            for k in ("total_steps", "total_examples", "total_epochs")}
   times = config_lib.Durations(config["batch_size"], 100_000, **total)
-  tx, lr_fn = errors.call(
-      optim.make_optimizer, times.resolve(config["optim"], "config.optim"),
-      "config.optim", shapes, times.total_steps)
-  assert 0 <= float(lr_fn(times.total_steps)) < 1e-6 < float(lr_fn(
-      times.total_steps // 2))
-  jax.eval_shape(tx.init, shapes)
-  size = sum(x.size for x in jax.tree.leaves(shapes))
+  config["optim"] = times.resolve(config["optim"], "config.optim")
+  keys = inspect.signature(build.build).parameters
+  run = build.build(sharding.make_mesh(), example, times.total_steps,
+                    **{k: v for k, v in config.items() if k in keys})
+  size = sum(x.size for x in jax.tree.leaves(run.shapes))
   if arg is None and name == "siglip_b16":
     assert size == pytest.approx(203.2e6, rel=0.01)  # the released B/16's
-  if arg == "smoke":
+  if arg and "smoke" in arg:
     assert size < 1e6
+  if arg and "embeddings" in arg:
+    assert set(run.shapes) == {"txt", "t", "b"}
+
+
+def test_what_is_pretrained_learns_slowly():
+  config = get("siglip_b16", "pretrained=augreg/B_16")
+  assert config.init.path == "augreg/B_16" and config.init.into == "img"
+  params = {t: {"kernel": np.ones((2, 2), np.float32)} for t in ("img", "txt")}
+  zero = jax.tree.map(np.zeros_like, params)
+  tx, _ = optim.make_optimizer(params, 10, lr_mults=config.optim.lr_mults,
+                               wd_mults=config.optim.wd_mults, lr=1.0, wd=0.5)
+  moved = lambda grads: {t: float(-x["kernel"][0, 0]) for t, x in tx.update(
+      grads, tx.init(params), params)[0].items()}
+  assert moved(zero) == {"img": 0.0, "txt": 0.5}  # weight decay alone
+  assert moved(params) == pytest.approx({"img": 0.1, "txt": 1.5}, rel=1e-3)
 
 
 def test_arguments():

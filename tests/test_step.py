@@ -1,6 +1,7 @@
 """One step: the same numbers however it is split up."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from sigjax import errors
 from sigjax import losses
 from sigjax import optim
 from sigjax import sharding
+from sigjax import state as state_lib
 from sigjax import step as step_lib
 from sigjax import trees
 from sigjax.models import two_towers
@@ -27,40 +30,41 @@ def make_batch(seed=0):
               text=rng.integers(0, 20, (B, 6)).astype(np.int32))
 
 
-def make_model(dropout=0.0, **kwargs):
+def make_model(dropout=0.0, remat="none", **kwargs):
+  more = dict(TOWER, dropout=dropout, remat=remat)
   return two_towers.TwoTowers(
-      image=dict(TOWER, patch_size=8, dropout=dropout),
-      text=dict(TOWER, vocab_size=20, dropout=dropout), out_dim=(None, 16),
+      image=dict(more, patch_size=8), text=dict(more, vocab_size=20),
+      out_dim=(None, 16),
       **kwargs)
 
 
 @functools.cache
 def init_params():
   """Parameters from scratch, made once: compiling this takes seconds."""
-  return jax.device_get(jax.jit(lambda: step_lib.init_params(
+  return jax.device_get(jax.jit(lambda: state_lib.init_params(
       make_model(), jax.random.key(0), EXAMPLE))())
 
 
 def run(steps=3, data=8, fsdp=1, devices=8, table=((".*", "replicate"),),
-        microbatches=1, feed="device", dropout=0.0, frozen=None,
-        loss="sigmoid"):
+        microbatches=1, feed="device", dropout=0.0, lock=(),
+        loss="sigmoid", dtype="float32", remat="none"):
   """Trains some steps; returns the parameters, metrics, and the state."""
-  model = make_model(dropout)
+  model = make_model(dropout, dtype=dtype, remat=remat)
   mesh = sharding.make_mesh(
       data=data, fsdp=fsdp, devices=jax.devices()[:devices])
-  shapes = step_lib.param_shapes(model, EXAMPLE)
+  shapes = state_lib.param_shapes(model, EXAMPLE, lock)
   tx, lr_fn = optim.make_optimizer(
-      shapes, 10, lr=1e-2, wd=1e-3, options=dict(eps=1e-3), grad_clip_norm=1.0,
-      frozen=frozen)
-  abstract = step_lib.abstract_state(shapes, tx, mesh, table)
+      state_lib.trained_part(shapes, lock), 10, lr=1e-2, wd=1e-3,
+      options=dict(eps=1e-3), grad_clip_norm=1.0)
+  abstract = state_lib.abstract_state(shapes, tx, mesh, table, lock)
   state = jax.tree.map(
-      lambda x, a: jax.device_put(x, a.sharding),
-      step_lib.new_state(init_params(), tx), abstract)
+      lambda x, a: jax.device_put(jnp.asarray(x, a.dtype), a.sharding),
+      state_lib.new_state(init_params(), tx, lock), abstract)
   loss_fn = functools.partial(
       losses.LOSSES[loss], mesh=mesh, axes=sharding.AXES)
   step = step_lib.make_train_step(
       model, tx, lr_fn, loss_fn, mesh, microbatches=microbatches, feed=feed,
-      frozen=optim.frozen_mask(shapes, frozen))
+      lock=lock)
   for i in range(steps):
     state, metrics = step(state, make_batch(i))
   return jax.device_get(state.params), jax.device_get(metrics), state
@@ -127,15 +131,15 @@ def test_init_does_not_depend_on_the_mesh():
   model = make_model()
   tx = optax.identity()
   mesh = sharding.make_mesh(data=2, fsdp=4)
-  abstract = step_lib.abstract_state(
-      step_lib.param_shapes(model, EXAMPLE), tx, mesh, ((".*", "fsdp"),))
-  state = step_lib.init_state(model, tx, 0, EXAMPLE, abstract)
+  abstract = state_lib.abstract_state(
+      state_lib.param_shapes(model, EXAMPLE), tx, mesh, ((".*", "fsdp"),))
+  state = state_lib.init_state(model, tx, 0, EXAMPLE, abstract)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
                state.params, init_params())
   kernel = state.params["txt"]["head"]["kernel"]
   assert kernel.addressable_shards[0].data.size == kernel.size // 4
   # What is given is taken, the rest starts from scratch.
-  state = step_lib.init_state(
+  state = state_lib.init_state(
       model, tx, 0, EXAMPLE, abstract, {"t": np.full(1, 0.5, np.float32)})
   assert state.params["t"] == 0.5 and state.params["b"] == -10
 
@@ -156,7 +160,7 @@ def test_dropout_is_the_same_in_both_passes():
     tx = optax.sgd(1.0)
     step = step_lib.make_train_step(
         model, tx, lambda s: 0.0, loss_fn, mesh, microbatches=4).program
-    state = step_lib.new_state(params, tx)
+    state = state_lib.new_state(params, tx)
     new, metrics = step(state, make_batch())
     grads = jax.tree.map(lambda a, b: a - b, params, new.params)
     return metrics["loss"], grads
@@ -169,16 +173,49 @@ def test_dropout_is_the_same_in_both_passes():
   assert (ahead(h) - ahead(-h)) / (2 * h) == pytest.approx(norm, rel=2e-2)
 
 
-def test_frozen_tower_stays_and_costs_nothing():
-  frozen = (("img/.*", True), (".*", False))
-  params, metrics, state = run(frozen=frozen)
+@pytest.mark.parametrize("k, feed", [(1, "device"), (2, "device"), (2, "host")])
+def test_a_locked_tower_stays_as_it_is(k, feed):
+  params, metrics, state = run(
+      lock=("img", "t"), microbatches=k, feed=feed, dtype="bfloat16")
   start = init_params()
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-               params["img"], start["img"])
+  for name, was in trees.flatten(start["img"]).items():
+    now = trees.flatten(params["img"])[name]
+    assert now.dtype == jnp.bfloat16, name
+    np.testing.assert_array_equal(now, was.astype(jnp.bfloat16), name)
   assert np.abs(params["txt"]["head"]["kernel"]
                 - start["txt"]["head"]["kernel"]).max() > 1e-3
-  assert not [n for n in trees.flatten(state.opt_state) if "/img/" in n]
   assert np.isfinite(metrics["grad_norm"])
+  assert params["t"].dtype == np.float32 and params["t"] == start["t"]
+  # Two moments of what is trained, and nothing of what is locked.
+  names = trees.flatten(state.opt_state)
+  assert not [n for n in names if "/img/" in n or n.endswith("/t")]
+  trained = sum(x.size for x in jax.tree.leaves(start["txt"])) + 1
+  assert sum(x.size for x in names.values() if x.ndim) == 2 * trained
+
+
+def test_locked_gradients_are_those_of_the_others():
+  """What is trained gets the gradients it had when all was trained."""
+  def grads(lock):
+    model, loss = make_model(), losses.sigmoid_loss
+    mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+    step = step_lib.make_train_step(
+        model, optax.sgd(1.0), lambda s: 0.0, loss, mesh, lock=lock).program
+    new, metrics = step(state_lib.new_state(
+        init_params(), optax.sgd(1.0), lock), make_batch())
+    return jax.tree.map(lambda a, b: a - b, init_params(), new.params), metrics
+  free, _ = grads(())
+  locked, metrics = grads(("img",))
+  assert_close((locked["txt"], {}), (free["txt"], {}))
+  assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(
+      {k: v for k, v in free.items() if k != "img"})), rel=1e-5)
+
+
+@pytest.mark.parametrize("lock, text", [
+    (("image",), 'names "image", which is no part'),
+    (("txt/Embed0",), 'did you mean "txt/Embed_0"'), (("im",), "no part")])
+def test_what_cannot_be_locked(lock, text):
+  with pytest.raises(errors.UserError, match=re.escape(text)):
+    state_lib.param_shapes(make_model(), EXAMPLE, lock)
 
 
 def test_embed_runs_one_tower():

@@ -15,12 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 from PIL import Image
 
+from sigjax import build
 from sigjax import config as config_lib
 from sigjax import errors
 from sigjax import losses
-from sigjax import optim as optim_lib
 from sigjax import sharding as sharding_lib
-from sigjax import step as step_lib
 from sigjax.data import preprocess
 from sigjax.models import two_towers
 
@@ -88,15 +87,23 @@ def open_topology(name):
   return list(found.devices), chip
 
 
-def example_of(pp_image, pp_text):
-  """An example as a config's preprocessing makes it, for its shapes."""
-  image = io.BytesIO()
-  Image.new("RGB", (256, 256)).save(image, "PNG")
+def example_of(model, pp_image, pp_text):
+  """An example as a config's preprocessing makes it, for its shapes.
+
+  Args:
+    model: the config's section; precomputed embeddings are taken as bfloat16.
+    pp_image, pp_text: as in the config.
+  """
+  data = io.BytesIO()
+  Image.new("RGB", (256, 256)).save(data, "PNG")
+  image = data.getvalue()
+  if model["image"].get("kind") == "precomputed":
+    image = np.zeros(model["image"]["width"], jnp.bfloat16)
   # Any tokenizer will do, for its length is all that counts.
-  tokenizer = lambda text, length: np.zeros(length, np.int32)
+  tokenizer = lambda text, length, pad: np.zeros(length, np.int32)
   return {key: preprocess.parse(pp, tokenizer=tokenizer)(
       {key: value}, np.random.default_rng(0))[key] for key, pp, value in (
-          ("image", pp_image, image.getvalue()), ("text", pp_text, "a cat"))}
+          ("image", pp_image, image), ("text", pp_text, "a cat"))}
 
 
 def share(*trees):
@@ -106,54 +113,42 @@ def share(*trees):
 
 
 def step_job(mesh, *, batch_size, microbatches=1, model, optim, seed=0,
-             loss=None, sharding=((".*", "replicate"),), total_steps=None,
-             total_epochs=None, total_examples=None, feed="device", pp_image,
-             pp_text):
+             loss=None, sharding=((".*", "replicate"),), lock=(),
+             total_steps=None, total_epochs=None, total_examples=None,
+             feed="device", pp_image, pp_text):
   """The train step as train.main builds it, of a config's sections."""
   if feed != "device":
     raise errors.UserError(
         f'config.feed is "{feed}", which makes the step several programs; only '
         '"device" can be compiled ahead')
-  example = example_of(pp_image, pp_text)
-  sharding_lib.check_batch_size(batch_size, mesh, microbatches)
-  model = errors.call(two_towers.TwoTowers, model, "config.model")
-  shapes = step_lib.param_shapes(model, example)
+  example = example_of(model, pp_image, pp_text)
   times = config_lib.Durations(
       batch_size, 1_000_000, total_steps=total_steps,  # of any dataset
       total_epochs=total_epochs, total_examples=total_examples)
-  optim = times.resolve(optim, "config.optim")
-  tx, lr_fn = errors.call(optim_lib.make_optimizer, optim, "config.optim",
-                          shapes, times.total_steps)
-  frozen = optim_lib.frozen_mask(shapes, optim.get("frozen"))
-  step = step_lib.make_train_step(
-      model, tx, lr_fn, losses.make(mesh, sharding_lib.AXES, **(loss or {})),
-      mesh, seed=seed, frozen=frozen, microbatches=microbatches)
-  state = step_lib.abstract_state(shapes, tx, mesh, sharding)
+  run = build.build(
+      mesh, example, times.total_steps, batch_size=batch_size, model=model,
+      optim=times.resolve(optim, "config.optim"), loss=loss, sharding=sharding,
+      lock=lock, microbatches=microbatches, seed=seed)
   batch = {key: jax.ShapeDtypeStruct(
       (batch_size, *x.shape), x.dtype,
       sharding=sharding_lib.batch_sharding(mesh)) for key, x in example.items()}
-  forward = two_towers.flops(
-      model, *((1, *example[key].shape) for key in ("image", "text")))
-  # What is frozen has no backward pass, which is two forward ones.
-  flops = batch_size * sum(
-      n * (1 if all(jax.tree.leaves(frozen[tower])) else 3)
-      for tower, n in forward.items())
-  count = sum(x.size for x in jax.tree.leaves(shapes))
-  E = jax.eval_shape(model.apply, {"params": shapes}, None, batch["text"])[1]
+  count = sum(x.size for x in jax.tree.leaves(run.shapes))
+  E = jax.eval_shape(
+      run.model.apply, {"params": run.shapes}, None, batch["text"])[1]
+  flops = batch_size * run.flops + loss_flops(
+      batch_size, E.shape[1], **(loss or {}))
   return Job(
       f"train step, batch {batch_size:,} in {microbatches} piece(s)",
-      step.program.trace(state, batch),
-      {f"parameters ({count / 1e6:.1f} M)": share(state.params),
-       "optimizer state": share(state.opt_state),
+      run.train_step.program.trace(run.state, batch),
+      {f"parameters ({count / 1e6:.1f} M)": share(run.state.params),
+       "optimizer state": share(run.state.opt_state),
        "batch: images": share(batch["image"]),
-       "batch: texts": share(batch["text"])},
-      (flops + loss_flops(
-          batch_size, E.shape[1], **(loss or {}))) / mesh.size)
+       "batch: texts": share(batch["text"])}, flops / mesh.size)
 
 
 def loss_job(mesh, *, batch_size, model, loss=None, pp_image, pp_text):
   """The loss and its gradients by all four arguments."""
-  example = example_of(pp_image, pp_text)
+  example = example_of(model, pp_image, pp_text)
   sharding_lib.check_batch_size(batch_size, mesh)
   model = errors.call(two_towers.TwoTowers, model, "config.model")
   batch = {key: jnp.zeros((1, *x.shape), x.dtype) for key, x in example.items()}

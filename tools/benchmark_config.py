@@ -11,13 +11,12 @@ import time
 import jax
 import numpy as np
 
+from sigjax import build
 from sigjax import config as config_lib
 from sigjax import errors
-from sigjax import losses as losses_lib
 from sigjax import metrics
-from sigjax import optim as optim_lib
 from sigjax import sharding as sharding_lib
-from sigjax import step as step_lib
+from sigjax import state as state_lib
 from sigjax.data import pipe_string
 from sigjax.data import pipeline
 from sigjax.data import preprocess
@@ -25,6 +24,7 @@ from sigjax.data import sources
 from sigjax.data import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
 from tools import aot
+from tools import benchmark_loaders
 from tools import timing
 
 
@@ -67,9 +67,9 @@ def step(devices, *, config, microbatches=None, losses=None, rounds=10):
   return rows
 
 
-def step_parts(devices, *, batch_size, model, optim, pp_image, pp_text,
+def step_parts(devices, *, batch_size, model, pp_image, pp_text, optim,
                total_steps=None, total_epochs=None, total_examples=None,
-               mesh=None, sharding=((".*", "replicate"),)):
+               mesh=None, sharding=((".*", "replicate"),), lock=()):
   """What a config's train step is made of, as in sigjax.train.
 
   Returns:
@@ -78,52 +78,55 @@ def step_parts(devices, *, batch_size, model, optim, pp_image, pp_text,
   """
   mesh = errors.call(
       sharding_lib.make_mesh, mesh or {}, "config.mesh", devices=devices)
-  sharding_lib.check_batch_size(batch_size, mesh)
-  example = aot.example_of(pp_image, pp_text)
-  model = errors.call(two_towers.TwoTowers, model, "config.model")
-  shapes = step_lib.param_shapes(model, example)
+  example = aot.example_of(model, pp_image, pp_text)
   # How many examples there are bends the schedule, not the time it takes.
   times = config_lib.Durations(
       batch_size, 1_000_000, total_steps=total_steps,
       total_epochs=total_epochs, total_examples=total_examples)
   optim = times.resolve(optim, "config.optim")
-  tx, lr_fn = errors.call(optim_lib.make_optimizer, optim, "config.optim",
-                          shapes, times.total_steps)
-  frozen = optim_lib.frozen_mask(shapes, optim.get("frozen"))
-  abstract = step_lib.abstract_state(shapes, tx, mesh, sharding)
-  flops = 3 * sum(two_towers.flops(
-      model, *((1, *example[k].shape) for k in ("image", "text"))).values())
+
+  def built(loss_section, k):
+    return build.build(
+        mesh, example, times.total_steps, batch_size=batch_size, model=model,
+        optim=optim, loss=loss_section, sharding=sharding, lock=lock,
+        microbatches=k)
+  run = built(None, 1)
   rng = np.random.default_rng(0)
   batch = sharding_lib.put_batch(dict(
-      image=rng.uniform(-1, 1, (batch_size, *example["image"].shape)).astype(
-          np.float32),
-      text=rng.integers(1, two_towers.text_tower(model).vocab_size, (
+      image=rng.integers(0, 256, (
+          batch_size, *example["image"].shape)).astype(example["image"].dtype),
+      text=rng.integers(1, two_towers.text_tower(run.model).vocab_size, (
           batch_size, *example["text"].shape), np.int32)), mesh)
 
   def make(loss_section, k):
-    sharding_lib.check_batch_size(batch_size, mesh, k)
-    fn = step_lib.make_train_step(
-        model, tx, lr_fn,
-        losses_lib.make(mesh, sharding_lib.AXES, **loss_section), mesh,
-        frozen=frozen, microbatches=k)
+    fn = built(loss_section, k).train_step
     # The state comes out split as it went in: each variant takes it next.
     return jax.jit(fn.program, donate_argnums=0, out_shardings=(
-        jax.tree.map(lambda x: x.sharding, abstract), None)), abstract
+        jax.tree.map(lambda x: x.sharding, run.state), None)), run.state
+
   return make, functools.partial(
-      step_lib.init_state, model, tx, 0, example, abstract), batch, flops
+      state_lib.init_state, run.model, run.tx, 0, example, run.state,
+      lock=lock), batch, run.flops
 
 
 # --- The data -----------------------------------------------------------------
 
 
-def data(devices, *, config, threads=None, batches=4, rounds=5):
+def data(devices, *, config=None, threads=None, batches=4, rounds=5):
   """Rows for the config's pipeline, and for what it does to one example.
+
+  Without a config: for our pipeline, tf.data and webdataset on the same files;
+  see benchmark_loaders.py.
 
   Threads are one, and one a core as in training, unless they are given.
   Of the pipeline, per_core is examples a second of processor time, whatever
   else the machine does meanwhile.
   """
   del devices
+  if config is None:
+    return benchmark_loaders.loaders(
+        threads=max(threads or [os.cpu_count()]), batches=batches,
+        rounds=rounds)
   return errors.call(
       data_rows, {k: config[k] for k in config if k in inspect.signature(
           data_rows).parameters}, "config",

@@ -24,6 +24,7 @@ class Picture:
   def __init__(self, tokenizer, *, path, count=24, best=5, **options):
     self._retrieval = errors.call(
         retrieval.Retrieval, options, "config of the picture", tokenizer)
+    self.source = self._retrieval.source
     self._path, self._count, self._best = path, count, best
 
   def run(self, embed, mesh):

@@ -75,10 +75,23 @@ def sizes(tower, variant):
   return Sizes(**got)
 
 
-def layer_norm(x, name=None):
-  """LayerNorm in float32, whatever the dtype of x. To be called in a module."""
-  norm = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
-  return norm(x.astype(jnp.float32))
+class LayerNorm(nn.Module):
+  """LayerNorm over the last axis; epsilon 1e-6.
+
+  In float32 whatever the dtypes of x and of the stored scale and bias, which
+  for a locked tower is the compute dtype (flax's own promotes implicitly).
+  """
+
+  @nn.compact
+  def __call__(self, x):
+    x = x.astype(jnp.float32)
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    last = (1,) * (x.ndim - 1) + (-1,)
+    return x * scale.astype(x.dtype).reshape(last) + bias.astype(
+        x.dtype).reshape(last)
 
 
 def attend(query, key, value):
@@ -130,9 +143,9 @@ class EncoderBlock(nn.Module):
   @nn.compact
   def __call__(self, x):
     drop = nn.Dropout(self.dropout, deterministic=False)
-    x = x + drop(attention(self.num_heads, self.dtype)(layer_norm(x)))
+    x = x + drop(attention(self.num_heads, self.dtype)(LayerNorm()(x)))
     mlp = MlpBlock(self.mlp_dim, self.dropout, self.dtype)
-    x = x + drop(mlp(layer_norm(x)))
+    x = x + drop(mlp(LayerNorm()(x)))
     return x, None  # nn.scan wants the carry, and an output per layer.
 
 
@@ -171,7 +184,7 @@ class Encoder(nn.Module):
     else:
       for i in range(self.depth):
         x, _ = block(*args, name=f"encoderblock_{i}")(x)
-    return layer_norm(x, "encoder_norm")
+    return LayerNorm(name="encoder_norm")(x)
 
 
 class MAPHead(nn.Module):
@@ -191,7 +204,7 @@ class MAPHead(nn.Module):
         "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
     probe = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
     x = attention(self.num_heads, self.dtype)(probe, x)
-    x = x + MlpBlock(self.mlp_dim, dtype=self.dtype)(layer_norm(x))
+    x = x + MlpBlock(self.mlp_dim, dtype=self.dtype)(LayerNorm()(x))
     return x[:, 0]
 
 

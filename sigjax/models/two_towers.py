@@ -16,7 +16,8 @@ class TwoTowers(nn.Module):
   """Image and text towers that end in unit vectors of the same space.
 
   Attributes:
-    image: keyword arguments of vit.ViT, except out_dim and dtype.
+    image: keyword arguments of vit.ViT, except out_dim and dtype; with
+      kind="precomputed" those of Precomputed.
     text: keyword arguments of text.TextTransformer, except out_dim and dtype.
     out_dim: sizes of the towers' heads, E or None each. Released models have
       none on the image: the width of that tower is E.
@@ -38,7 +39,8 @@ class TwoTowers(nn.Module):
     """Embeds images and texts.
 
     Args:
-      image: (B, H, W, C) floats in [-1, 1], or None to leave this tower out.
+      image: (B, H, W, C), floats in [-1, 1] or uint8, which is mapped to that;
+        precomputed (B, W); or None to leave this tower out.
       text: (B, L) int32, or None to leave this tower out.
       train: applies dropout, from the rng "dropout".
 
@@ -60,6 +62,8 @@ class TwoTowers(nn.Module):
 
     zimg = ztxt = None
     if image is not None:
+      if image.dtype == jnp.uint8:  # a quarter of the memory until here
+        image = image.astype(jnp.float32) * (2 / 255) - 1
       tower = image_tower(self, name="img", parent=self)
       zimg = _unit("img", *tower(image, train), out)
     if text is not None:
@@ -68,10 +72,52 @@ class TwoTowers(nn.Module):
     return zimg, ztxt, out
 
 
+class Precomputed(nn.Module):
+  """Takes the place of an image tower whose embeddings were computed before.
+
+  Attributes:
+    width: W of the embeddings.
+    out_dim: the size of a dense layer "head" on them; None for no parameters.
+    dtype: compute dtype.
+  """
+
+  width: int
+  out_dim: int | None = None
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, image, train=False):
+    """Returns z, (B, out_dim) or (B, W), and no intermediates.
+
+    Raises:
+      UserError: the embeddings have another width.
+    """
+    del train
+    if image.ndim != 2 or image.shape[1] != self.width:
+      raise errors.UserError(
+          f"the data's embeddings have shape {tuple(image.shape[1:])}, but "
+          f"config.model.image.width is {self.width}")
+    if self.out_dim:
+      image = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(
+          image.astype(self.dtype))
+    return image, {}
+
+  @nn.nowrap
+  def flops(self, width):
+    """Forward matmul FLOPs of one embedding."""
+    return 2 * width * (self.out_dim or 0)
+
+
+IMAGE_TOWERS = {"vit": vit.ViT, "precomputed": Precomputed}
+
+
 def image_tower(model, **kwargs):
-  """Returns the ViT of a TwoTowers, alone unless given name and parent."""
+  """Returns the tower of a TwoTowers, alone unless given name and parent."""
+  options = dict(model.image)
+  tower = errors.pick(
+      IMAGE_TOWERS, options.pop("kind", "vit"), "config.model.image.kind")
   return errors.call(
-      vit.ViT, model.image, "model.image", out_dim=model.out_dim[0],
+      tower, options, "model.image", out_dim=model.out_dim[0],
       dtype=model.dtype, **kwargs)
 
 

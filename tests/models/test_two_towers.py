@@ -189,3 +189,13 @@ def test_flops_are_those_xla_counts(image, text):
     cost = jax.jit(model.apply).lower(params, *inputs).compile().cost_analysis()
     # XLA adds what is not a matmul; that is little at this width.
     assert 0.97 < 2 * got[name] / cost["flops"] <= 1, name
+
+
+def test_bytes_are_mapped_to_the_range():
+  model = tiny()
+  params, io = golden("siglip_tiny", model)
+  image = np.random.default_rng(0).integers(
+      0, 256, io["image"].shape).astype(np.uint8)
+  apply = jax.jit(lambda x: model.apply({"params": params}, x, None)[0])
+  np.testing.assert_allclose(
+      apply(image), apply((image / 127.5 - 1).astype(np.float32)), atol=1e-6)

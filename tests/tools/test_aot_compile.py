@@ -139,8 +139,9 @@ def test_flops_as_traced_are_those_of_the_formula(tiny_config):
   twice = step_job(config, microbatches=2)
   assert twice.flops == once.flops
   assert traced(twice) == pytest.approx(4 / 3 * once.flops, rel=0.1)
-  locked = dict(config["optim"], frozen=(("img/.*", True), (".*", False)))
-  locked = step_job(config, optim=locked, microbatches=2)
+  # Whatever its remat: without gradients there is nothing to compute again.
+  config["model"]["image"]["remat"] = "full"
+  locked = step_job(config, lock=("img",), microbatches=2)
   # Only the trained tower goes forward twice.
   img = (once.flops - locked.flops) / 2
   txt = (locked.flops - img) / 3
@@ -153,6 +154,27 @@ def test_shares_of_a_chip(tiny_config):
   assert job.arguments["batch: texts"] == 4 * 4 * 8
   params, = [v for k, v in job.arguments.items() if k.startswith("parameters")]
   assert 2 * params < job.arguments["optimizer state"] < 2 * params + 99
+
+
+def test_memory_of_a_locked_tower(tiny_config):
+  """Of the compiled step: its weights once in bfloat16, nothing else of it."""
+  config = dict(tiny_config, batch_size=32)
+  config["model"]["dtype"] = "bfloat16"
+  config["model"]["image"].update(depth=4, remat="full")
+  free, locked = step_job(config), step_job(config, lock=("img",))
+  memory = [job.traced.lower().compile().memory_analysis()
+            for job in (free, locked)]
+  for job, found in zip((free, locked), memory):
+    assert found.argument_size_in_bytes == pytest.approx(
+        sum(job.arguments.values()), abs=256)
+  # float32 parameters and two moments, against one copy in bfloat16.
+  saved, = [v for k, v in free.arguments.items() if k.startswith("param")]
+  kept, = [v for k, v in locked.arguments.items() if k.startswith("param")]
+  tower = 2 * (saved - kept)
+  assert memory[0].argument_size_in_bytes - memory[
+      1].argument_size_in_bytes == pytest.approx(2.5 * tower, rel=1e-3)
+  # Its gradients and what its backward pass needs are gone, too.
+  assert memory[0].temp_size_in_bytes - memory[1].temp_size_in_bytes > tower
 
 
 @pytest.mark.parametrize("more, text", [

