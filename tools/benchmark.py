@@ -4,6 +4,10 @@
   python -m tools.benchmark step --config configs/siglip_emoji.py \
       --microbatches 1,2,4
   python -m tools.benchmark data --config configs/siglip_emoji.py
+  python -m tools.benchmark data
+
+The last one compares our loading with tf.data's and webdataset's, from the same
+tar shards (pip install 'sigjax[loaders]').
 
 All variants take turns, round after round, in one process: what slows the
 machine down for a while slows all of them. Medians and quartiles of the rounds

@@ -28,7 +28,8 @@ COLUMNS = {
              ("us_q1", "q1", ",.1f"), ("us_q3", "q3", ",.1f"),
              ("share_percent", "%", ".1f"),
              ("examples_per_second", "examples/s", ",.0f"),
-             ("per_core", "per core", ",.0f"))}
+             ("per_core", "per core", ",.0f"),
+             ("vs_sigjax", "/ sigjax", ".2f"))}
 # What is drawn: the keys that name a row and how; (key, label) of each panel.
 MEMORY = ("temp_mib", "temporary memory per device (MiB)")
 PANELS = {

@@ -1,6 +1,7 @@
 """Times things, as a user would; the times themselves nobody can know."""
 
 import csv
+import io
 import math
 import os
 import pathlib
@@ -10,12 +11,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from sigjax import errors
 from sigjax import losses
 from sigjax import sharding
+from sigjax.data import sources
 from tools import benchmark
+from tools import benchmark_loaders
 from tools import timing
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -220,6 +224,33 @@ def test_data(config_file, tmp_path, tiny_config):
     assert 1 / 8 < same < 8
   # Nothing that takes time is left out, and nothing counted twice.
   assert 70 < sum(float(r["share_percent"]) for r in rows[3:]) < 115
+
+
+def test_loaders(monkeypatch):
+  """Ours on the shards that all read; the others are not installed."""
+  ours = benchmark_loaders.LOADERS["sigjax"]
+  monkeypatch.setattr(benchmark_loaders, "LOADERS", {"sigjax": ours})
+  row, = benchmark.main("data", rounds=2, batches=1)
+  assert row["vs_sigjax"] == 1
+  assert row["per_core"] == pytest.approx(1e6 / row["us"])
+
+
+def test_shards_of_the_comparison(tmp_path):
+  paths = benchmark_loaders.write_shards(tmp_path, 20, shards=2, photos=3)
+  source = sources.open_source("tar", shards=paths)
+  assert len(source) == 20 and len(paths) == 2
+  with Image.open(io.BytesIO(source[7]["image"])) as image:
+    assert image.size == (500, 375)
+    # As large as photos are: noise would be slower to decode, a plane faster.
+    assert 25_000 < len(source[7]["image"]) < 100_000
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "webdataset"])
+def test_other_loaders_are_asked_for(name, monkeypatch):
+  monkeypatch.setitem(sys.modules, name, None)
+  make = benchmark_loaders.LOADERS[name.replace("tensorflow", "tf.data")]
+  with pytest.raises(errors.UserError, match=r"pip install 'sigjax\[loaders\]'"):
+    make([], None, 1)
 
 
 # --- Mistakes -----------------------------------------------------------------
