@@ -1,58 +1,64 @@
 """Checkpoints of a run, by orbax: asynchronous, atomic, the data's place too.
 
-    WORKDIR/checkpoints/STEP/params  the parameters: all that serving needs
-    WORKDIR/checkpoints/STEP/rest    step and optimizer state
-    WORKDIR/checkpoints/STEP/data    where the data iterator was (JSON)
+    WORKDIR/checkpoints/STEP/params         all that serving needs
+    WORKDIR/checkpoints/STEP/rest           step and optimizer state
+    WORKDIR/checkpoints/STEP/data           where the data iterator was (JSON)
+    WORKDIR/checkpoints/STEP/manifest.json  what the files have to be
+    WORKDIR/checkpoints/STEP.damaged        one whose files are not that
+
+A step is written under another name, its manifest last, and then renamed: a
+folder named STEP was once whole.
 """
 
 import contextlib
+import logging
+import re
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from sigjax import errors
+from sigjax import hosts
+from sigjax import manifest
+from sigjax import saving
 from sigjax import trees
 from sigjax.models import load
 
+log = logging.getLogger("sigjax")
 
-class Checkpoints:
-  """The checkpoints of one workdir.
 
-  Args:
-    workdir: the run's directory.
-    keep: how many of the newest are kept.
-    keep_every_steps: steps that it divides are kept for good; None for none.
-    read_only: nothing is created, written or deleted.
-  """
+class Checkpoints(saving.Saver):
+  """The checkpoints of one workdir; its arguments are saving.Saver's."""
 
-  def __init__(self, workdir, *, keep=2, keep_every_steps=None,
-               read_only=False):
-    self.dir = epath.Path(workdir).absolute() / "checkpoints"
-    if read_only and not self.dir.exists():
-      raise errors.UserError(f"{workdir} has no checkpoints; train there first")
-    self._manager = ocp.CheckpointManager(
-        self.dir,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            keep_period=None if read_only else keep_every_steps,
-            create=not read_only, read_only=read_only,
-            cleanup_tmp_directories=not read_only),
-        item_handlers=dict(params=ocp.StandardCheckpointHandler(),
-                           rest=ocp.StandardCheckpointHandler(),
-                           data=ocp.JsonCheckpointHandler()))
+  def restore_newest(self, state):
+    """Returns restore() of the newest step that is whole; None of none at all.
 
-  def newest(self):
-    """The newest complete step, or None."""
-    return self._manager.latest_step()
+    One that is damaged is named and set aside, as STEP.damaged.
 
-  def save(self, step, state, data_state):
-    """Begins to write a checkpoint; training may go on meanwhile."""
-    if step not in self._manager.all_steps():
-      self._manager.save(step, args=ocp.args.Composite(
-          params=ocp.args.StandardSave(state.params),
-          rest=ocp.args.StandardSave(_rest(state)),
-          data=ocp.args.JsonSave(data_state)))
+    Raises:
+      UserError: all are damaged, or restore()'s.
+    """
+    for step in map(int, hosts.first_says(
+        " ".join(map(str, reversed(self.steps())))).split()):
+      path = self.dir / str(step)
+      fault = self._fault(step)
+      if not fault:
+        log.info("going on from %s", path)
+        return self._restore_all(step, state)
+      log.warning("%s is damaged (%s); looking for the one before it", path,
+                  fault)
+      if hosts.first() and not self.read_only:
+        aside = self.dir / f"{step}.damaged"
+        saving.remove([aside])
+        path.rename(aside)
+    damaged = hosts.first_says(
+        ", ".join(sorted(p.name for p in self.dir.glob("*.damaged"))))
+    if damaged or self.newest() is not None:
+      raise errors.UserError(
+          f"{self.dir} has no checkpoint that is whole (there are: "
+          f"{damaged or self.newest()}); delete this folder to start anew")
+    return None
 
   def restore(self, step, state):
     """Returns (TrainState, data state) of a step.
@@ -64,23 +70,52 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is of another model or optimizer, or damaged.
     """
-    found = self._restore(step, params=state.params, rest=_rest(state))
-    with self._one_line(step):
-      data = self._manager.restore(
-          step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
-    return state.replace(params=found["params"], **found["rest"]), data
+    self._refuse_damage(step)
+    return self._restore_all(step, state)
 
   def restore_params(self, step, sharding):
-    """Returns the parameters of a step, each array placed by `sharding`."""
+    """Returns the parameters of a step, each array placed by `sharding`.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    self._refuse_damage(step)
     with self._one_line(step):
-      stored = _tree(self._manager.item_metadata(step)["params"])
+      stored = _tree(self._metadata(step)["params"])
     return self._restore(step, params=jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         stored))["params"]
 
+  def _fault(self, step):
+    """What is wrong with a step, in words, or ""; each host reads a part."""
+    path = self.dir / str(step)
+    if not (path / manifest.NAME).exists():
+      log.warning("%s was written without a %s: damage to it may not be "
+                  "noticed", path, manifest.NAME)
+      return ""
+    fault = manifest.fault(path, jax.process_index(), jax.process_count())
+    found = hosts.largest(bool(fault))
+    return fault or ("another host names the file" if found else "")
+
+  def _refuse_damage(self, step):
+    with self._one_line(step):
+      if fault := self._fault(step):
+        raise ValueError(fault)
+
+  def _metadata(self, step):
+    return self.checkpointer.metadata(self.dir / str(step)).item_metadata
+
+  def _restore_all(self, step, state):
+    found = self._restore(step, params=state.params, rest=saving.rest(state))
+    with self._one_line(step):
+      data = self.checkpointer.restore(
+          self.dir / str(step),
+          args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+    return state.replace(params=found["params"], **found["rest"]), data
+
   def _restore(self, step, **items):
     with self._one_line(step):
-      stored = self._manager.item_metadata(step)
+      stored = self._metadata(step)
       for item, want in items.items():
         different = trees.difference(want, _tree(stored[item]))
         if different:
@@ -89,9 +124,10 @@ class Checkpoints:
               f"{dict(params='model', rest='optimizer')[item]}, "
               f"{len(different)} arrays differ: {'; '.join(different[:3])}. "
               "Take the config it was trained with, or another --workdir")
-      return self._manager.restore(step, args=ocp.args.Composite(**{
-          item: ocp.args.StandardRestore(want)
-          for item, want in items.items()}))
+      return self.checkpointer.restore(
+          self.dir / str(step), args=ocp.args.Composite(**{
+              item: ocp.args.StandardRestore(want)
+              for item, want in items.items()}))
 
   @contextlib.contextmanager
   def _one_line(self, step):
@@ -100,22 +136,9 @@ class Checkpoints:
     except errors.UserError:
       raise
     except Exception as e:  # orbax and tensorstore raise anything
-      reason = str(e).split(": ")[0][:80] or type(e).__name__
       raise errors.UserError(
-          f"{self.dir / str(step)} is damaged ({reason}); delete this folder "
-          "to go on from the checkpoint before it") from e
-
-  def wait(self):
-    """Returns when what save() began is on disk."""
-    self._manager.wait_until_finished()
-
-  def close(self):
-    """Waits, then ends the threads that save."""
-    self._manager.close()
-
-
-def _rest(state):
-  return dict(step=state.step, opt_state=state.opt_state)
+          f"{self.dir / str(step)} is damaged ({saving.reason(e)}); delete "
+          "this folder to go on from the checkpoint before it") from e
 
 
 def _tree(metadata):
@@ -166,22 +189,28 @@ def read_params(path, sharding):
 
 def _is_checkpoint(path):
   """Whether a path names a run's checkpoint, not a file of weights."""
+  # Nothing to look for, and perhaps nothing to look with, behind a file's URL.
+  if re.match(r"https?://|.*\.npz(:|$)", str(path)):
+    return False
   return (find(path)[0] / "checkpoints").exists()
 
 
-def read_init(shapes, path=None, *, into=None, dont_load=(), url=None):
-  """Reads weights to start from, out of a .npz file or a run's checkpoint.
+def read_init(shapes, path=None, *, into=None, dont_load=()):
+  """Reads weights to start from, released ones or of a run.
 
   Args:
     shapes: the tree of the model's parameters.
-    path: FILE.npz[:PART], a workdir, or WORKDIR/checkpoints/STEP.
+    path: a workdir, WORKDIR/checkpoints/STEP, or what load.load_params takes:
+      a .npz file, its URL, or the name of a released checkpoint.
     into: "img" or "txt": the file is of this tower alone.
     dont_load: regexes of names (within `into`) that start from scratch, or
       that the file may have beside the model's.
-    url: where the file is to be had, for the error if it is missing.
 
   Returns:
     {name: array} of what was loaded.
+
+  Raises:
+    UserError: there are no such weights, or they do not fit.
   """
   if path is None:
     return {}
@@ -191,9 +220,6 @@ def read_init(shapes, path=None, *, into=None, dont_load=(), url=None):
     loaded = load.fit(
         trees.flatten(read_params(path, sharding)), like, dont_load,
         path)
-  elif url and not epath.Path(path).exists():
-    raise errors.UserError(
-        f"there is no file {path}; it is fetched by: gsutil cp {url} {path}")
   else:
     loaded = load.load_params(path, like, dont_load)
   prefix = f"{into}/" if into else ""

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 import sys
@@ -58,6 +59,19 @@ def default_workdir(config):
   return f"workdirs/{pathlib.Path(file).stem}{'_' if colon else ''}{arg}"
 
 
+def check_same(config, first):
+  """A UserError unless the config is that of process 0, given as JSON.
+
+  Processes with other programs would wait for each other without end.
+  """
+  mine, first = json.loads(config.to_json_best_effort()), json.loads(first)
+  for key in sorted({**mine, **first}):
+    if mine.get(key) != first.get(key):
+      raise errors.UserError(
+          f"config.{key} is {mine.get(key)} here, but {first.get(key)} on "
+          "process 0; start all processes with the same config")
+
+
 def keep_config(config, path):
   """Writes config.json; what differs from the one that was there is said."""
   text = config.to_json_best_effort(indent=2) + "\n"
@@ -67,7 +81,9 @@ def keep_config(config, path):
       if old.get(key) != new.get(key):
         log.info("this workdir's run goes on with another config.%s: it was %s,"
                  " now it is %s", key, old.get(key), new.get(key))
-  path.write_text(text)
+  aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  aside.write_text(text)
+  aside.replace(path)
 
 
 def parse_arg(arg, **defaults):

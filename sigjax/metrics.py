@@ -3,13 +3,20 @@
 import json
 import logging
 import math
+import os
 import pathlib
+import socket
+import struct
 import time
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX import record_writer
+from tensorboardX.proto import event_pb2
+from tensorboardX.proto import summary_pb2
 import tqdm
+
+log = logging.getLogger("sigjax")
 
 # Peak rate of dense bfloat16 matrix products per device in FLOP/s, from the
 # vendors' data sheets, by the names that jax.devices()[0].device_kind gives.
@@ -27,19 +34,28 @@ class Writer:
   """Appends scalars to WORKDIR/metrics.jsonl and to TensorBoard events.
 
   Only process 0 writes. A line that a killed run left half-written is cut off.
+  What a full disk does not take is kept, and written when there is room.
+
+  Args:
+    workdir: the run's directory.
+    first_step: the run goes on from this step: metrics of later ones, of a run
+      that was killed after its last checkpoint, are cut off. None cuts nothing.
   """
 
-  def __init__(self, workdir):
+  def __init__(self, workdir, first_step=None):
     self._file = self._events = None
     if jax.process_index() == 0:
       workdir = pathlib.Path(workdir)
       path = workdir / "metrics.jsonl"
-      if path.exists() and not path.read_bytes().endswith(b"\n"):
-        whole = path.read_bytes().rpartition(b"\n")
-        path.write_bytes(whole[0] + whole[1])
-      self._file = path.open("a")
-      self._events = tensorboardX.SummaryWriter(
-          str(workdir), write_to_disk=True)
+      if path.exists():
+        _cut(path, first_step)
+      self._file = _Appended(path)
+      self._events = _Appended(workdir / (
+          f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"))
+      self._event(file_version="brain.Event:2")
+      if first_step is not None:  # TensorBoard forgets what came after it
+        self._event(step=first_step + 1, session_log=event_pb2.SessionLog(
+            status=event_pb2.SessionLog.START))
 
   def write(self, step, scalars):
     """Writes one JSON object {"step": step, **scalars}, scalars all floats."""
@@ -48,10 +64,20 @@ class Writer:
     # JSON has no NaN: null keeps the file readable by everything.
     clean = {k: float(v) if math.isfinite(v) else None
              for k, v in scalars.items()}
-    self._file.write(json.dumps({"step": int(step), **clean}) + "\n")
-    self._file.flush()
-    for name, value in scalars.items():
-      self._events.add_scalar(name, value, int(step))
+    self._file.write(
+        (json.dumps({"step": int(step), **clean}) + "\n").encode())
+    self._event(step=int(step), summary=summary_pb2.Summary(value=[
+        summary_pb2.Summary.Value(tag=name, simple_value=value)
+        for name, value in scalars.items()]))
+
+  def _event(self, **fields):
+    """Appends an event as a TFRecord: lengths and checksums around it."""
+    data = event_pb2.Event(
+        wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    self._events.write(b"".join(
+        part + struct.pack("<I", record_writer.masked_crc32c(part))
+        for part in (length, data)))
 
   def __enter__(self):
     return self
@@ -60,6 +86,43 @@ class Writer:
     if self._file is not None:
       self._file.close()
       self._events.close()
+
+
+class _Appended:
+  """A file to append to; what a full disk does not take waits for room."""
+
+  def __init__(self, path):
+    self._file = path.open("ab", buffering=0)
+    self._waiting = b""
+
+  def write(self, data):
+    full = bool(self._waiting)
+    self._waiting += data
+    try:
+      while self._waiting:
+        self._waiting = self._waiting[self._file.write(self._waiting):]
+    except OSError as e:
+      if not full:
+        log.warning("%s cannot be written, the run goes on: %s",
+                    self._file.name, e.strerror)
+
+  def close(self):
+    self.write(b"")
+    self._file.close()
+
+
+def _cut(path, last_step):
+  """Leaves the whole lines of metrics.jsonl, those up to a step if given."""
+  lines = path.read_bytes().splitlines(keepends=True)
+  if lines and not lines[-1].endswith(b"\n"):
+    # In place: a run that is only evaluated may not replace another's file.
+    os.truncate(path, sum(map(len, lines)) - len(lines.pop()))
+  kept = [line for line in lines
+          if last_step is None or json.loads(line)["step"] <= last_step]
+  if kept != lines:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(b"".join(kept))
+    aside.replace(path)
 
 
 class Clock:

@@ -32,9 +32,22 @@ def make_mesh(*, data=-1, fsdp=1, devices=None):
     raise errors.UserError(
         f"config.mesh is data={data}, fsdp={fsdp}, which does not come to the "
         f"{n} devices there are; set one of them to -1")
-  return jax.make_mesh(
+  mesh = jax.make_mesh(
       (known["data"], known["fsdp"]), AXES, devices=devices,
       axis_types=(AxisType.Auto,) * 2)
+  return jax.sharding.Mesh(
+      by_process(mesh.devices), AXES, axis_types=mesh.axis_types)
+
+
+def by_process(devices):
+  """Returns an array of devices reordered, so that each process has a run.
+
+  JAX's order over a whole pod may take turns between processes; but process p
+  loads the p-th part of each batch, and its embeddings have to come back as the
+  p-th part of all.
+  """
+  ordered = sorted(devices.flat, key=lambda device: device.process_index)
+  return np.array(ordered).reshape(devices.shape)
 
 
 # How a parameter is split: fn(shape, devices along fsdp) -> PartitionSpec.

@@ -4,35 +4,36 @@
 """
 
 import contextlib
+import errno
 import functools
 import logging
 import pathlib
 import signal
 import sys
-import threading
 
 from absl import app
 from absl import flags
-from absl import logging as absl_logging
 from clu import parameter_overview
 import jax
 from ml_collections import config_flags
 import numpy as np
 
+from sigjax import build
 from sigjax import checkpoint
 from sigjax import config as config_lib
 from sigjax import errors
 from sigjax import evaluators
-from sigjax import losses
+from sigjax import hosts
+from sigjax import lock as lock_lib
 from sigjax import metrics as metrics_lib
-from sigjax import optim as optim_lib
+from sigjax import saving
 from sigjax import sharding as sharding_lib
+from sigjax import state as state_lib
 from sigjax import step as step_lib
 from sigjax.data import pipeline
 from sigjax.data import preprocess
 from sigjax.data import sources
 from sigjax.data import tokenizer as tokenizer_lib
-from sigjax.models import two_towers
 
 log = logging.getLogger("sigjax")
 
@@ -40,7 +41,7 @@ log = logging.getLogger("sigjax")
 def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
          optim, total_steps=None, total_epochs=None, total_examples=None,
          seed=0, loss=None, mesh=None, sharding=((".*", "replicate"),),
-         microbatches=1, feed="device", init=None, resume=None,
+         lock=(), microbatches=1, feed="device", init=None, resume=None,
          checkpoints=None, log_every_steps=50, evals=None, eval_only=False):
   """Runs a config; its top-level keys are these arguments.
 
@@ -59,6 +60,8 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     loss: {"name": one of losses.LOSSES, and its options}, see losses.make.
     mesh: arguments of sharding.make_mesh.
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
+    lock: parts of the parameters that are not trained, such as ("img",); see
+      state.py.
     microbatches: pieces in which the towers see the batch, and
     feed: where the batch waits for them, see step.make_train_step.
     init: weights to start from, arguments of checkpoint.read_init.
@@ -86,10 +89,11 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
 
   # ---- Data ----
   source = errors.call(sources.open_source, data, "config.data")
-  tokenizer = errors.call(
-      tokenizer_lib.of_run, tokenizer, "config.tokenizer",
-      workdir / "tokenizer.model",
-      functools.partial(sources.all_captions, source))
+  with hosts.first_alone():  # it trains the tokenizer, the others read it
+    tokenizer = errors.call(
+        tokenizer_lib.of_run, tokenizer, "config.tokenizer",
+        workdir / "tokenizer.model",
+        functools.partial(sources.all_captions, source))
   pp = preprocess.parse(pp, tokenizer=tokenizer)
   batches = pipeline.train_batches(
       source, pp, batch_size=batch_size, seed=seed,
@@ -104,35 +108,25 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
            total_steps * batch_size / len(source))
 
   # ---- Model, loss, optimizer ----
-  model = errors.call(two_towers.TwoTowers, model, "config.model")
-  shapes = step_lib.param_shapes(model, example)
-  optim = times.resolve(optim, "config.optim")
-  tx, lr_fn = errors.call(
-      optim_lib.make_optimizer, optim, "config.optim", shapes, total_steps)
-  if tokenizer.vocab_size > model.text.get("vocab_size", tokenizer.vocab_size):
+  run = build.build(
+      mesh, example, total_steps, batch_size=batch_size, model=model,
+      optim=times.resolve(optim, "config.optim"), loss=loss, sharding=sharding,
+      lock=lock, microbatches=microbatches, feed=feed, seed=seed)
+  vocab_size = run.model.text.get("vocab_size", tokenizer.vocab_size)
+  if tokenizer.vocab_size > vocab_size:
     raise errors.UserError(
-        f"config.model.text.vocab_size is {model.text['vocab_size']}, but the "
-        f"tokenizer has {tokenizer.vocab_size} pieces; set it to that")
-  frozen = optim_lib.frozen_mask(shapes, optim.get("frozen"))
-  train_step = step_lib.make_train_step(
-      model, tx, lr_fn,
-      losses.make(mesh, sharding_lib.AXES, **(loss or {})), mesh, seed=seed,
-      frozen=frozen, microbatches=microbatches, feed=feed)
-  abstract = step_lib.abstract_state(shapes, tx, mesh, sharding)
-  flops = sum(
-      # Backwards it is twice the forward pass, if anything is trained.
-      value * (1 if all(jax.tree.leaves(frozen[tower])) else 3)
-      for tower, value in two_towers.flops(
-          model, (1, *example["image"].shape), (1, *example["text"].shape)
-      ).items())
-  (workdir / "parameters.txt").write_text(
-      parameter_overview.get_parameter_overview(
-          shapes, include_stats=False) + "\n")
+        f"config.model.text.vocab_size is {vocab_size}, but the tokenizer has "
+        f"{tokenizer.vocab_size} pieces; set it to that")
+  if hosts.first():
+    (workdir / "parameters.txt").write_text(
+        parameter_overview.get_parameter_overview(
+            run.shapes, include_stats=False) + "\n")
   log.info("%.1f M parameters (parameters.txt), %.2f GFLOP per example",
-           parameter_overview.count_parameters(shapes) / 1e6, flops / 1e9)
+           parameter_overview.count_parameters(run.shapes) / 1e6,
+           run.flops / 1e9)
 
   # ---- Evaluations ----
-  embed = step_lib.make_embed(model, mesh)
+  embed = step_lib.make_embed(run.model, mesh)
   evals = times.resolve(evals or {}, "config.evals")
   eval_every = {k: v.pop("every_steps", None) for k, v in evals.items()}
   evals = {name: evaluators.make(
@@ -140,26 +134,38 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
       **{"pp_image": pp_image, "pp_text": pp_text, **section})
            for name, section in evals.items()}
 
+  for name, evaluator in evals.items():
+    if evaluator.source.tower != source.tower:
+      raise errors.UserError(
+          f"config.evals.{name} has embeddings of tower "
+          f"{evaluator.source.tower}, the training data {source.tower}: all "
+          "have to be of the same one")
+
   # ---- Where to start ----
   checkpoints = times.resolve(checkpoints or {}, "config.checkpoints")
   save_every = checkpoints.pop("every_steps", None) or total_steps
   saved = errors.call(
-      checkpoint.Checkpoints, checkpoints, "config.checkpoints", workdir)
+      checkpoint.Checkpoints, checkpoints, "config.checkpoints", workdir,
+      read_only=eval_only)
   data_state = None
-  if saved.newest() is not None:
-    log.info("going on from %s", saved.dir / str(saved.newest()))
-    state, data_state = saved.restore(saved.newest(), abstract)
+  if found := saved.restore_newest(run.state):
+    state, data_state = found
   elif eval_only:
     raise errors.UserError(f"{workdir} has no checkpoint; train it first")
   elif resume:
     log.info("starting from resume=%s", resume)
-    state, data_state = checkpoint.read(resume, abstract)
+    state, data_state = checkpoint.read(resume, run.state)
   else:
     log.info("starting from %s", f"init={init}" if init else "scratch")
     given = errors.call(
-        checkpoint.read_init, init or {}, "config.init", shapes)
-    state = step_lib.init_state(model, tx, seed, example, abstract, given)
+        checkpoint.read_init, init or {}, "config.init", run.shapes)
+    state = state_lib.init_state(
+        run.model, run.tx, seed, example, run.state, given, lock)
   if data_state is not None:
+    if data_state.pop("tower", None) != source.tower:
+      raise errors.UserError(
+          "the run was trained with embeddings of another tower; give another "
+          "--workdir, or the embeddings it had")
     batches.set_state(data_state)
 
   # ---- Training ----
@@ -167,19 +173,20 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
   if eval_only or first_step >= total_steps:
     log.info("at step %d of %d: only evaluating", first_step, total_steps)
     total_steps = first_step
-  clock = metrics_lib.Clock(batch_size, flops)
+  clock = metrics_lib.Clock(batch_size, run.flops)
   progress = metrics_lib.Progress(first_step, total_steps)
-  last_good = saved.newest()
+  agree = hosts.Agreement(mesh)
 
   def report(step, metrics):
     """Waits for a step's metrics, while the next step is running."""
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     if not metrics_lib.finite(metrics):
       saved.wait()
+      good = saved.newest()
       raise errors.UserError(
           f"stopped at step {step}: loss {metrics['loss']}, gradient norm "
           f"{metrics['grad_norm']}; the last good checkpoint is "
-          + ("none" if last_good is None else str(saved.dir / str(last_good))))
+          + ("none" if good is None else str(saved.dir / str(good))))
     clock.tick()
     rates = {}
     if step % log_every_steps == 0 or step == total_steps:
@@ -196,18 +203,21 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     clock.start()  # this was no training time
     return rows
 
-  # However it ends: what is being saved is saved, what was written is flushed.
-  with (metrics_lib.Writer(workdir) as writer, contextlib.closing(saved),
-        contextlib.closing(batches)):
-    with StopRequest() as stop, progress:
+  # However it ends: what is being saved is saved, what is open is closed.
+  with (metrics_lib.Writer(workdir, None if eval_only else first_step)
+        as writer, saved, contextlib.closing(batches)):
+    with hosts.StopRequest() as stop, progress:
       running = None  # (step, metrics) of the step not yet read
       for step in range(first_step + 1, total_steps + 1):
-        state, metrics = train_step(state, next(batches))
+        state, metrics = run.train_step(state, next(batches))
         if running:
           report(*running)
         running = step, metrics
 
-        stopping = stop.signal  # asked once: it may come at any moment
+        # On all hosts at the same step, though only one may have noticed.
+        stopping, save_failed = agree(stop.signal, saved.failed())
+        if save_failed:
+          saved.wait()  # says so, and makes room; the next one may succeed
         save = step % save_every == 0 or step == total_steps or stopping
         due = [name for name, every in eval_every.items()
                if every and step % every == 0 and step < total_steps]
@@ -215,47 +225,27 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
           report(*running)  # nothing is kept of a step that was not finite
           running = None
         if save:
-          saved.save(step, state, batches.get_state())
-          last_good = step
+          saved.save(step, state, {
+              **batches.get_state(), "tower": source.tower})
         if stopping:
-          sys.exit(f"{stopping}: saved step {step} and stopped; the same "
-                   "command goes on from there")
+          saved.check(step)
+          sys.exit(f"{signal.Signals(stopping).name}: saved step {step} and "
+                   "stopped; the same command goes on from there")
         for row in evaluate(step, due) if due else []:
           progress.write("step {}: {} {} {:.1%} (chance {:.1%}, n {})".format(
               step, *row))
     rows = evaluate(total_steps, evals)
+    if total_steps > first_step:
+      saved.check(total_steps)
 
   # ---- Results ----
   for line in metrics_lib.table(
       [(f"{name} {metric}", f"{value:.1%}", f"{by_chance:.2%}", n)
        for name, metric, value, by_chance, n in rows],
       (f"step {total_steps}", "value", "chance", "n")):
-    print(line)
+    if hosts.first():
+      print(line)
   return rows
-
-
-class StopRequest:
-  """Within it, Ctrl-C and SIGTERM are noted in `signal`; a second one kills."""
-
-  def __init__(self):
-    self.signal = None
-    self._old = {}
-
-  def __enter__(self):
-    # Python allows handlers in the main thread alone.
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT, signal.SIGTERM):
-        self._old[number] = signal.signal(number, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del frame
-    self.signal = signal.Signals(number).name
-    signal.signal(number, self._old[number])
-
-  def __exit__(self, *_):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
 
 
 # ---- The command line ----
@@ -269,22 +259,39 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "eval_only", False, "Only evaluate the workdir's newest checkpoint.")
 
+flags.DEFINE_string(
+    "coordinator", None, "Of several hosts: HOST:PORT on which process 0 "
+    "listens. Slurm and TPU pods need none of these three.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
 
 def run(argv):
   """What app.run calls."""
   del argv
   workdir = pathlib.Path(FLAGS.workdir or config_lib.default_workdir(
       FLAGS["config"].config_filename))
-  absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells a lot
-  metrics_lib.log_above_progress(log)
-  workdir.mkdir(parents=True, exist_ok=True)
-  if not FLAGS.eval_only:
-    config_lib.keep_config(FLAGS.config, workdir / "config.json")
+  saving.quiet()
   try:
-    errors.call(main, FLAGS.config.to_dict(), "config", workdir,
-                eval_only=FLAGS.eval_only)
-  except errors.UserError as e:
-    sys.exit(f"error: {e}")
+    hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    metrics_lib.log_above_progress(log)
+    workdir.mkdir(parents=True, exist_ok=True)
+    # Evaluation alone writes nothing that a run beside it does.
+    with (contextlib.nullcontext() if FLAGS.eval_only
+          else lock_lib.hold(workdir)):
+      config_lib.check_same(
+          FLAGS.config, hosts.first_says(FLAGS.config.to_json_best_effort()))
+      if hosts.first() and not FLAGS.eval_only:
+        config_lib.keep_config(FLAGS.config, workdir / "config.json")
+      errors.call(main, FLAGS.config.to_dict(), "config", workdir,
+                  eval_only=FLAGS.eval_only)
+  except OSError as e:
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hosts.end_all(errors.UserError(
+        f"{e.filename or workdir}: {e.strerror}; make room, the same "
+        "command goes on") if full else e)
+  except (Exception, KeyboardInterrupt) as e:  # the others must not wait
+    hosts.end_all(e)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,19 @@ FILES = sorted((ROOT / "sigjax").rglob("*.py"))
 # Who may know whom within the package; errors may be known by all.
 MAY_IMPORT = {
     "errors": set(), "trees": set(), "losses": {"ring"}, "ring": set(),
-    "metrics": set(), "config": set(), "data.tokenizer": set(),
-    "models": {"trees", "models"},
+    "metrics": set(), "config": set(), "fetch": set(),
+    "data.tokenizer": {"fetch"},
+    "models": {"fetch", "models", "trees"},
     "data": {"data"},
     "optim": {"trees"}, "sharding": {"trees"},
     "checkpoint": {"models", "trees"},
-    "step": {"models", "losses", "optim", "sharding", "trees"},
+    "state": {"sharding", "trees"},
+    "step": {"losses", "sharding", "state", "trees"},
+    "build": {"models", "losses", "optim", "sharding", "state", "step",
+              "trees"},
     "evaluators": {"evaluators", "data", "sharding"},
-    "train": {"checkpoint", "config", "data", "evaluators", "losses", "metrics",
-              "models", "optim", "sharding", "step", "trees"},
+    "train": {"build", "checkpoint", "config", "data", "evaluators", "metrics",
+              "sharding", "state", "step"},
 }
 
 
