@@ -7,7 +7,7 @@ batch 32k, 65k steps, a text tower of L's width and 12 layers; Lion).
 With the tower in the loop:
 
   python -m sigjax.train \
-    --config configs/siglit_l16.py:dataset=coco_captions,microbatches=32
+    --config configs/siglit_l16.py:dataset=coco_captions,microbatches=8
 
 With its embeddings computed once; an image is then no more than 2 KiB:
 
@@ -19,7 +19,7 @@ With its embeddings computed once; an image is then no more than 2 KiB:
 Hardware: 4 TPUv4 chips of 30.75 GiB. What the TPU compiler plans per chip, by
 python -m tools.aot_compile --config configs/siglit_l16.py:ARGUMENTS
 
-  32,768    microbatches=32                                     9.9 GiB
+  32,768    microbatches=8                                      8.8 GiB
   32,768    embeddings=x,microbatches=4                        11.3 GiB
   1,048,576 embeddings=x,microbatches=128,batch_size=1048576   12.7 GiB
 

@@ -137,6 +137,7 @@ class Clock:
     self._batch_size = batch_size
     self._flops = flops_per_example
     self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    self._waited = 0.0
     self.start()
 
   def start(self):
@@ -147,12 +148,19 @@ class Clock:
     """One more step is done."""
     self._steps += 1
 
-  def read(self):
-    """Returns the rates since start() or the last read(), and starts anew."""
+  def read(self, waited=0.0):
+    """Returns the rates since start() or the last read(), and starts anew.
+
+    Args:
+      waited: seconds that the program has waited for data since it began.
+    """
     seconds = time.monotonic() - self._time
     rate = self._steps * self._batch_size / max(seconds, 1e-9)
     rates = dict(examples_per_second=rate,
-                 examples_per_second_per_device=rate / jax.device_count())
+                 examples_per_second_per_device=rate / jax.device_count(),
+                 data_wait_percent=100 * (waited - self._waited) / max(
+                     seconds, 1e-9))
+    self._waited = waited
     if self._peak is not None:
       rates["mfu_percent"] = (
           100 * rate * self._flops / (self._peak * jax.device_count()))

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 
 from absl import logging as absl_logging
 import orbax.checkpoint as ocp
@@ -178,14 +179,18 @@ class Saver:
 
 
 def quiet():
-  """Keeps orbax and asyncio from printing tracebacks of what we say in a line.
+  """Keeps orbax from printing tracebacks of what we say in a line.
 
-  What absl and orbax would say beside that is of no use to a user.
+  At the first array that cannot be written it closes an event loop in which
+  the others have yet to say the same.
   """
   absl_logging.set_verbosity(absl_logging.WARNING)
   absl_logging.get_absl_logger().addFilter(
       lambda record: "orbax" not in record.pathname)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  before = sys.unraisablehook
+  sys.unraisablehook = lambda it: (
+      None if str(it.exc_value) == "Event loop is closed" else before(it))
 
 
 def rest(state):

@@ -190,8 +190,9 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     clock.tick()
     rates = {}
     if step % log_every_steps == 0 or step == total_steps:
-      rates = clock.read()
-      writer.write(step, {**metrics, **rates})
+      rates = clock.read(batches.waited)
+      writer.write(step, {**metrics, **rates, "bad_examples": sum(
+          batches.faults().values())})
     progress.update(step, metrics, **rates)
 
   def evaluate(step, names):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -73,7 +74,8 @@ def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
   assert last["loss"] < first["loss"] and last["t"] > 10
   assert last["pos_logit"] > last["neg_logit"]
   assert {"b", "grad_norm", "update_norm", "param_norm", "lr",
-          "examples_per_second", "examples_per_second_per_device"} <= set(last)
+          "examples_per_second", "examples_per_second_per_device",
+          "data_wait_percent", "bad_examples"} <= set(last)
   # Evaluated in the middle, too, and only what asks for it.
   middle = [x for x in logged if x["step"] == 125]
   assert "retrieval/image->text recall@1" in middle[0]
@@ -189,6 +191,50 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_config):
   assert "stopped at step 4" in str(e.value)
   assert f"last good checkpoint is {tmp_path}/checkpoints/2" in str(e.value)
   assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2"}
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, tiny_config, caplog):
+  """The run goes on from the one before, and ends where it would have."""
+  caplog.set_level("INFO", logger="sigjax")
+  config = dict(tiny_config, total_steps=6, evals={},
+                checkpoints=dict(every_steps=2))
+  want = run(tmp_path, config), params(tmp_path)
+  path, = (tmp_path / "checkpoints/6/params/d").iterdir()
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  caplog.clear()
+  assert run(tmp_path, config, eval_only=True) == want[0]
+  assert path.exists()  # evaluation alone has no right to it
+  assert run(tmp_path, config) == want[0]
+  assert caplog.text.count(f"checkpoints/6 is damaged (params/d/{path.name} was"
+                           " altered); looking for the one before it") == 2
+  assert f"going on from {tmp_path}/checkpoints/4" in caplog.text
+  assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
+      "4", "6", "6.damaged"}
+  assert_same(params(tmp_path), want[1])
+  assert [x["step"] for x in lines(tmp_path)] == list(range(1, 7))
+
+
+def test_a_full_disk_is_said_and_ends_in_an_error(tmp_path, tiny_config):
+  """As a limit of files' sizes: room is gone after the third step."""
+  config = dict(tiny_config, total_steps=60, evals={},
+                checkpoints=dict(every_steps=20))
+  program = command(tmp_path / "a", config, 1)
+  progress = tmp_path / "a/metrics.jsonl"
+  while not progress.exists() or progress.read_text().count("\n") < 3:
+    assert program.poll() is None, program.communicate()
+    time.sleep(0.02)
+  resource.prlimit(program.pid, resource.RLIMIT_FSIZE,
+                   (2000, resource.RLIM_INFINITY))
+  out, err = program.communicate(timeout=120)
+  assert program.returncode == 1
+  assert "step 20 could not be saved: File too large" in out
+  assert err.strip().splitlines()[-1] == (
+      "error: step 60 could not be saved (File too large); there is no "
+      "checkpoint to go on from")
+  assert "Traceback" not in err
+  assert not list((tmp_path / "a/checkpoints").glob("[0-9]*"))
 
 
 @pytest.mark.parametrize("change, message", [

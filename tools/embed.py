@@ -13,7 +13,6 @@ without talking to each other, each on its own devices: give each --process_id
 and --num_processes, and the same --out on a disk that all of them see.
 """
 
-import hashlib
 import inspect
 import json
 import os
@@ -23,83 +22,22 @@ import sys
 from absl import app
 from absl import flags
 from absl import logging
-import jax
-import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 import tqdm
 
-from sigjax import checkpoint
 from sigjax import config as config_lib
 from sigjax import errors
 from sigjax import sharding
-from sigjax import trees
 from sigjax.data import embeddings
+from sigjax.data import loading
 from sigjax.data import pipeline
 from sigjax.data import preprocess
 from sigjax.data import sources
-from sigjax.models import two_towers
+from sigjax.data.faults import BadExample
+from tools import tower as tower_lib
 
 FLAGS = flags.FLAGS
-
-
-class Tower:
-  """The image tower that a config describes, on this process's devices.
-
-  Args:
-    image: an example of its input, (H, W, C) float32.
-    model, init: sections of the config.
-
-  Attributes:
-    checksum: SHA-256 of its architecture, compute dtype and weights.
-    width: of its embeddings.
-
-  Raises:
-    UserError: the config names no weights, or they do not fit.
-  """
-
-  def __init__(self, image, *, model, init=None):
-    if model["image"].get("kind", "vit") == "precomputed":
-      raise errors.UserError(
-          "config.model.image is precomputed: give the config that has the "
-          "tower itself, the one without embeddings=")
-    if not init or init.get("into") == "txt":
-      raise errors.UserError(
-          "config.init names no weights of the image tower, and embeddings of "
-          "one at random are worth nothing; set config.init.path")
-    model = errors.call(two_towers.TwoTowers, model, "config.model")
-    self.mesh = sharding.make_mesh(devices=jax.local_devices())
-    shapes = jax.eval_shape(
-        two_towers.image_tower(model).init, jax.random.key(0), image[None])
-    params = {"img": self._weights(shapes["params"], model.dtype, init)}
-    about = json.dumps([dict(model.image), model.out_dim[0], model.dtype],
-                       sort_keys=True, default=list)
-    digest = hashlib.sha256(about.encode())
-    for name, x in sorted(trees.flatten(params).items()):
-      digest.update(f"{name} {x.dtype} {x.shape}".encode())
-      digest.update(np.asarray(x).tobytes())
-    self.checksum = digest.hexdigest()
-    if model.bias_init is not None:
-      params["b"] = jnp.zeros(1)
-    params["t"] = jnp.zeros(1)
-    self._params = jax.device_put(
-        params, jax.sharding.NamedSharding(self.mesh, jax.P()))
-    self._apply = jax.jit(lambda p, x: model.apply({"params": p}, x, None)[0])
-    self.width = jax.eval_shape(self._apply, params, image[None]).shape[1]
-
-  @staticmethod
-  def _weights(shapes, dtype, init):
-    if init.get("into") is None:  # of a file of both towers, one is enough
-      init = dict(init, dont_load=(
-          *init.get("dont_load", ()), "txt/.*", "t", "b"))
-    given = errors.call(
-        checkpoint.read_init, init, "config.init", {"img": shapes})
-    return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)),
-                        trees.unflatten(given)["img"])
-
-  def __call__(self, images):
-    """(B, H, W, C) numpy -> (B, E) unit rows, float32, on the devices."""
-    return self._apply(self._params, sharding.put_batch(images, self.mesh))
 
 
 class Job:
@@ -111,18 +49,21 @@ class Job:
     tower: a Tower.
     pp_image: its preprocessing.
     dtype: in which embeddings are stored, a name in embeddings.DTYPES.
-    part_size: examples of a part.
+    part_size: examples of a part; those that cannot be used are left out.
+    bad_fraction: the most that these may be, see loading.Tally.
 
   Raises:
     UserError: the folder holds something else: of another tower, ...
   """
 
-  def __init__(self, path, source, tower, pp_image, dtype, part_size):
+  def __init__(self, path, source, tower, pp_image, dtype, part_size,
+               bad_fraction):
     self.path, self.source, self.tower = path, source, tower
     self.dtype, self.part_size = embeddings.DTYPES[dtype], part_size
     self.count = len(source)
     self.parts = -(-self.count // part_size)
     self.pp = preprocess.parse(pp_image)
+    self.tally, self.bad = loading.Tally(bad_fraction, source), set()
     self.about = dict(
         source=source.name, count=self.count, width=tower.width, dtype=dtype,
         tower=tower.checksum, pp_image=pp_image, part_size=part_size,
@@ -144,28 +85,30 @@ class Job:
   def size(self, i):
     return min(self.part_size, self.count - i * self.part_size)
 
-  def whole(self, i):
-    """Whether part i is there with all its records."""
+  def records(self, i):
+    """How many records part i has; 0 if it is not there, or not whole."""
     from array_record.python import array_record_module
     if not self.file(i).exists():
-      return False
+      return 0
     reader = array_record_module.ArrayRecordReader(str(self.file(i)))
     # Of a file that was cut short it only says so when asked.
-    return reader.ok() and reader.num_records() == self.size(i)
+    return reader.num_records() if reader.ok() else 0
 
   def run(self, i, batch_size, bar):
     """Computes part i and writes it, aside first."""
     from array_record.python import array_record_module
     first = i * self.part_size
-    part = self.source.narrowed(
-        np.arange(first, first + self.size(i))[:, None])
+    part = self.source.replaced(
+        records=_Lenient(self.source.records),
+        members=np.arange(first, first + self.size(i))[:, None])
     aside = f"{self.file(i)}.{os.getpid()}.partial"
     writer = array_record_module.ArrayRecordWriter(aside, "group_size:1")
 
     def write_rows(batch, z):
       z = np.asarray(z).astype(self.dtype)
-      for features, row in zip(batch["features"][batch["_mask"]], z):
-        writer.write(features + row.tobytes())
+      for features, row in zip(batch["features"], z):
+        if features:  # neither bad nor past the end
+          writer.write(features + row.tobytes())
       bar.update(int(batch["_mask"].sum()))
 
     held = None  # written while the devices work on the next
@@ -180,20 +123,48 @@ class Job:
     os.replace(aside, self.file(i))
 
   def _with_features(self, example, rng):
-    image = self.pp(example, rng)["image"]
+    record, fault = example.pop("_record"), example.pop("_fault")
+    try:
+      if fault:
+        raise fault
+      image = self.pp(example, rng)["image"]
+    except BadExample as e:
+      if record not in self.bad:  # the last one also fills up the last batch
+        self.bad.add(record)
+        self.tally.bad(
+            BadExample(f"{self.source.name}[{record}]: {e}", e.kind))
+      return {"image": self.tower.blank, "features": np.asarray(b"")}
+    self.tally.good()
     rest = {k: v for k, v in example.items() if k != "image"}
     return {"image": image, "features": np.asarray(embeddings.encode(rest))}
 
   def finish(self):
     """Writes index.json if all parts are there; returns whether they are."""
-    if not all(map(self.whole, range(self.parts))):
+    counts = list(map(self.records, range(self.parts)))
+    if not all(counts):
       return False
-    shards = [dict(file=self.file(i).name, count=self.size(i),
+    shards = [dict(file=self.file(i).name, count=count,
                    bytes=self.file(i).stat().st_size)
-              for i in range(self.parts)]
+              for i, count in enumerate(counts)]
     write(self.path / embeddings.INDEX, json.dumps(
-        dict(self.about, shards=shards), indent=1))
+        dict(self.about, count=sum(counts), shards=shards), indent=1))
     return True
+
+
+class _Lenient:
+  """Records that are numbered; one that cannot be read says why."""
+
+  def __init__(self, records):
+    self._records = records
+
+  def __len__(self):
+    return len(self._records)
+
+  def __getitem__(self, i):
+    try:
+      return {**self._records[i], "_record": i, "_fault": None}
+    except BadExample as e:
+      return {"_record": i, "_fault": e}
 
 
 def write(path, text):
@@ -235,21 +206,25 @@ def main(config, out, *, dtype="float16", part_size=16_384, batch_size=256,
     if tower is None:
       image = preprocess.parse(pp_image)(source[0], np.random.default_rng(0))
       tower = errors.call(
-          Tower, {k: config[k] for k in ("model", "init") if k in config},
+          tower_lib.Tower,
+          {k: config[k] for k in ("model", "init") if k in config},
           "config", image["image"])
       sharding.check_batch_size(batch_size, tower.mesh)
     job = Job(pathlib.Path(out) / folder, source, tower, pp_image, dtype,
-              part_size)
+              part_size, config.get("bad_fraction", 0.01))
     mine = range(process_id, job.parts, num_processes)
     with tqdm.tqdm(total=sum(map(job.size, mine)), desc=folder, unit="image",
                    smoothing=0.05) as bar:
       for i in mine:
-        if job.whole(i):
+        if job.records(i):
           bar.update(job.size(i))
         else:
           job.run(i, batch_size, bar)
+    bad = sum(job.tally.faults().values())
+    if bad:
+      print(f"{job.path}: {bad} examples were left out: {job.tally.faults()}")
     if job.finish():
-      print(f"{job.path}: {job.count} embeddings of {tower.width} {dtype}, "
+      print(f"{job.path}: {job.count - bad} embeddings of {tower.width} {dtype}, "
             f"{embeddings.storage(job.count, tower.width, dtype) / 1e6:.1f} MB "
             f"and captions; tower {tower.checksum[:16]}")
     else:

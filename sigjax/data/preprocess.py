@@ -218,8 +218,8 @@ def _get(example, key):
 
 
 OPS = {op.__name__: op for op in (
-    decode, decode_small, resize, resize_small, random_crop, central_crop, flip_lr,
-    random_affine, color_gain, random_grey, random_invert, value_range,
+    decode, decode_small, resize, resize_small, random_crop, central_crop,
+    flip_lr, random_affine, color_gain, random_grey, random_invert, value_range,
     choice, first, lower, tokenize, keep)}
 
 

@@ -13,6 +13,7 @@ from sigjax import errors
 from sigjax.data import embeddings as embeddings_lib
 from sigjax.data import faults
 from sigjax.data import folder
+from sigjax.data import mixture
 from sigjax.data import parquet
 from sigjax.data import selection
 from sigjax.data import source as source_lib
@@ -69,10 +70,15 @@ def embeddings(path, tower=None, pp_image=None):
                 label_names=label_names, tower=tower)
 
 
+def mix(sources, weights):
+  """Several sources mixed by weight; see mixture.mix."""
+  return mixture.mix(open_source, sources, weights)
+
+
 SOURCES = {
     "tfds": tfds_source.tfds, "emoji": emoji, "tar": tar.tar,
     "parquet": parquet.parquet, "folder": folder.folder,
-    "embeddings": embeddings,
+    "embeddings": embeddings, "mix": mix,
 }
 
 
@@ -119,5 +125,5 @@ def all_captions(source, key):
     try:
       yield from captions(source.brief(i), key)
     except faults.BadExample as e:
-      faults.merge(bad, {e.kind: (1, f"{source.name}[{i}]")})
+      faults.merge(bad, {e.kind: (1, mixture.name_of(source, i))})
   faults.log(f"captions of {source.name}", bad)

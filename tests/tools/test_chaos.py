@@ -26,17 +26,17 @@ def test_chaos(tmp_path):
   if not can_mount(tmp_path):
     pytest.skip("mounting a disk to fill it up is not allowed here")
   done = subprocess.run(
-      [sys.executable, "-m", "tools.chaos", "--faults=6", "--steps_per_fault=8",
+      [sys.executable, "-m", "tools.chaos", "--faults=7", "--steps_per_fault=8",
        f"--out={tmp_path / 'out'}"], text=True, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, cwd=ROOT, timeout=550, check=False,
       env={**os.environ, "XLA_FLAGS": ""})
   assert done.returncode == 0, done.stdout + done.stderr
   table = done.stdout[done.stdout.index("what came of it"):]
-  for kind in ("kill", "save", "term", "full disk", "damage", "devices"):
+  for kind in ("kill", "start", "save", "term", "full disk", "damage", "devices"):
     assert re.search(rf"^\d +{kind} ", table, re.M), done.stdout
-  assert "disturbed: 60 arrays equal bit for bit; 60 steps with" in table
+  assert "disturbed: 60 arrays equal bit for bit; 68 steps with" in table
   assert "moved: 60 arrays equal" in table
-  assert "20 epochs of each of 48 examples" in table
+  assert "22 epochs of each of 48 examples" in table
   assert not os.path.ismount(tmp_path / "out/disk")
 
 

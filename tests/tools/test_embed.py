@@ -23,6 +23,7 @@ from sigjax.data import sources
 from sigjax.models import load
 from sigjax.models import two_towers
 from tools import embed
+from tools import predict
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -92,6 +93,27 @@ def test_training_on_them_is_training_on_the_tower(config, tmp_path):
       assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+def test_predictions_with_the_tower(config, tmp_path):
+  out, run = tmp_path / "out", precomputed(dict(config, evals={}),
+                                           tmp_path / "out")
+  embed.main(dict(config, evals={}), out, dtype="float32")
+  for name, section in ("a", dict(config, evals={})), ("b", run):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text(json.dumps(section))
+    train.main(tmp_path / name, **section)
+  source = sources.open_source(**config["data"])
+  images, texts = [source[i]["image"] for i in (0, 9)], ["red disc", "a bar"]
+  want = predict.Predictor(tmp_path / "a")(images, texts)
+  got = predict.Predictor(tmp_path / "b", config)(images, texts)
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+  with pytest.raises(errors.UserError, match="give --tower"):
+    predict.Predictor(tmp_path / "b")
+  load.save_params(config["init"]["path"], jax.tree.map(
+      lambda x: x + 1, load.load_params(config["init"]["path"])))
+  with pytest.raises(errors.UserError, match="is not the one of"):
+    predict.Predictor(tmp_path / "b", config)
+
+
 def test_a_killed_run_goes_on(config, tmp_path):
   """Killed between parts, nothing whole is computed again; two share it."""
   (tmp_path / "c.py").write_text(
@@ -158,6 +180,27 @@ def test_what_changed_is_refused(config, tmp_path):
   train.main(tmp_path / "b", **precomputed(small, out))
   with pytest.raises(errors.UserError, match="of another tower"):
     train.main(tmp_path / "b", **precomputed(small, tmp_path / "other"))
+
+
+def test_bad_examples_are_left_out(config, tmp_path, capsys):
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  source = sources.open_source(**config["data"])
+  rows = ["file,caption"]
+  for i in range(20):
+    data = source[i]["image"]
+    (folder / f"{i}.png").write_bytes(data[:60] if i in (3, 19) else data)
+    rows.append(f"{i}.png,number {i}")
+  (folder / "captions.csv").write_text("\n".join(rows))
+  config = dict(config, evals={}, data=dict(kind="folder", path=str(folder)))
+  embed.main(config, tmp_path / "out", part_size=8, batch_size=8)
+  assert "2 examples were left out: {'truncated image': 2}" in (
+      capsys.readouterr().out)
+  found = sources.open_source("embeddings", path=str(tmp_path / "out/folder"))
+  assert [found[i]["captions"] for i in range(len(found))] == [
+      [f"number {i}"] for i in range(20) if i not in (3, 19)]
+  with pytest.raises(errors.UserError, match="1 x truncated image"):
+    embed.main(dict(config, bad_fraction=0.0), tmp_path / "new")
 
 
 def test_damaged_shards(config, tmp_path):
