@@ -27,7 +27,7 @@ WIDTH, LENGTH, VOCAB = 1280, 12, 2048
 
 def get_config(arg=None):
   arg = config_lib.parse_arg(
-      arg, embeddings="embeddings/emoji", shuffle_captions=False, steps=1500,
+      arg, embeddings="embeddings/emoji", shuffle_captions=False, steps=800,
       batch_size=256)
   config = ConfigDict()
   config.batch_size = arg["batch_size"]

@@ -31,6 +31,7 @@ from sigjax import errors
 from sigjax import sharding
 
 _ENDED = "sigjax/ended"
+_PATIENCE_S = 300  # as long as JAX waits for the processes to start
 _DAY_MS = 24 * 3600 * 1000  # process 0 may have a tokenizer to train
 _numbers = itertools.count()
 _ending = threading.Lock()  # held for good by the thread that ends the process
@@ -72,6 +73,10 @@ def start(coordinator=None, num_processes=None, process_id=None):
     raise errors.UserError(
         f'--coordinator is "{coordinator}", but has to be HOST:PORT, such as '
         f"{socket.gethostname()}:8476")
+  if coordinator and process_id:
+    _reach(coordinator)
+  # It would take SIGTERM, which here is for StopRequest and Agreement.
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id)
   except (RuntimeError, ValueError) as e:
@@ -89,6 +94,21 @@ def start(coordinator=None, num_processes=None, process_id=None):
     atexit.register(lambda: (done.set(), listener.join()))
 
 
+def _reach(coordinator):
+  """Waits until process 0 listens: JAX would abort if it never did."""
+  host, _, port = coordinator.rpartition(":")
+  end = time.monotonic() + _PATIENCE_S
+  while True:
+    try:
+      return socket.create_connection((host, int(port)), 5).close()
+    except OSError as e:
+      if time.monotonic() > end:
+        raise errors.UserError(
+            f"--coordinator={coordinator} does not answer ({e.strerror or e}); "
+            "start process 0 there") from e
+    time.sleep(0.2)
+
+
 def _found():
   """Whether something that JAX knows has started several processes."""
   env = os.environ
@@ -103,13 +123,14 @@ def _found():
       "libtpu"))
 
 
-def _client():
+def client():
+  """The coordinator's keys, of a private type of JAX's; None of one process."""
   return distributed.global_state.client
 
 
 def many():
   """Whether there are several processes."""
-  return _client() is not None and jax.process_count() > 1
+  return client() is not None and jax.process_count() > 1
 
 
 def first():
@@ -129,7 +150,7 @@ def first_alone():
 
   def barrier():
     if many():
-      _client().wait_at_barrier(f"sigjax/first_alone/{number}", _DAY_MS)
+      client().wait_at_barrier(f"sigjax/first_alone/{number}", _DAY_MS)
   if not first():
     barrier()
   yield
@@ -143,8 +164,8 @@ def first_says(text):
     return text
   key = f"sigjax/said/{next(_numbers)}"
   if first():
-    _client().key_value_set(key, text)
-  return _client().blocking_key_value_get(key, _DAY_MS)
+    client().key_value_set(key, text)
+  return client().blocking_key_value_get(key, _DAY_MS)
 
 
 def largest(number):
@@ -152,38 +173,6 @@ def largest(number):
   if not many():
     return number
   return int(np.max(multihost_utils.process_allgather(np.int32(number))))
-
-
-def give_up(key):
-  """Ends, on all processes, the wait_for_all that have this give_up key."""
-  if many():
-    _client().key_value_set(f"{key}/{jax.process_index()}", "given up")
-
-
-def wait_for_all(key, give_up_key, timeout_s):
-  """Returns when all processes are here, by any thread.
-
-  JAX's own barrier does not end before its time when one will not come.
-
-  Args:
-    key: of this wait, used once.
-    give_up_key: see give_up.
-    timeout_s: seconds.
-
-  Raises:
-    TimeoutError: they are not all here by then, or gave up.
-  """
-  if not many():
-    return
-  client, end, pause = _client(), time.monotonic() + timeout_s, 0.01
-  client.key_value_set(f"{key}/{jax.process_index()}", "here")
-  while len(client.key_value_dir_get(key + "/")) < jax.process_count():
-    if client.key_value_dir_get(give_up_key):
-      raise TimeoutError("another host could not write its part")
-    if time.monotonic() > end:
-      raise TimeoutError("another host did not write its part in time")
-    time.sleep(pause)
-    pause = min(2 * pause, 1)
 
 
 class Agreement:
@@ -257,7 +246,7 @@ def end_all(error):
       line = f"{type(error).__name__}: {line}"
     print(f"error: {line}", file=sys.stderr)
     try:
-      _client().key_value_set(
+      client().key_value_set(
           f"{_ENDED}/{jax.process_index()}", f"{name()}: {line}")
     except jax.errors.JaxRuntimeError:
       pass  # there is no coordinator any more
@@ -268,7 +257,7 @@ def _listen(done):
   """Waits, in a thread, for the end that another process has met."""
   while not done.wait(0.5):
     try:
-      said = _client().key_value_dir_get(_ENDED)
+      said = client().key_value_dir_get(_ENDED)
     except jax.errors.JaxRuntimeError:
       continue  # the coordinator is gone: JAX ends this process
     if said and not _ending.locked():
@@ -279,10 +268,10 @@ def _listen(done):
 
 def _leave():
   """Exits once the others know: process 0 is who tells them."""
-  try:
-    _client().wait_at_barrier("sigjax/leaving", 10_000)
-  except jax.errors.JaxRuntimeError:
-    pass
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    client().wait_at_barrier("sigjax/leaving", 10_000)
+  if first():
+    time.sleep(2)  # JAX aborts those who miss it before they have ended
   sys.stdout.flush()
   sys.stderr.flush()
   # Not sys.exit: that would wait for threads that wait for other hosts.

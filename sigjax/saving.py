@@ -11,8 +11,10 @@ import pathlib
 import re
 import shutil
 import sys
+import time
 
 from absl import logging as absl_logging
+import jax
 import orbax.checkpoint as ocp
 
 from sigjax import errors
@@ -162,15 +164,32 @@ class Saver:
 
   def _give_up(self, error):
     self._error = error
-    hosts.give_up(self._given_up())
+    self._tell("given_up")
 
-  def _given_up(self):
-    return f"sigjax/save/{self._saves}/given_up"
+  def _tell(self, key):
+    if hosts.many():
+      hosts.client().key_value_set(
+          f"sigjax/save/{self._saves}/{key}/{jax.process_index()}", "yes")
+
+  def _told(self, key):
+    """How many processes have told the key about this save."""
+    return len(hosts.client().key_value_dir_get(
+        f"sigjax/save/{self._saves}/{key}/"))
 
   def _barrier(self, key, timeout_ms):
-    """What orbax's threads wait with for those of the other hosts."""
-    hosts.wait_for_all(
-        f"sigjax/save/{self._saves}/{key}", self._given_up(), timeout_ms / 1000)
+    """What orbax's threads wait with for those of the other hosts.
+
+    JAX's own barrier does not end before its time when one will not come.
+    """
+    self._tell(key)
+    end, pause = time.monotonic() + timeout_ms / 1000, 0.01
+    while hosts.many() and self._told(key) < jax.process_count():
+      if self._told("given_up"):
+        raise TimeoutError("another host could not write its part")
+      if time.monotonic() > end:
+        raise TimeoutError("another host did not write its part in time")
+      time.sleep(pause)
+      pause = min(2 * pause, 1)
 
   def _seal(self):
     """Called by orbax on process 0 when all is written but the name."""

@@ -16,7 +16,6 @@ from absl import flags
 from clu import parameter_overview
 import jax
 from ml_collections import config_flags
-import numpy as np
 
 from sigjax import build
 from sigjax import checkpoint
@@ -41,8 +40,9 @@ log = logging.getLogger("sigjax")
 def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
          optim, total_steps=None, total_epochs=None, total_examples=None,
          seed=0, loss=None, mesh=None, sharding=((".*", "replicate"),),
-         lock=(), microbatches=1, feed="device", init=None, resume=None,
-         checkpoints=None, log_every_steps=50, evals=None, eval_only=False):
+         lock=(), microbatches=1, feed="device", bad_fraction=0.01, init=None,
+         resume=None, checkpoints=None, log_every_steps=50, evals=None,
+         eval_only=False):
   """Runs a config; its top-level keys are these arguments.
 
   Args:
@@ -64,6 +64,8 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
       state.py.
     microbatches: pieces in which the towers see the batch, and
     feed: where the batch waits for them, see step.make_train_step.
+    bad_fraction: the most of the examples that may be unusable; the rest takes
+      their place, see pipeline.train_batches.
     init: weights to start from, arguments of checkpoint.read_init.
     resume: a workdir or checkpoint of which everything is taken over.
     checkpoints: {"every_steps": .., other arguments of checkpoint.Checkpoints}.
@@ -96,9 +98,9 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
         functools.partial(sources.all_captions, source))
   pp = preprocess.parse(pp, tokenizer=tokenizer)
   batches = pipeline.train_batches(
-      source, pp, batch_size=batch_size, seed=seed,
+      source, pp, batch_size=batch_size, seed=seed, bad_fraction=bad_fraction,
       process_index=jax.process_index(), process_count=jax.process_count())
-  example = pp(source[0], np.random.default_rng(0))  # for its shapes
+  example = pipeline.first_example(source, pp)  # for its shapes
   times = config_lib.Durations(
       batch_size, len(source), total_steps=total_steps,
       total_epochs=total_epochs, total_examples=total_examples)
@@ -133,13 +135,8 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
       f"config.evals.{name}", workdir / f"{name}.png", tokenizer,
       **{"pp_image": pp_image, "pp_text": pp_text, **section})
            for name, section in evals.items()}
-
   for name, evaluator in evals.items():
-    if evaluator.source.tower != source.tower:
-      raise errors.UserError(
-          f"config.evals.{name} has embeddings of tower "
-          f"{evaluator.source.tower}, the training data {source.tower}: all "
-          "have to be of the same one")
+    source.check_tower(evaluator.source.tower, f"config.evals.{name}")
 
   # ---- Where to start ----
   checkpoints = times.resolve(checkpoints or {}, "config.checkpoints")
@@ -162,10 +159,7 @@ def main(workdir, *, batch_size, data, pp, pp_image, pp_text, tokenizer, model,
     state = state_lib.init_state(
         run.model, run.tx, seed, example, run.state, given, lock)
   if data_state is not None:
-    if data_state.pop("tower", None) != source.tower:
-      raise errors.UserError(
-          "the run was trained with embeddings of another tower; give another "
-          "--workdir, or the embeddings it had")
+    source.check_tower(data_state.pop("tower", None), "the run until now")
     batches.set_state(data_state)
 
   # ---- Training ----

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved is what is read, and faults are named."""
 
+import os
 import resource
 import shutil
 import time
@@ -257,3 +258,13 @@ def test_keep_is_checked(tmp_path):
     checkpoint.Checkpoints(tmp_path, keep=0)
   save(tmp_path, 1, 2, 3, keep=None)
   assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+def test_a_save_that_cannot_begin_is_logged(tmp_path, caplog, monkeypatch):
+  saved = checkpoint.Checkpoints(tmp_path)
+  monkeypatch.setattr(saved.checkpointer, "save", lambda *_, **__: os.open(
+      tmp_path / "none/none", os.O_RDONLY))
+  saved.save(1, make_state()[0], {})
+  assert saved.failed()
+  saved.close()
+  assert "step 1 could not be saved: No such file or directory" in caplog.text

@@ -32,7 +32,8 @@ class Program:
   def __init__(self, workdir, config, processes, devices, each=(), cwds=None):
     path = workdir.parent / f"{workdir.name}_config.py"
     path.write_text("from ml_collections import ConfigDict\n"
-                    f"def get_config(arg=None):\n  return ConfigDict({config!r})")
+                    "def get_config(arg=None):\n"
+                    f"  return ConfigDict({config!r})")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": (
         "--xla_backend_optimization_level=0 "
         f"--xla_force_host_platform_device_count={devices}")}
@@ -48,7 +49,8 @@ class Program:
           f"--process_id={i}"]
       self.hosts.append(subprocess.Popen(
           [*args, *flags, *(each[i] if each else ())], env=env, text=True,
-          cwd=cwds[i] if cwds else workdir.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+          cwd=cwds[i] if cwds else workdir.parent, stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE))
     self.metrics = workdir / "metrics.jsonl"
 
   def wait_for_line(self, count):
@@ -126,7 +128,7 @@ def test_two_processes_train_like_one_and_take_over_from_any(
     got = lines(workdir)
     assert [x["step"] for x in got] == [x["step"] for x in want]
     for x, y in zip(got, want):
-      for key in y.keys() - {"examples_per_second",
+      for key in y.keys() - {"examples_per_second", "data_wait_percent",
                              "examples_per_second_per_device"}:
         assert x[key] == pytest.approx(y[key], abs=1e-5), (workdir, key)
     assert_near(params(workdir), params(whole))
@@ -232,6 +234,13 @@ def test_two_runs_on_one_workdir(tmp_path, tiny_config):
 def test_arguments_that_do_not_belong_together(args, message):
   with pytest.raises(errors.UserError, match=message):
     hosts.start(**args)
+
+
+def test_a_coordinator_that_is_not_there(monkeypatch):
+  monkeypatch.setattr(hosts, "_PATIENCE_S", 0)
+  with pytest.raises(errors.UserError, match=(
+      r"localhost:1 does not answer \(Connection refused\); start process 0")):
+    hosts.start("localhost:1", 2, 1)
 
 
 @pytest.mark.parametrize("env, found", [

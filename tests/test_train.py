@@ -17,6 +17,7 @@ from sigjax import checkpoint
 from sigjax import errors
 from sigjax import train
 from sigjax import trees
+from sigjax.data import sources
 from sigjax.models import load
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -178,6 +179,24 @@ def test_init_of_one_tower(tmp_path, tiny_config):
   assert_same({k: v for k, v in a.items() if k.startswith("img/")},
               {k: v for k, v in b.items() if k.startswith("img/")})
   assert np.abs(a["txt/head/kernel"] - b["txt/head/kernel"]).max() > 0.01
+
+
+def test_bad_examples_are_counted_up_to_a_fraction(tmp_path, tiny_config):
+  source = sources.open_source(**dict(tiny_config["data"], group_by=None))
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  rows = ["file,caption"]
+  for i in range(72):
+    data = source[i]["image"]
+    (folder / f"{i}.png").write_bytes(data[:90] if i == 7 else data)
+    rows.append(f"{i}.png,{source[i]['concept'].decode()}")
+  (folder / "captions.csv").write_text("\n".join(rows))
+  config = dict(tiny_config, data=dict(kind="folder", path=str(folder)),
+                total_steps=3, evals={})  # 3 steps of 24: one epoch
+  run(tmp_path / "a", config)
+  assert lines(tmp_path / "a")[-1]["bad_examples"] >= 1
+  with pytest.raises(errors.UserError, match="1 x truncated image .*7.png"):
+    run(tmp_path / "b", config, bad_fraction=0.0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_config):

@@ -224,7 +224,8 @@ def main(config, out, *, dtype="float16", part_size=16_384, batch_size=256,
     if bad:
       print(f"{job.path}: {bad} examples were left out: {job.tally.faults()}")
     if job.finish():
-      print(f"{job.path}: {job.count - bad} embeddings of {tower.width} {dtype}, "
+      print(f"{job.path}: {job.count - bad} embeddings of {tower.width} "
+            f"{dtype}, "
             f"{embeddings.storage(job.count, tower.width, dtype) / 1e6:.1f} MB "
             f"and captions; tower {tower.checksum[:16]}")
     else:

@@ -81,7 +81,8 @@ class Predictor:
     Image.new("RGB", (512, 512)).save(blank, "PNG")
     image = self._pp["image"]({"image": blank.getvalue()}, None)["image"]
     self._tower = errors.call(
-        tower_lib.Tower, {k: config[k] for k in ("model", "init") if k in config},
+        tower_lib.Tower,
+        {k: config[k] for k in ("model", "init") if k in config},
         "the config of --tower", image, devices=jax.devices()[:1])
     if self._tower.checksum != index["tower"]:
       raise errors.UserError(

@@ -51,6 +51,13 @@ class Source:
     vars(new).update(attributes)
     return new
 
+  def check_tower(self, other, what):
+    """A UserError unless `other`, the tower of `what`, is the same as ours."""
+    if other != self.tower:
+      raise errors.UserError(
+          f"{what} has embeddings of tower {other}, the training data has "
+          f"{self.tower}: all have to be of the same one")
+
   def __len__(self):
     return len(self.records if self.members is None else self.members)
 

