@@ -1,5 +1,6 @@
 """A picture for people: images with their five best captions."""
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -57,5 +58,6 @@ class Picture:
           text = full.rstrip() + "…"
         draw.text((x + SIDE + 10, top), text, font=font,
                   fill=(0, 90, 0) if right else (90, 90, 90))
-    sheet.save(self._path)
+    if jax.process_index() == 0:
+      sheet.save(self._path)
     return []
