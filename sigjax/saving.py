@@ -50,7 +50,7 @@ class Saver:
     self._step = None  # the one that is being saved
     self._error = None  # what became of it on this host
     self._why = "there was no reason to"  # the last save failed
-    self._saves = 0
+    self._saves, self._any_failed = 0, False
     if keep is not None and keep < 1:
       raise errors.UserError(
           f"config.checkpoints.keep is {keep}, but one is needed to go on from")
@@ -118,6 +118,7 @@ class Saver:
     if not whole:
       self._why = reason(self._error or "another host could not write")
       log.warning("step %d could not be saved: %s", step, self._why)
+      self._any_failed = True
       self._sweep()
     elif hosts.first() and self._keep is not None:
       for old in self.steps()[:-self._keep]:
@@ -141,8 +142,13 @@ class Saver:
     """Waits, then ends the threads that save."""
     self.wait()
     self.checkpointer.close()
-    if not self.read_only:
+    # After a save that failed, threads of tensorstore may yet write for a while.
+    end = time.monotonic() + 2 * self._any_failed
+    while not self.read_only:
       self._sweep()
+      if time.monotonic() >= end:
+        break
+      time.sleep(0.1)
 
   def __enter__(self):
     return self
