@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 
 from absl import logging as absl_logging
 import jax
@@ -142,7 +143,7 @@ class Saver:
     """Waits, then ends the threads that save."""
     self.wait()
     self.checkpointer.close()
-    # After a save that failed, threads of tensorstore may yet write for a while.
+    # After a save that failed, threads of tensorstore may write for a while.
     end = time.monotonic() + 2 * self._any_failed
     while not self.read_only:
       self._sweep()
@@ -213,6 +214,7 @@ def quiet():
   absl_logging.get_absl_logger().addFilter(
       lambda record: "orbax" not in record.pathname)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", ".* was never awaited", RuntimeWarning)
   before = sys.unraisablehook
   sys.unraisablehook = lambda it: (
       None if str(it.exc_value) == "Event loop is closed" else before(it))
