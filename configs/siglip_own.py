@@ -6,7 +6,7 @@
 `file,caption`: a row for each caption of a picture. Nine tenths of the pictures
 are trained on, the rest are asked about at the end (retrieval).
 
-Hardware: with these towers two CPU cores are enough, about 700 pictures a
+Hardware: with these towers two CPU cores are enough, about 500 pictures a
 second. From scratch a few thousand pictures teach colours and common words, no
 more; with a GPU and many, take siglip_b16.py, which reads the same folders.
 
