@@ -171,3 +171,16 @@ def test_mistakes():
                  lambda s: s.narrowed([[0]])):
     with pytest.raises(errors.UserError, match="to each of its sources"):
       narrow(mix())
+
+
+def test_as_a_line_of_a_config(shapes_dir):
+  part = lambda *share: dict(kind="tfds", name="shapes", split="train",
+                             data_dir=str(shapes_dir), part=share)
+  source = sources.open_source(
+      "mix", sources=[part(0, 0.5), part(0.5, 1)], weights=[0.75, 0.25])
+  assert isinstance(source, mixture.Mixture) and len(source) == 192
+  first = set(sources.open_source(**part(0, 0.5)).numbers().tolist())
+  seen = [int(source.records[i]["label"]) for i in (0, 191)]
+  assert all(0 <= label < 24 for label in seen) and 0 < len(first) < 192
+  with pytest.raises(errors.UserError, match="weights"):
+    sources.open_source("mix", sources=[part(0, 0.5)], weights=[1, 2])
