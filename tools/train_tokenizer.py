@@ -4,6 +4,8 @@
       --captions captions --vocab_size 4000 --out tokenizer.model
   python -m tools.train_tokenizer --source tfds --name coco_captions \
       --split train --captions captions --vocab_size 32000 --out coco.model
+  python -m tools.train_tokenizer --source tar \
+      --path 'data/{00000..00099}.tar' --vocab_size 32000 --out own.model
 
 The captions are lower-cased unless --nolower: train on what `lower|tokenize`
 will see.
@@ -18,10 +20,14 @@ from sigjax import errors
 from sigjax.data import sources
 from sigjax.data import tokenizer
 
-_SOURCE = flags.DEFINE_enum("source", "emoji", sorted(sources.SOURCES), "Kind.")
+_SOURCE = flags.DEFINE_enum(
+    "source", "emoji", sorted(set(sources.SOURCES) - {"mix"}), "Kind.")
+_PATH = flags.DEFINE_string(
+    "path", None, "The folder of folder and embeddings, the shards of others.")
 _NAME = flags.DEFINE_string("name", None, "Dataset, for --source tfds.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where datasets are.")
-_SPLIT = flags.DEFINE_string("split", "train", "Split to read.")
+_SPLIT = flags.DEFINE_string(
+    "split", None, "Split of tfds and emoji; train if unset.")
 _CAPTIONS = flags.DEFINE_string("captions", "captions", "Feature to read.")
 _LOWER = flags.DEFINE_boolean("lower", True, "Whether to lower-case captions.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Pieces.", required=True)
@@ -31,18 +37,22 @@ _OUT = flags.DEFINE_string("out", None, "Model to write.", required=True)
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"what is {argv[1]}?")
-  given = {"name": _NAME.value, "split": _SPLIT.value,
-           "data_dir": _DATA_DIR.value}
+  kind = _SOURCE.value
+  path = "path" if kind in ("folder", "embeddings") else "shards"
+  split = "train" if kind in ("tfds", "emoji") else None
+  given = {"name": _NAME.value, "split": _SPLIT.value or split,
+           "data_dir": _DATA_DIR.value, path: _PATH.value}
   try:
     source = sources.open_source(
-        _SOURCE.value, **{k: v for k, v in given.items() if v is not None})
+        kind, **{k: v for k, v in given.items() if v is not None})
     texts = sources.all_captions(source, _CAPTIONS.value)
     if _LOWER.value:
       texts = (text.lower() for text in texts)
     tokenizer.train(texts, _VOCAB_SIZE.value, _OUT.value)
   except errors.UserError as e:
     sys.exit(f"error: {e}")
-  print(f"wrote {_OUT.value}: {_VOCAB_SIZE.value} pieces from {source.name}")
+  pieces = tokenizer.Tokenizer(_OUT.value).vocab_size
+  print(f"wrote {_OUT.value}: {pieces} pieces from {source.name}")
 
 
 if __name__ == "__main__":

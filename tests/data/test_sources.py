@@ -233,3 +233,19 @@ def test_tokenizer_tool(data_dir, source, tmp_path):
   done = run("--split=nope")
   assert done.returncode == 1 and "Traceback" not in done.stderr
   assert "error: sources_test_pairs/1.0.0" in done.stderr
+
+
+def test_tokenizer_tool_on_a_folder(tmp_path):
+  texts = [f"picture of {n} things" for n in range(40)]
+  (tmp_path / "captions.csv").write_text(
+      "file,caption\n" + "\n".join(f"{i}.png,{t}" for i, t in enumerate(texts)))
+  for i in range(40):
+    (tmp_path / f"{i}.png").write_bytes(b"not looked at")
+  done = subprocess.run(
+      [sys.executable, "-m", "tools.train_tokenizer", "--source=folder",
+       f"--path={tmp_path}", "--vocab_size=40", f"--out={tmp_path}/a.model"],
+      capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  tokenizer.train(texts, 40, tmp_path / "want.model")
+  assert (tmp_path / "a.model").read_bytes() == (
+      tmp_path / "want.model").read_bytes()
