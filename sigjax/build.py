@@ -13,7 +13,6 @@ from sigjax import optim as optim_lib
 from sigjax import sharding as sharding_lib
 from sigjax import state as state_lib
 from sigjax import step as step_lib
-from sigjax import trees
 from sigjax.models import two_towers
 
 
@@ -56,16 +55,15 @@ def build(mesh, example, total_steps, *, batch_size, model, optim, loss=None,
       raise errors.UserError(
           f"config.model.{section} has dropout, but it is locked: set it to 0")
   shapes = state_lib.param_shapes(model, example, lock)
+  trained = state_lib.trained_part(shapes, lock)
   tx, lr_fn = errors.call(
-      optim_lib.make_optimizer, optim, "config.optim",
-      state_lib.trained_part(shapes, lock), total_steps)
+      optim_lib.make_optimizer, optim, "config.optim", trained, total_steps)
   train_step = step_lib.make_train_step(
       model, tx, lr_fn,
       losses.make(mesh, sharding_lib.AXES, **(loss or {})), mesh, seed=seed,
       lock=lock, microbatches=microbatches, feed=feed)
   forward = two_towers.flops(
       model, (1, *example["image"].shape), (1, *example["text"].shape))
-  trained = trees.split_off(shapes, lock, "config.lock")[0]
   return Built(
       model, tx, train_step, shapes,
       state_lib.abstract_state(shapes, tx, mesh, sharding, lock),

@@ -99,7 +99,7 @@ class Job:
     from array_record.python import array_record_module
     first = i * self.part_size
     part = self.source.replaced(
-        records=_Lenient(self.source.records),
+        records=_Lenient(self.source),
         members=np.arange(first, first + self.size(i))[:, None])
     aside = f"{self.file(i)}.{os.getpid()}.partial"
     writer = array_record_module.ArrayRecordWriter(aside, "group_size:1")
@@ -139,30 +139,34 @@ class Job:
     return {"image": image, "features": np.asarray(embeddings.encode(rest))}
 
   def finish(self):
-    """Writes index.json if all parts are there; returns whether they are."""
+    """Writes index.json if all parts are there.
+
+    Returns:
+      How many embeddings they have; 0 if some are not there yet.
+    """
     counts = list(map(self.records, range(self.parts)))
     if not all(counts):
-      return False
+      return 0
     shards = [dict(file=self.file(i).name, count=count,
                    bytes=self.file(i).stat().st_size)
               for i, count in enumerate(counts)]
     write(self.path / embeddings.INDEX, json.dumps(
         dict(self.about, count=sum(counts), shards=shards), indent=1))
-    return True
+    return sum(counts)
 
 
 class _Lenient:
   """Records that are numbered; one that cannot be read says why."""
 
-  def __init__(self, records):
-    self._records = records
+  def __init__(self, source):
+    self._source = source
 
   def __len__(self):
-    return len(self._records)
+    return len(self._source.records)
 
   def __getitem__(self, i):
     try:
-      return {**self._records[i], "_record": i, "_fault": None}
+      return {**loading.read(self._source, i), "_record": i, "_fault": None}
     except BadExample as e:
       return {"_record": i, "_fault": e}
 
@@ -204,7 +208,8 @@ def main(config, out, *, dtype="float16", part_size=16_384, batch_size=256,
   for folder, (section, pp_image) in sections(config).items():
     source = sources.open_source(**section)
     if tower is None:
-      image = preprocess.parse(pp_image)(source[0], np.random.default_rng(0))
+      # Not record 0: it may be a bad one.
+      image = pipeline.first_example(source, preprocess.parse(pp_image))
       tower = errors.call(
           tower_lib.Tower,
           {k: config[k] for k in ("model", "init") if k in config},
@@ -220,14 +225,13 @@ def main(config, out, *, dtype="float16", part_size=16_384, batch_size=256,
           bar.update(job.size(i))
         else:
           job.run(i, batch_size, bar)
-    bad = sum(job.tally.faults().values())
-    if bad:
-      print(f"{job.path}: {bad} examples were left out: {job.tally.faults()}")
-    if job.finish():
-      print(f"{job.path}: {job.count - bad} embeddings of {tower.width} "
-            f"{dtype}, "
-            f"{embeddings.storage(job.count, tower.width, dtype) / 1e6:.1f} MB "
-            f"and captions; tower {tower.checksum[:16]}")
+    if job.bad:
+      print(f"{job.path}: {len(job.bad)} examples were left out: "
+            f"{job.tally.faults()}")
+    if count := job.finish():
+      size = embeddings.storage(count, tower.width, dtype)
+      print(f"{job.path}: {count} embeddings of {tower.width} {dtype}, "
+            f"{size / 1e6:.1f} MB and captions; tower {tower.checksum[:16]}")
     else:
       print(f"{job.path}: the parts of this process are done")
 

@@ -80,7 +80,12 @@ class Tally:
           + "; repair the data, or raise bad_fraction")
 
 
-def _read(source, record):
+def read(source, record):
+  """Returns a record of a source as it is.
+
+  Raises:
+    BadExample: it cannot be read.
+  """
   try:
     return source.records[record]
   except OSError as e:
@@ -98,7 +103,7 @@ def load(source, record, preprocess, rng):
   """
   where = mixture.name_of(source, record)
   try:
-    example = _read(source, record)
+    example = read(source, record)
     key = example.get("key", example.get("file"))
     if isinstance(key, str):
       where = f"{where} ({key})"

@@ -189,16 +189,16 @@ def test_bad_examples_are_left_out(config, tmp_path, capsys):
   rows = ["file,caption"]
   for i in range(20):
     data = source[i]["image"]
-    (folder / f"{i}.png").write_bytes(data[:60] if i in (3, 19) else data)
+    (folder / f"{i}.png").write_bytes(data[:60] if i in (0, 3, 19) else data)
     rows.append(f"{i}.png,number {i}")
   (folder / "captions.csv").write_text("\n".join(rows))
   config = dict(config, evals={}, data=dict(kind="folder", path=str(folder)))
   embed.main(config, tmp_path / "out", part_size=8, batch_size=8)
-  assert "2 examples were left out: {'truncated image': 2}" in (
+  assert "3 examples were left out: {'truncated image': 3}" in (
       capsys.readouterr().out)
   found = sources.open_source("embeddings", path=str(tmp_path / "out/folder"))
   assert [found[i]["captions"] for i in range(len(found))] == [
-      [f"number {i}"] for i in range(20) if i not in (3, 19)]
+      [f"number {i}"] for i in range(20) if i not in (0, 3, 19)]
   with pytest.raises(errors.UserError, match="1 x truncated image"):
     embed.main(dict(config, bad_fraction=0.0), tmp_path / "new")
 

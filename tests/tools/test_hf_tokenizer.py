@@ -1,6 +1,5 @@
 """SentencePiece's ids and those of transformers."""
 
-import json
 import unicodedata
 
 import numpy as np
