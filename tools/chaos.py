@@ -65,7 +65,7 @@ class Chaos:
 
   def __init__(self, config, workdir, rng, rows):
     self.config, self.workdir, self.rng, self.rows = config, workdir, rng, rows
-    self.run = None
+    self.run, self.given = None, 0
     self.where = DEVICES[0]
 
   def step(self):
@@ -76,6 +76,7 @@ class Chaos:
   def start(self):
     """Gives the command, once more; notes where it goes on."""
     self.run = chaos_run.Run(self.config, self.workdir, *self.where, PAUSE)
+    self.given = len(chaos_run.read_log(self.run.log))  # batches until now
 
   def went_on(self):
     """Waits until the run has said where it starts; returns the step."""
@@ -100,8 +101,14 @@ class Chaos:
                   key=lambda p: int(p.name))
 
   def fault(self, kind, target):
-    """Does one fault, at about a step, and starts the run again if it ended."""
-    self.until(lambda: self.step() >= target)
+    """Does one fault, at about a step, and starts the run again if it ended.
+
+    Not before it trains: what it does while it starts is kill_while_starting's.
+    """
+    def trains():
+      log = chaos_run.read_log(self.run.log)
+      return len(log) > self.given and log[-1][0] >= target
+    self.until(trains)
     what = dict(kill=self.kill, start=self.kill_while_starting,
                 save=self.kill_while_saving, term=self.term,
                 damage=self.damage, devices=self.other_devices)
