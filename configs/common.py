@@ -2,9 +2,19 @@
 
 # Arguments of the large configs, with their defaults.
 LARGE_ARGS = dict(
-    kind="tfds", path="", dataset="coco_captions", split="train", val="val",
-    captions="captions", tokenizer="c4_en", vocab=32_000, batch_size=32_768,
-    microbatches=1, loss="sigmoid", smoke=False)
+  kind="tfds",
+  path="",
+  dataset="coco_captions",
+  split="train",
+  val="val",
+  captions="captions",
+  tokenizer="c4_en",
+  vocab=32_000,
+  batch_size=32_768,
+  microbatches=1,
+  loss="sigmoid",
+  smoke=False,
+)
 
 
 def own_data(kind, path, part):
@@ -15,8 +25,11 @@ def own_data(kind, path, part):
     path: the folder, or the shards with globs and braces.
     part: (from, to), the share of the examples, such as (0, 0.9).
   """
-  return {"kind": kind, "part": part,
-          "path" if kind == "folder" else "shards": path}
+  return {
+    "kind": kind,
+    "part": part,
+    "path" if kind == "folder" else "shards": path,
+  }
 
 
 def large(config, arg, res, length):
@@ -33,22 +46,33 @@ def large(config, arg, res, length):
   if arg["kind"] == "tfds":
     data = lambda split: dict(kind="tfds", name=arg["dataset"], split=split)
   else:  # one in a hundred for retrieval
-    data = lambda split: own_data(arg["kind"], arg["path"], (
-        0.99, 1) if split == arg["val"] else (0, 0.99 if arg["val"] else 1))
+    data = lambda split: own_data(
+      arg["kind"],
+      arg["path"],
+      (0.99, 1) if split == arg["val"] else (0, 0.99 if arg["val"] else 1),
+    )
   config.data = data(arg["split"])
   config.tokenizer = dict(path=arg["tokenizer"])
   # The model maps the bytes of images to [-1, 1], on the device.
   image = f"decode|resize({res})"
-  config.pp = (f"{image}|choice('{arg['captions']}')|tokenize({length})"
-               "|keep('image','text')")
+  config.pp = (
+    f"{image}|choice('{arg['captions']}')|tokenize({length})"
+    "|keep('image','text')"
+  )
   config.pp_image = f"{image}|keep('image')"
   config.pp_text = f"tokenize({length})|keep('text')"
-  config.loss = dict(name=arg["loss"], dtype="bfloat16", tile=2048,
-                     direction="forward")
+  config.loss = dict(
+    name=arg["loss"], dtype="bfloat16", tile=2048, direction="forward"
+  )
   config.checkpoints = dict(every_steps=1000, keep_every_steps=10_000)
-  config.evals = dict(retrieval=dict(
-      type="retrieval", captions=arg["captions"], every_steps=5000,
-      data=data(arg["val"])))
+  config.evals = dict(
+    retrieval=dict(
+      type="retrieval",
+      captions=arg["captions"],
+      every_steps=5000,
+      data=data(arg["val"]),
+    )
+  )
   if not arg["val"]:
     del config.evals
 
@@ -60,22 +84,27 @@ def precompute(config, folder):
     config: ConfigDict with a locked image tower without a head.
     folder: what --out was.
   """
+
   def of(section, pp_image):
-    choosing = {k: section[k] for k in ("part", "only", "group_by", "shuffle")
-                if k in section}
+    choosing = {
+      k: section[k]
+      for k in ("part", "only", "group_by", "shuffle")
+      if k in section
+    }
     name = section.get("split", section["kind"])
-    return dict(kind="embeddings", path=f"{folder}/{name}",
-                pp_image=pp_image, **choosing)
+    return dict(
+      kind="embeddings", path=f"{folder}/{name}", pp_image=pp_image, **choosing
+    )
 
   config.data = of(config.data, config.pp_image)
   for section in config.get("evals", {}).values():
     section.data = of(section.data, config.pp_image)
   ops = config.pp.split("|")
-  config.pp = "|".join(op for op in ops if not op.startswith(
-      ("decode", "resize")))
+  config.pp = "|".join(
+    op for op in ops if not op.startswith(("decode", "resize"))
+  )
   config.pp_image = "keep('image')"
-  config.model.image = dict(
-      kind="precomputed", width=config.model.out_dim[1])
+  config.model.image = dict(kind="precomputed", width=config.model.out_dim[1])
   del config.lock
   if "init" in config:
     del config.init
@@ -95,7 +124,10 @@ def pretrained(config, tower, weights):
   config.init = dict(path=weights, into=tower, dont_load=("head/.*",))
   config.optim.lr_mults = ((f"{tower}/.*", 0.1), (".*", 1.0))
   config.optim.wd_mults = (
-      (f"{tower}/.*", 0.0), (".*/kernel", 1.0), (".*", 0.0))
+    (f"{tower}/.*", 0.0),
+    (".*/kernel", 1.0),
+    (".*", 0.0),
+  )
 
 
 def drawings(split):
@@ -115,15 +147,17 @@ def emoji_evals(data=drawings):
   evals = {}
   for name in ("held_style", "held_family", "held_both", "train"):
     evals[f"{name}_zeroshot"] = dict(
-        type="zeroshot", data=data(name), label="concept", classes="captions")
+      type="zeroshot", data=data(name), label="concept", classes="captions"
+    )
     if name != "train":
       evals[f"{name}_retrieval"] = dict(
-          type="retrieval", data=data(name), group="concept")
+        type="retrieval", data=data(name), group="concept"
+      )
   evals["held_style_zeroshot"]["every_percent"] = 25
   if data is drawings:
     evals["picture"] = dict(
-        type="picture", data=data("held_style"), group="concept",
-        captions="name")
+      type="picture", data=data("held_style"), group="concept", captions="name"
+    )
   return evals
 
 
@@ -138,8 +172,11 @@ def shrink(config, arg):
   config.data = dict(kind="emoji", split="train", group_by="concept")
   config.tokenizer = dict(vocab_size=1024, captions="captions")
   for key in ("pp", "pp_image", "pp_text"):
-    config[key] = config[key].replace("(224)", "(64)").replace(
-        f"'{arg['captions']}'", "'captions'")
+    config[key] = (
+      config[key]
+      .replace("(224)", "(64)")
+      .replace(f"'{arg['captions']}'", "'captions'")
+    )
   for tower in (config.model.image, config.model.text):
     tower.update(variant=None, width=64, depth=2, num_heads=2)
   config.model.image.patch_size = 16

@@ -38,19 +38,28 @@ RES, LENGTH = 224, 16
 
 def get_config(arg=None):
   arg = config_lib.parse_arg(
-      arg, **common.LARGE_ARGS, examples=3e9, pretrained="")
+    arg, **common.LARGE_ARGS, examples=3e9, pretrained=""
+  )
   config = ConfigDict()
   common.large(config, arg, RES, LENGTH)
   config.total_examples = arg["examples"]
 
   config.model = dict(
-      image=dict(variant="B/16", pool_type="map", scan=True, remat="dots"),
-      text=dict(variant="B", vocab_size=arg["vocab"], scan=True, remat="dots"),
-      out_dim=(None, 768), temperature_init=10.0, bias_init=-10.0,
-      dtype="bfloat16")
+    image=dict(variant="B/16", pool_type="map", scan=True, remat="dots"),
+    text=dict(variant="B", vocab_size=arg["vocab"], scan=True, remat="dots"),
+    out_dim=(None, 768),
+    temperature_init=10.0,
+    bias_init=-10.0,
+    dtype="bfloat16",
+  )
   config.optim = dict(
-      name="adamw", lr=1e-3, wd=1e-4, options=dict(b2=0.95), grad_clip_norm=1.0,
-      schedule=dict(name="cosine", warmup_examples=200e6))
+    name="adamw",
+    lr=1e-3,
+    wd=1e-4,
+    options=dict(b2=0.95),
+    grad_clip_norm=1.0,
+    schedule=dict(name="cosine", warmup_examples=200e6),
+  )
 
   if arg["pretrained"]:
     # Public ViTs pool by a token "cls" of their own.

@@ -28,7 +28,8 @@ LENGTH, VOCAB = 24, 4096
 
 def get_config(arg=None):
   arg = config_lib.parse_arg(
-      arg, path="pictures", kind="folder", epochs=30.0, batch_size=64, res=64)
+    arg, path="pictures", kind="folder", epochs=30.0, batch_size=64, res=64
+  )
   config = ConfigDict()
   config.batch_size = arg["batch_size"]
   config.total_epochs = arg["epochs"]
@@ -36,28 +37,44 @@ def get_config(arg=None):
   config.data = common.own_data(arg["kind"], arg["path"], (0, 0.9))
   config.tokenizer = dict(vocab_size=VOCAB)
   res = arg["res"]
-  config.pp = (f"decode_small({res * 9 // 8})|random_crop({res})"
-               f"|choice('captions')|lower|tokenize({LENGTH})"
-               "|keep('image','text')")
+  config.pp = (
+    f"decode_small({res * 9 // 8})|random_crop({res})"
+    f"|choice('captions')|lower|tokenize({LENGTH})"
+    "|keep('image','text')"
+  )
   config.pp_image = (
-      f"decode|resize_small({res})|central_crop({res})|keep('image')")
+    f"decode|resize_small({res})|central_crop({res})|keep('image')"
+  )
   config.pp_text = f"lower|tokenize({LENGTH})|keep('text')"
 
   config.model = dict(
-      image=dict(width=128, depth=4, num_heads=4, patch_size=16,
-                 pool_type="gap"),
-      text=dict(width=128, depth=2, num_heads=4, pool_type="gap",
-                vocab_size=VOCAB),
-      out_dim=(128, 128), temperature_init=10.0, bias_init=-4.0)
+    image=dict(width=128, depth=4, num_heads=4, patch_size=16, pool_type="gap"),
+    text=dict(
+      width=128, depth=2, num_heads=4, pool_type="gap", vocab_size=VOCAB
+    ),
+    out_dim=(128, 128),
+    temperature_init=10.0,
+    bias_init=-4.0,
+  )
   config.optim = dict(
-      name="adamw", lr=2e-3, wd=1e-4, options=dict(b2=0.95), grad_clip_norm=1.0,
-      schedule=dict(name="cosine", warmup_percent=10))
+    name="adamw",
+    lr=2e-3,
+    wd=1e-4,
+    options=dict(b2=0.95),
+    grad_clip_norm=1.0,
+    schedule=dict(name="cosine", warmup_percent=10),
+  )
 
   config.log_every_steps = 20
   config.checkpoints = dict(every_percent=10)
-  config.evals = dict(retrieval=dict(
-      type="retrieval", every_percent=25,
-      data=common.own_data(arg["kind"], arg["path"], (0.9, 1))),
-                      picture=dict(type="picture", data=common.own_data(
-                          arg["kind"], arg["path"], (0.9, 1))))
+  config.evals = dict(
+    retrieval=dict(
+      type="retrieval",
+      every_percent=25,
+      data=common.own_data(arg["kind"], arg["path"], (0.9, 1)),
+    ),
+    picture=dict(
+      type="picture", data=common.own_data(arg["kind"], arg["path"], (0.9, 1))
+    ),
+  )
   return config

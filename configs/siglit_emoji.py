@@ -27,8 +27,12 @@ WIDTH, LENGTH, VOCAB = 1280, 12, 2048
 
 def get_config(arg=None):
   arg = config_lib.parse_arg(
-      arg, embeddings="embeddings/emoji", shuffle_captions=False, steps=800,
-      batch_size=256)
+    arg,
+    embeddings="embeddings/emoji",
+    shuffle_captions=False,
+    steps=800,
+    batch_size=256,
+  )
   config = ConfigDict()
   config.batch_size = arg["batch_size"]
   config.total_steps = arg["steps"]
@@ -41,18 +45,33 @@ def get_config(arg=None):
     config.data.shuffle = "captions"
   config.tokenizer = dict(vocab_size=VOCAB, captions="captions")
   config.pp = (
-      f"choice('captions')|lower|tokenize({LENGTH})|keep('image','text')")
+    f"choice('captions')|lower|tokenize({LENGTH})|keep('image','text')"
+  )
   config.pp_image = "keep('image')"
   config.pp_text = f"lower|tokenize({LENGTH})|keep('text')"
 
   config.model = dict(
-      image=dict(kind="precomputed", width=WIDTH),
-      text=dict(width=128, depth=2, num_heads=4, mlp_dim=512,
-                pool_type="gap", vocab_size=VOCAB),
-      out_dim=(256, 256), temperature_init=10.0, bias_init=-5.5)
+    image=dict(kind="precomputed", width=WIDTH),
+    text=dict(
+      width=128,
+      depth=2,
+      num_heads=4,
+      mlp_dim=512,
+      pool_type="gap",
+      vocab_size=VOCAB,
+    ),
+    out_dim=(256, 256),
+    temperature_init=10.0,
+    bias_init=-5.5,
+  )
   config.optim = dict(
-      name="adamw", lr=2e-3, wd=1e-4, options=dict(b2=0.95), grad_clip_norm=1.0,
-      schedule=dict(name="cosine", warmup_percent=10))
+    name="adamw",
+    lr=2e-3,
+    wd=1e-4,
+    options=dict(b2=0.95),
+    grad_clip_norm=1.0,
+    schedule=dict(name="cosine", warmup_percent=10),
+  )
 
   config.checkpoints = dict(every_percent=25)
   config.evals = common.emoji_evals(split)

@@ -49,8 +49,8 @@ RES, LENGTH, WIDTH = 224, 16, 1024
 
 def get_config(arg=None):
   arg = config_lib.parse_arg(
-      arg, **common.LARGE_ARGS, weights="augreg/L_16", embeddings="",
-      steps=65_000)
+    arg, **common.LARGE_ARGS, weights="augreg/L_16", embeddings="", steps=65_000
+  )
   config = ConfigDict()
   common.large(config, arg, RES, LENGTH)
   config.total_steps = arg["steps"]
@@ -58,16 +58,24 @@ def get_config(arg=None):
   # LiT (arXiv 2111.07991): the locked tower ends before its classifier; the
   # text tower's head maps to its width.
   config.model = dict(
-      image=dict(variant="L/16", pool_type="tok", scan=True),
-      text=dict(variant="L", depth=12, vocab_size=arg["vocab"], scan=True,
-                remat="dots"),
-      out_dim=(None, WIDTH), temperature_init=10.0, bias_init=-10.0,
-      dtype="bfloat16")
+    image=dict(variant="L/16", pool_type="tok", scan=True),
+    text=dict(
+      variant="L", depth=12, vocab_size=arg["vocab"], scan=True, remat="dots"
+    ),
+    out_dim=(None, WIDTH),
+    temperature_init=10.0,
+    bias_init=-10.0,
+    dtype="bfloat16",
+  )
   config.init = dict(path=arg["weights"], into="img", dont_load=("head/.*",))
   config.lock = ("img",)
   config.optim = dict(
-      name="lion", lr=1e-4, wd=1e-7, grad_clip_norm=1.0,
-      schedule=dict(name="cosine", warmup_percent=10))
+    name="lion",
+    lr=1e-4,
+    wd=1e-7,
+    grad_clip_norm=1.0,
+    schedule=dict(name="cosine", warmup_percent=10),
+  )
 
   if arg["smoke"]:
     common.shrink(config, arg)

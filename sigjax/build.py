@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sigjax import errors
-from sigjax import losses
+from sigjax import errors, losses
 from sigjax import optim as optim_lib
 from sigjax import sharding as sharding_lib
 from sigjax import state as state_lib
@@ -25,6 +24,7 @@ class Built(NamedTuple):
   state: the abstract train state, see state.abstract_state.
   flops: matmul FLOPs of training per example, the loss left out.
   """
+
   model: Any
   tx: Any
   train_step: Any
@@ -33,9 +33,21 @@ class Built(NamedTuple):
   flops: int
 
 
-def build(mesh, example, total_steps, *, batch_size, model, optim, loss=None,
-          sharding=((".*", "replicate"),), lock=(), microbatches=1,
-          feed="device", seed=0):
+def build(
+  mesh,
+  example,
+  total_steps,
+  *,
+  batch_size,
+  model,
+  optim,
+  loss=None,
+  sharding=((".*", "replicate"),),
+  lock=(),
+  microbatches=1,
+  feed="device",
+  seed=0,
+):
   """Builds the parts of a run; the keywords are sections of a config.
 
   Args:
@@ -53,20 +65,36 @@ def build(mesh, example, total_steps, *, batch_size, model, optim, loss=None,
   for tower, section in (("img", "image"), ("txt", "text")):
     if tower in lock and getattr(model, section).get("dropout"):
       raise errors.UserError(
-          f"config.model.{section} has dropout, but it is locked: set it to 0")
+        f"config.model.{section} has dropout, but it is locked: set it to 0"
+      )
   shapes = state_lib.param_shapes(model, example, lock)
   trained = state_lib.trained_part(shapes, lock)
   tx, lr_fn = errors.call(
-      optim_lib.make_optimizer, optim, "config.optim", trained, total_steps)
+    optim_lib.make_optimizer, optim, "config.optim", trained, total_steps
+  )
   train_step = step_lib.make_train_step(
-      model, tx, lr_fn,
-      losses.make(mesh, sharding_lib.AXES, **(loss or {})), mesh, seed=seed,
-      lock=lock, microbatches=microbatches, feed=feed)
+    model,
+    tx,
+    lr_fn,
+    losses.make(mesh, sharding_lib.AXES, **(loss or {})),
+    mesh,
+    seed=seed,
+    lock=lock,
+    microbatches=microbatches,
+    feed=feed,
+  )
   forward = two_towers.flops(
-      model, (1, *example["image"].shape), (1, *example["text"].shape))
+    model, (1, *example["image"].shape), (1, *example["text"].shape)
+  )
   return Built(
-      model, tx, train_step, shapes,
-      state_lib.abstract_state(shapes, tx, mesh, sharding, lock),
-      # Backwards it is twice the forward pass, if anything is trained.
-      sum(n * (3 if jax.tree.leaves(trained.get(tower, {})) else 1)
-          for tower, n in forward.items()))
+    model,
+    tx,
+    train_step,
+    shapes,
+    state_lib.abstract_state(shapes, tx, mesh, sharding, lock),
+    # Backwards it is twice the forward pass, if anything is trained.
+    sum(
+      n * (3 if jax.tree.leaves(trained.get(tower, {})) else 1)
+      for tower, n in forward.items()
+    ),
+  )

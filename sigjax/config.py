@@ -6,50 +6,10 @@ import math
 import os
 import pathlib
 import re
-import sys
-
-from absl import app
-from absl import flags
 
 from sigjax import errors
 
 log = logging.getLogger("sigjax")
-
-
-def parse_flags(argv, check):
-  """Parses the command line; a mistake in it ends in one line on stderr.
-
-  Args:
-    argv: as given to a flags_parser of absl's app.run.
-    check: fn(rest of argv without flags), called at the end; a config file is
-      only loaded when FLAGS.config is used, so check is to use it.
-
-  Returns:
-    The rest of argv.
-  """
-  app.define_help_flags()
-  try:
-    rest = flags.FLAGS(argv)
-    check(rest)
-    return rest
-  except (AttributeError, KeyError) as e:  # of overrides, --config.x=1
-    sys.exit("error: the config has no key " + " ".join(
-        str(e.args[0]).replace("\\n", " ").replace("\\", "").split()))
-  except (flags.Error, TypeError, ValueError, OSError) as e:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    # ml_collections puts what it is about last, flags put it first.
-    last = isinstance(e, OSError) or "Traceback" in str(e)
-    sys.exit(f"error: {lines[-1 if last else 0]}")
-
-
-def check_config(rest):
-  """A check for parse_flags: --config is given and loads, nothing is left."""
-  if len(rest) > 1:
-    raise errors.UserError(f'"{rest[1]}" is not a flag: flags begin with --')
-  if flags.FLAGS.config is None:
-    raise errors.UserError(
-        "give --config, such as --config configs/siglip_emoji.py")
-  flags.FLAGS.config.to_dict()
 
 
 def default_workdir(config):
@@ -68,8 +28,9 @@ def check_same(config, first):
   for key in sorted({**mine, **first}):
     if mine.get(key) != first.get(key):
       raise errors.UserError(
-          f"config.{key} is {mine.get(key)} here, but {first.get(key)} on "
-          "process 0; start all processes with the same config")
+        f"config.{key} is {mine.get(key)} here, but {first.get(key)} on "
+        "process 0; start all processes with the same config"
+      )
 
 
 def keep_config(config, path):
@@ -79,8 +40,13 @@ def keep_config(config, path):
     old, new = json.loads(path.read_text()), json.loads(text)
     for key in sorted({**old, **new}):
       if old.get(key) != new.get(key):
-        log.info("this workdir's run goes on with another config.%s: it was %s,"
-                 " now it is %s", key, old.get(key), new.get(key))
+        log.info(
+          "this workdir's run goes on with another config.%s: it was %s,"
+          " now it is %s",
+          key,
+          old.get(key),
+          new.get(key),
+        )
   aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
   aside.write_text(text)
   aside.replace(path)
@@ -103,9 +69,13 @@ def parse_arg(arg, **defaults):
     default = defaults[key]
     if isinstance(default, bool):
       words = {"1": True, "true": True, "0": False, "false": False}
-      found[key] = errors.pick(
+      found[key] = (
+        errors.pick(
           words, value.lower(), f"the value of the config argument {key},"
-      ) if given else True
+        )
+        if given
+        else True
+      )
       continue
     try:
       found[key] = type(default)(value)
@@ -113,8 +83,9 @@ def parse_arg(arg, **defaults):
       given = ""
     if not given:
       raise errors.UserError(
-          f'the config argument {key} takes a {type(default).__name__}, such '
-          f'as {key}={default}, not "{part}"')
+        f"the config argument {key} takes a {type(default).__name__}, such "
+        f'as {key}={default}, not "{part}"'
+      )
   return found
 
 
@@ -131,14 +102,16 @@ class Durations:
   """
 
   def __init__(self, batch_size, num_examples, **total):
-    self._per_unit = dict(steps=1, epochs=num_examples / batch_size,
-                          examples=1 / batch_size)
+    self._per_unit = dict(
+      steps=1, epochs=num_examples / batch_size, examples=1 / batch_size
+    )
     given = {k: v for k, v in total.items() if v is not None}
     if len(given) != 1:
       raise errors.UserError(
-          "config needs one of total_steps, total_epochs and total_examples, "
-          f"not {' and '.join(given) or 'none'}")
-    (name, value), = given.items()
+        "config needs one of total_steps, total_epochs and total_examples, "
+        f"not {' and '.join(given) or 'none'}"
+      )
+    ((name, value),) = given.items()
     self.total_steps = self._steps(name, name.rpartition("_")[2], value)
     self._per_unit["percent"] = self.total_steps / 100
 

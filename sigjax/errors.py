@@ -15,7 +15,8 @@ def closest(name, names):
   """Returns ' (did you mean "x"?)' for the nearest of names, or ''."""
   names = tuple(str(n) for n in names)
   near = difflib.get_close_matches(
-      str(name), _candidates(str(name), names), 1, 0.5)
+    str(name), _candidates(str(name), names), 1, 0.5
+  )
   return f' (did you mean "{near[0]}"?)' if near else ""
 
 
@@ -49,8 +50,9 @@ def pick(choices, name, what):
   if name in choices:
     return choices[name]
   raise UserError(
-      f'{what} "{name}" is not known{closest(name, choices)}; '
-      f"choose from: {', '.join(sorted(map(str, choices)))}")
+    f'{what} "{name}" is not known{closest(name, choices)}; '
+    f"choose from: {', '.join(sorted(map(str, choices)))}"
+  )
 
 
 def call(fn, kwargs, what, *args, **extra):
@@ -60,15 +62,20 @@ def call(fn, kwargs, what, *args, **extra):
   that names the section and the closest key. Nothing of fn runs before that.
   """
   params = inspect.signature(fn).parameters
-  own = [n for i, (n, p) in enumerate(params.items())
-         if i >= len(args) and n not in extra
-         and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+  own = [
+    n
+    for i, (n, p) in enumerate(params.items())
+    if i >= len(args)
+    and n not in extra
+    and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+  ]
   open_ended = any(p.kind == p.VAR_KEYWORD for p in params.values())
   for key in kwargs:
     if key not in own and not open_ended:
       raise UserError(
-          f'{what} has no key "{key}"{closest(key, own)}; '
-          f"it takes: {', '.join(own)}")
+        f'{what} has no key "{key}"{closest(key, own)}; '
+        f"it takes: {', '.join(own)}"
+      )
   needed = [n for n in own if params[n].default is inspect.Parameter.empty]
   missing = [n for n in needed if n not in kwargs]
   if missing:

@@ -55,8 +55,18 @@ def softmax_loss(zimg, ztxt, t, b=0.0):
   return -jnp.mean(jnp.diag(of_texts) + jnp.diag(of_images)) / 2
 
 
-def ring_sigmoid_loss(zimg, ztxt, t, b, *, mesh, axes=("data",), tile=1024,
-                      direction="forward", comm="ring"):
+def ring_sigmoid_loss(
+  zimg,
+  ztxt,
+  t,
+  b,
+  *,
+  mesh,
+  axes=("data",),
+  tile=1024,
+  direction="forward",
+  comm="ring",
+):
   """sigmoid_loss of a batch split over D devices (SigLIP, section 3.3).
 
   One trip of the texts round the ring gives the value and, if it is to be
@@ -88,8 +98,9 @@ def ring_sigmoid_loss(zimg, ztxt, t, b, *, mesh, axes=("data",), tile=1024,
   return _run(_sigmoid_share, ring, mesh, zimg, ztxt, t, b)
 
 
-def ring_softmax_loss(zimg, ztxt, t, b=0.0, *, mesh, axes=("data",), tile=1024,
-                      direction="forward"):
+def ring_softmax_loss(
+  zimg, ztxt, t, b=0.0, *, mesh, axes=("data",), tile=1024, direction="forward"
+):
   """softmax_loss of a batch split over D devices; else as ring_sigmoid_loss.
 
   The gradient of a pair needs the normalisers of its row and its column, which
@@ -118,13 +129,25 @@ def make(mesh, axes, *, name="sigmoid", dtype="float32", **options):
     UserError: an unknown name, or an option that the loss does not take.
   """
   fn = errors.pick(LOSSES, name, "config.loss.name")
-  dtype = jnp.dtype(errors.pick(
-      {d: d for d in ("float32", "bfloat16")}, dtype, "config.loss.dtype"))
+  dtype = jnp.dtype(
+    errors.pick(
+      {d: d for d in ("float32", "bfloat16")}, dtype, "config.loss.dtype"
+    )
+  )
 
   def loss(zimg, ztxt, t, b):
     return errors.call(
-        fn, options, "config.loss", zimg.astype(dtype), ztxt.astype(dtype), t,
-        b, mesh=mesh, axes=axes)
+      fn,
+      options,
+      "config.loss",
+      zimg.astype(dtype),
+      ztxt.astype(dtype),
+      t,
+      b,
+      mesh=mesh,
+      axes=axes,
+    )
+
   return loss
 
 
@@ -181,26 +204,31 @@ def _softmax_share(ring, zimg, ztxt, t, b, with_grads):
   def normalisers(positive, zi, zt, by_image, by_text):
     del positive
     logits = _dot(zi, zt.T) * t
-    return (jnp.logaddexp(by_image, jax.nn.logsumexp(logits, axis=1)),
-            jnp.logaddexp(by_text, jax.nn.logsumexp(logits, axis=0)))
+    return (
+      jnp.logaddexp(by_image, jax.nn.logsumexp(logits, axis=1)),
+      jnp.logaddexp(by_text, jax.nn.logsumexp(logits, axis=0)),
+    )
 
   def pairs(positive, image, text, dzi, dzt):
     (zi, by_image), (zt, by_text) = image, text
     logits = _dot(zi, zt.T) * t
-    slope = (jnp.exp(logits - by_image[:, None])
-             + jnp.exp(logits - by_text[None, :])) / 2 - positive.astype(F32)
+    slope = (
+      jnp.exp(logits - by_image[:, None]) + jnp.exp(logits - by_text[None, :])
+    ) / 2 - positive.astype(F32)
     slope = slope.astype(zi.dtype)
     return dzi + _dot(slope, zt), dzt + _dot(slope.T, zi)
 
   row, zero = ring.zeros(len(zimg)), ring.zeros(*zimg.shape)
   by_image, by_text = ring.visit(
-      normalisers, zimg, ztxt, row - jnp.inf, row - jnp.inf)
+    normalisers, zimg, ztxt, row - jnp.inf, row - jnp.inf
+  )
   positives = jnp.sum(zimg.astype(F32) * ztxt.astype(F32), axis=1) * t
   loss = ring.mean((by_image + by_text) / 2 - positives)
   if not with_grads:
     return loss, None
   dzimg, dztxt = ring.visit(
-      pairs, (zimg, by_image), (ztxt, by_text), zero, zero)
+    pairs, (zimg, by_image), (ztxt, by_text), zero, zero
+  )
   return loss, _gradients(ring, zimg, ztxt, t, dzimg, dztxt, row)
 
 
@@ -212,8 +240,12 @@ def _gradients(ring, zimg, ztxt, t, dzimg, dztxt, db):
   """
   dt = ring.mean(jnp.sum(zimg.astype(F32) * dzimg, axis=1))
   scale = t / ring.batch
-  return ((dzimg * scale).astype(zimg.dtype),
-          (dztxt * scale).astype(ztxt.dtype), dt, ring.mean(db))
+  return (
+    (dzimg * scale).astype(zimg.dtype),
+    (dztxt * scale).astype(ztxt.dtype),
+    dt,
+    ring.mean(db),
+  )
 
 
 def _dot(x, y):
@@ -236,14 +268,16 @@ def _run(share, ring, mesh, zimg, ztxt, t, b):
   def run(with_grads, *args):
     split, whole = P(ring.axes), P()
     return jax.shard_map(
-        functools.partial(share, ring, with_grads=with_grads), mesh=mesh,
-        in_specs=(split, split, whole, whole),
-        out_specs=(whole, (split, split, whole, whole) if with_grads else None)
+      functools.partial(share, ring, with_grads=with_grads),
+      mesh=mesh,
+      in_specs=(split, split, whole, whole),
+      out_specs=(whole, (split, split, whole, whole) if with_grads else None),
     )(*args)
 
   def scale(gradients, g):
     return jax.tree.map(
-        lambda x: (x.astype(F32) * g).astype(x.dtype), gradients)
+      lambda x: (x.astype(F32) * g).astype(x.dtype), gradients
+    )
 
   loss = jax.custom_vjp(lambda *args: run(False, *args)[0])
   loss.defvjp(functools.partial(run, True), scale)
@@ -256,23 +290,27 @@ def _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm):
   for axis in axes:
     if axis not in mesh.shape:
       raise errors.UserError(
-          f'axes: the mesh has no axis "{axis}"'
-          f'{errors.closest(axis, mesh.shape)}; it has: '
-          f'{", ".join(mesh.shape)}')
+        f'axes: the mesh has no axis "{axis}"'
+        f"{errors.closest(axis, mesh.shape)}; it has: "
+        f"{', '.join(mesh.shape)}"
+      )
   devices = math.prod(mesh.shape[axis] for axis in axes)
   for name, z in (("zimg", zimg), ("ztxt", ztxt)):
     if z.ndim != 2:
       raise errors.UserError(f"{name} has to be (B, E), not {z.shape}")
     if z.dtype not in (jnp.bfloat16, F32):
       raise errors.UserError(
-          f"{name} has to be bfloat16 or float32, not {z.dtype}")
+        f"{name} has to be bfloat16 or float32, not {z.dtype}"
+      )
     if not len(z) or len(z) % devices:
       raise errors.UserError(
-          f"{name}: {len(z)} rows do not divide over {devices} devices")
+        f"{name}: {len(z)} rows do not divide over {devices} devices"
+      )
   if zimg.shape != ztxt.shape or zimg.dtype != ztxt.dtype:
     raise errors.UserError(
-        f"ztxt is {ztxt.dtype} {ztxt.shape}, "
-        f"but zimg is {zimg.dtype} {zimg.shape}")
+      f"ztxt is {ztxt.dtype} {ztxt.shape}, "
+      f"but zimg is {zimg.dtype} {zimg.shape}"
+    )
   for name, x in (("t", t), ("b", b)):
     if jnp.shape(x):
       raise errors.UserError(f"{name} has to be a scalar, not {jnp.shape(x)}")
@@ -281,5 +319,6 @@ def _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm):
   auto = "all_gather" if len(zimg) // devices < 256 else "ring"
   ways = {"ring": "ring", "all_gather": "all_gather", "auto": auto}
   errors.pick({"forward": 1, "both": 2}, direction, "direction")
-  return ring_lib.Ring(len(zimg), devices, axes, tile, direction,
-                       errors.pick(ways, comm, "comm"))
+  return ring_lib.Ring(
+    len(zimg), devices, axes, tile, direction, errors.pick(ways, comm, "comm")
+  )

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sigjax import errors
-from sigjax import trees
-
+from sigjax import errors, trees
 
 # Schedules: fn(steps, ...) -> multiplier of the step, without its warmup. The
 # argument is the step counted from the end of the warmup, `steps` the number
@@ -33,11 +31,13 @@ def linear(steps):
 
 def rsqrt(steps, timescale=10_000, cooldown_steps=0):
   """1/sqrt(1 + step/timescale), then a straight line to 0 at the end."""
+
   def multiplier(step):
     decay = 1 / jnp.sqrt(1 + jnp.maximum(step, 0) / timescale)
     if cooldown_steps:
       decay *= jnp.clip((steps - step) / cooldown_steps, 0, 1)
     return decay
+
   return multiplier
 
 
@@ -61,17 +61,22 @@ def make_schedule(total_steps, *, name="cosine", warmup_steps=0, **options):
   """
   if warmup_steps > total_steps:
     raise errors.UserError(
-        f"config.optim.schedule.warmup_steps is {warmup_steps}, but the "
-        f"training has only {total_steps} steps")
+      f"config.optim.schedule.warmup_steps is {warmup_steps}, but the "
+      f"training has only {total_steps} steps"
+    )
   decay = errors.call(
-      errors.pick(SCHEDULES, name, "config.optim.schedule.name"), options,
-      "config.optim.schedule", max(total_steps - warmup_steps, 1))
+    errors.pick(SCHEDULES, name, "config.optim.schedule.name"),
+    options,
+    "config.optim.schedule",
+    max(total_steps - warmup_steps, 1),
+  )
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
     # The first step is step 0: it should already move.
     warmup = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
     return warmup * decay(step - warmup_steps)
+
   return schedule
 
 
@@ -83,18 +88,21 @@ def adamw(b1=0.9, b2=0.95, eps=1e-8, mu_dtype=None):
   return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
 
-def adafactor(b1=0.9, decay_rate=0.8, clip=1.0, min_dim=32,
-              mu_dtype="bfloat16"):
+def adafactor(
+  b1=0.9, decay_rate=0.8, clip=1.0, min_dim=32, mu_dtype="bfloat16"
+):
   """Adafactor as in "Scaling Vision Transformers": factored second moments.
 
   The first moment is kept (in mu_dtype), the step is not relative to the
   parameters' scale, and each array's update is clipped to an RMS of `clip`.
   """
   return optax.chain(
-      optax.scale_by_factored_rms(
-          decay_rate=decay_rate, min_dim_size_to_factor=min_dim),
-      optax.clip_by_block_rms(clip),
-      optax.ema(b1, debias=False, accumulator_dtype=jnp.dtype(mu_dtype)))
+    optax.scale_by_factored_rms(
+      decay_rate=decay_rate, min_dim_size_to_factor=min_dim
+    ),
+    optax.clip_by_block_rms(clip),
+    optax.ema(b1, debias=False, accumulator_dtype=jnp.dtype(mu_dtype)),
+  )
 
 
 def lion(b1=0.9, b2=0.99, mu_dtype=None):
@@ -105,10 +113,19 @@ def lion(b1=0.9, b2=0.99, mu_dtype=None):
 OPTIMIZERS = dict(adamw=adamw, adafactor=adafactor, lion=lion)
 
 
-def make_optimizer(params, total_steps, *, name="adamw", lr=1e-3, wd=0.0,
-                   options=None, schedule=None, grad_clip_norm=None,
-                   lr_mults=((".*", 1.0),),
-                   wd_mults=((".*/kernel", 1.0), (".*", 0.0))):
+def make_optimizer(
+  params,
+  total_steps,
+  *,
+  name="adamw",
+  lr=1e-3,
+  wd=0.0,
+  options=None,
+  schedule=None,
+  grad_clip_norm=None,
+  lr_mults=((".*", 1.0),),
+  wd_mults=((".*/kernel", 1.0), (".*", 0.0)),
+):
   """Builds the optimizer of a parameter tree; see the top of this file.
 
   Args:
@@ -130,30 +147,41 @@ def make_optimizer(params, total_steps, *, name="adamw", lr=1e-3, wd=0.0,
     UserError: an unknown name or key, or a table without a row for a parameter.
   """
   multiplier = errors.call(
-      make_schedule, schedule or {}, "config.optim.schedule", total_steps)
+    make_schedule, schedule or {}, "config.optim.schedule", total_steps
+  )
   direction = errors.call(
-      errors.pick(OPTIMIZERS, name, "config.optim.name"), options or {},
-      "config.optim.options")
+    errors.pick(OPTIMIZERS, name, "config.optim.name"),
+    options or {},
+    "config.optim.options",
+  )
   lr_mults = trees.first_match(lr_mults, params, "config.optim.lr_mults")
   wd_mults = trees.first_match(wd_mults, params, "config.optim.wd_mults")
 
   def to_update(updates, params):
     return jax.tree.map(
-        lambda u, p, l, w: -(lr * l * u.astype(p.dtype) + wd * w * p),
-        updates, params, lr_mults, wd_mults)
+      lambda u, p, l, w: -(lr * l * u.astype(p.dtype) + wd * w * p),
+      updates,
+      params,
+      lr_mults,
+      wd_mults,
+    )
 
   tx = optax.chain(
-      optax.clip_by_global_norm(grad_clip_norm)
-      if grad_clip_norm else optax.identity(),
-      direction,
-      optax.stateless(to_update),
-      optax.scale_by_schedule(multiplier))
+    optax.clip_by_global_norm(grad_clip_norm)
+    if grad_clip_norm
+    else optax.identity(),
+    direction,
+    optax.stateless(to_update),
+    optax.scale_by_schedule(multiplier),
+  )
 
   def update(grads, state, params):
     # optax multiplies floats by integer counts, which JAX can be told to refuse
     # (and is, in our tests).
     with jax.numpy_dtype_promotion("standard"):
       return tx.update(grads, state, params)
-  return (optax.GradientTransformation(tx.init, update),
-          lambda step: lr * multiplier(step))
 
+  return (
+    optax.GradientTransformation(tx.init, update),
+    lambda step: lr * multiplier(step),
+  )

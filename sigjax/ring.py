@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 class Ring(NamedTuple):
   """The devices, and how they go about it. For use inside jax.shard_map."""
+
   batch: int  # B
   devices: int  # D
   axes: tuple  # of the mesh, together one ring
@@ -77,16 +78,25 @@ def _round(ring, pairs, images, texts, by_image, by_text):
         by_text = send(by_text, way)
       ahead = send(texts, way)  # under way while the block is computed
       by_image, by_text = _block(
-          ring.tile, pairs, start if at_home else None, images, texts, by_image,
-          by_text)
+        ring.tile,
+        pairs,
+        start if at_home else None,
+        images,
+        texts,
+        by_image,
+        by_text,
+      )
       left.append((ahead, by_text))
     return by_image, left
 
-  state = by_image, [_cut((texts, by_text), start, stop - start)
-                     for start, stop, _ in lanes]
+  state = (
+    by_image,
+    [_cut((texts, by_text), start, stop - start) for start, stop, _ in lanes],
+  )
   by_image, travelled = lax.fori_loop(1, D, step, step(0, state, at_home=True))
-  home = [send(by_text, way)
-          for (_, _, way), (_, by_text) in zip(lanes, travelled)]
+  home = [
+    send(by_text, way) for (_, _, way), (_, by_text) in zip(lanes, travelled)
+  ]
   return by_image, jax.tree.map(lambda *x: jnp.concatenate(x), *home)
 
 
@@ -94,12 +104,15 @@ def _gathered(ring, pairs, images, texts, by_image, by_text):
   """Ring.visit: every device gets all texts, and sums for all of them."""
   texts = lax.all_gather(texts, ring.axes, tiled=True)
   by_text = jax.tree.map(
-      lambda x: ring.zeros(ring.batch, *x.shape[1:]), by_text)
+    lambda x: ring.zeros(ring.batch, *x.shape[1:]), by_text
+  )
   first = -lax.axis_index(ring.axes) * (ring.batch // ring.devices)
   by_image, by_text = _block(
-      ring.tile, pairs, first, images, texts, by_image, by_text)
+    ring.tile, pairs, first, images, texts, by_image, by_text
+  )
   return by_image, jax.tree.map(
-      lambda x: lax.psum_scatter(x, ring.axes, tiled=True), by_text)
+    lambda x: lax.psum_scatter(x, ring.axes, tiled=True), by_text
+  )
 
 
 def _block(tile, pairs, first, images, texts, by_image, by_text):
@@ -115,14 +128,21 @@ def _block(tile, pairs, first, images, texts, by_image, by_text):
 
     def columns(j, n, sums):
       mine, by_text = sums
-      positive = jnp.zeros((m, n), bool) if first is None else (
-          (i + jnp.arange(m))[:, None] == (first + j + jnp.arange(n))[None, :])
+      positive = (
+        jnp.zeros((m, n), bool)
+        if first is None
+        else (
+          (i + jnp.arange(m))[:, None] == (first + j + jnp.arange(n))[None, :]
+        )
+      )
       mine, theirs = pairs(
-          positive, some, _cut(texts, j, n), mine, _cut(by_text, j, n))
+        positive, some, _cut(texts, j, n), mine, _cut(by_text, j, n)
+      )
       return mine, _put(by_text, theirs, j)
 
     mine, by_text = _each(
-        _len(texts), tile, columns, (_cut(by_image, i, m), by_text))
+      _len(texts), tile, columns, (_cut(by_image, i, m), by_text)
+    )
     return _put(by_image, mine, i), by_text
 
   return _each(_len(images), tile, rows, (by_image, by_text))
@@ -141,10 +161,10 @@ def _len(tree):
 
 
 def _cut(tree, start, size):
-  return jax.tree.map(
-      lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
+  return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
 
 
 def _put(tree, part, start):
   return jax.tree.map(
-      lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part)
+    lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part
+  )

@@ -6,11 +6,11 @@ device holds them whole: plain data parallelism is fsdp=1.
 """
 
 import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from sigjax import errors
-from sigjax import trees
+from sigjax import errors, trees
 
 AXES = ("data", "fsdp")
 
@@ -30,13 +30,18 @@ def make_mesh(*, data=-1, fsdp=1, devices=None):
     known[rest[0]] = n // (data * fsdp * -1)
   if known["data"] * known["fsdp"] != n:
     raise errors.UserError(
-        f"config.mesh is data={data}, fsdp={fsdp}, which does not come to the "
-        f"{n} devices there are; set one of them to -1")
+      f"config.mesh is data={data}, fsdp={fsdp}, which does not come to the "
+      f"{n} devices there are; set one of them to -1"
+    )
   mesh = jax.make_mesh(
-      (known["data"], known["fsdp"]), AXES, devices=devices,
-      axis_types=(AxisType.Auto,) * 2)
+    (known["data"], known["fsdp"]),
+    AXES,
+    devices=devices,
+    axis_types=(AxisType.Auto,) * 2,
+  )
   return jax.sharding.Mesh(
-      by_process(mesh.devices), AXES, axis_types=mesh.axis_types)
+    by_process(mesh.devices), AXES, axis_types=mesh.axis_types
+  )
 
 
 def by_process(devices):
@@ -82,9 +87,15 @@ def shard_params(shapes, mesh, table=((".*", "replicate"),)):
   """
   names = trees.first_match(table, shapes, "config.sharding")
   return jax.tree.map(
-      lambda leaf, name: NamedSharding(
-          mesh, errors.pick(SPLITS, name, "the split in config.sharding")(
-              leaf.shape, mesh.shape["fsdp"])), shapes, names)
+    lambda leaf, name: NamedSharding(
+      mesh,
+      errors.pick(SPLITS, name, "the split in config.sharding")(
+        leaf.shape, mesh.shape["fsdp"]
+      ),
+    ),
+    shapes,
+    names,
+  )
 
 
 def shard_like(shapes, params, shardings, mesh):
@@ -102,6 +113,7 @@ def shard_like(shapes, params, shardings, mesh):
       if twin in params and params[twin].shape == leaf.shape:
         return shardings[twin]
     return NamedSharding(mesh, P())
+
   return trees.map_named(find, shapes)
 
 
@@ -117,12 +129,14 @@ def check_batch_size(batch_size, mesh, microbatches=1):
     near = max(round(batch_size / parts), 1) * parts
     times = f" times {microbatches} microbatches" if microbatches > 1 else ""
     raise errors.UserError(
-        f"config.batch_size is {batch_size}, which {mesh.size} devices{times} "
-        f"do not divide; try {near}")
+      f"config.batch_size is {batch_size}, which {mesh.size} devices{times} "
+      f"do not divide; try {near}"
+    )
 
 
 def put_batch(batch, mesh):
   """Process-local numpy rows (B/processes, ...) -> global arrays (B, ...)."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )

@@ -9,11 +9,11 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import optax
-from jax.sharding import NamedSharding, PartitionSpec as P
 
-from sigjax import sharding
-from sigjax import trees
+from sigjax import sharding, trees
 
 
 @flax.struct.dataclass
@@ -41,12 +41,24 @@ def param_shapes(model, example, lock=()):
     example: as for init_params.
     lock: names of locked parts, such as ("img",); see trees.split_off.
   """
-  rest, locked = trees.split_off(jax.eval_shape(
-      lambda rng: init_params(model, rng, example), jax.random.key(0)),
-                                 lock, "config.lock")
-  return trees.join(rest, trees.map_named(
-      lambda name, x: x if name in ("t", "b") else jax.ShapeDtypeStruct(
-          x.shape, jnp.dtype(model.dtype)), locked))
+  rest, locked = trees.split_off(
+    jax.eval_shape(
+      lambda rng: init_params(model, rng, example), jax.random.key(0)
+    ),
+    lock,
+    "config.lock",
+  )
+  return trees.join(
+    rest,
+    trees.map_named(
+      lambda name, x: (
+        x
+        if name in ("t", "b")
+        else jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.dtype))
+      ),
+      locked,
+    ),
+  )
 
 
 def trained_part(params, lock):
@@ -65,21 +77,28 @@ def abstract_state(param_shapes, tx, mesh, table, lock=()):
     lock: as in param_shapes.
   """
   shapes = jax.eval_shape(
-      lambda params: new_state(params, tx, lock), param_shapes)
+    lambda params: new_state(params, tx, lock), param_shapes
+  )
   of_params = sharding.shard_params(param_shapes, mesh, table)
   shardings = TrainState(
-      step=NamedSharding(mesh, P()), params=of_params,
-      opt_state=sharding.shard_like(
-          shapes.opt_state, param_shapes, of_params, mesh))
+    step=NamedSharding(mesh, P()),
+    params=of_params,
+    opt_state=sharding.shard_like(
+      shapes.opt_state, param_shapes, of_params, mesh
+    ),
+  )
   return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, shardings)
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
 
 
 def new_state(params, tx, lock=()):
   """The state before the first step; what is locked has no optimizer state."""
-  return TrainState(jnp.zeros((), jnp.int32), params,
-                    tx.init(trained_part(params, lock)))
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, tx.init(trained_part(params, lock))
+  )
 
 
 def init_state(model, tx, seed, example, abstract, given=None, lock=()):
@@ -97,15 +116,27 @@ def init_state(model, tx, seed, example, abstract, given=None, lock=()):
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   want = trees.flatten(abstract.params)
 
-  @functools.partial(jax.jit, out_shardings={
-      name: x.sharding for name, x in want.items() if name not in given})
+  @functools.partial(
+    jax.jit,
+    out_shardings={
+      name: x.sharding for name, x in want.items() if name not in given
+    },
+  )
   def from_scratch():
     params = init_params(model, jax.random.key(seed), example)
-    return {name: x.astype(want[name].dtype)
-            for name, x in trees.flatten(params).items() if name not in given}
+    return {
+      name: x.astype(want[name].dtype)
+      for name, x in trees.flatten(params).items()
+      if name not in given
+    }
 
-  params = {**from_scratch(), **{
+  params = {
+    **from_scratch(),
+    **{
       name: jax.device_put(x.astype(want[name].dtype), want[name].sharding)
-      for name, x in given.items()}}
+      for name, x in given.items()
+    },
+  }
   return jax.jit(lambda p: new_state(p, tx, lock), out_shardings=shardings)(
-      trees.unflatten(params))
+    trees.unflatten(params)
+  )

@@ -11,18 +11,26 @@ from typing import NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import optax
-from jax.sharding import NamedSharding, PartitionSpec as P
 
-from sigjax import errors
-from sigjax import losses
-from sigjax import sharding
+from sigjax import errors, losses, sharding, trees
 from sigjax import state as state_lib
-from sigjax import trees
 
 
-def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, lock=(),
-                    microbatches=1, feed="device"):
+def make_train_step(
+  model,
+  tx,
+  lr_fn,
+  loss_fn,
+  mesh,
+  *,
+  seed=0,
+  lock=(),
+  microbatches=1,
+  feed="device",
+):
   """Builds train_step(state, batch) -> (state, metrics).
 
   The batch is dict(image=(B, H, W, C) float32, text=(B, L) int32), this
@@ -56,17 +64,19 @@ def make_train_step(model, tx, lr_fn, loss_fn, mesh, *, seed=0, lock=(),
   if errors.pick({"device": False, "host": True}, feed, "config.feed"):
     return step.fed_from_host()
   program = jax.jit(
-      step.one_batch if microbatches == 1 else step.many_batches,
-      donate_argnums=0)
+    step.one_batch if microbatches == 1 else step.many_batches, donate_argnums=0
+  )
 
   def train_step(state, batch):
     return program(state, sharding.put_batch(batch, mesh))
+
   train_step.program = program
   return train_step
 
 
 class _Step(NamedTuple):
   """The parts of a step; the arguments are those of make_train_step."""
+
   model: nn.Module
   tx: optax.GradientTransformation
   lr_fn: Callable
@@ -84,14 +94,19 @@ class _Step(NamedTuple):
     _, locked = self.split_off(state.params)
     rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
     zimg, ztxt, _ = self.model.apply(
-        {"params": trees.join(trained, locked)}, part["image"], part["text"],
-        train=True, rngs={"dropout": jax.random.fold_in(rng, i)})
+      {"params": trees.join(trained, locked)},
+      part["image"],
+      part["text"],
+      train=True,
+      rngs={"dropout": jax.random.fold_in(rng, i)},
+    )
     return zimg, ztxt
 
   def pair_loss(self, trained, state, zimg, ztxt):
     _, locked = self.split_off(state.params)
-    return self.loss_fn(zimg, ztxt, *temperature_and_bias(
-        self.model, trees.join(trained, locked)))
+    return self.loss_fn(
+      zimg, ztxt, *temperature_and_bias(self.model, trees.join(trained, locked))
+    )
 
   def update(self, state, z, loss, grads):
     """The end of every step: from gradients to new state and metrics."""
@@ -101,19 +116,30 @@ class _Step(NamedTuple):
     t, b = temperature_and_bias(self.model, state.params)
     stats = losses.logit_stats(*z, t, b)
     metrics = dict(
-        loss=loss, t=t, b=b, pos_logit=stats["pos"], neg_logit=stats["neg"],
-        grad_norm=optax.tree.norm(grads), update_norm=optax.tree.norm(updates),
-        param_norm=optax.tree.norm(trained), lr=self.lr_fn(state.step))
+      loss=loss,
+      t=t,
+      b=b,
+      pos_logit=stats["pos"],
+      neg_logit=stats["neg"],
+      grad_norm=optax.tree.norm(grads),
+      update_norm=optax.tree.norm(updates),
+      param_norm=optax.tree.norm(trained),
+      lr=self.lr_fn(state.step),
+    )
     return state_lib.TrainState(
-        state.step + 1, trees.join(trained, locked), opt_state), metrics
+      state.step + 1, trees.join(trained, locked), opt_state
+    ), metrics
 
   def one_batch(self, state, batch):
     """A step without microbatches."""
+
     def fn(trained):
       z = self.towers(trained, state, batch, 0)
       return self.pair_loss(trained, state, *z), z
+
     (loss, z), grads = jax.value_and_grad(fn, has_aux=True)(
-        self.split_off(state.params)[0])
+      self.split_off(state.params)[0]
+    )
     return self.update(state, z, loss, grads)
 
   # The three parts of a step in microbatches.
@@ -125,14 +151,16 @@ class _Step(NamedTuple):
     """From all embeddings, (k, B/k, E), to the gradients by them, likewise."""
     z = jax.tree.map(lambda x: merge(x, self.mesh), z)
     loss, (grads, *dz) = jax.value_and_grad(self.pair_loss, (0, 2, 3))(
-        self.split_off(state.params)[0], state, *z)
+      self.split_off(state.params)[0], state, *z
+    )
     dz = jax.tree.map(lambda x: split(x, self.k, self.mesh), tuple(dz))
     return z, loss, grads, dz
 
   def pull_back(self, state, part, i, dz, grads):
     """Adds the parameters' gradients through microbatch i."""
-    _, vjp = jax.vjp(lambda p: self.towers(p, state, part, i),
-                     self.split_off(state.params)[0])
+    _, vjp = jax.vjp(
+      lambda p: self.towers(p, state, part, i), self.split_off(state.params)[0]
+    )
     return jax.tree.map(jnp.add, grads, vjp(dz)[0])
 
   def many_batches(self, state, batch):
@@ -140,35 +168,43 @@ class _Step(NamedTuple):
     parts = jax.tree.map(lambda x: split(x, self.k, self.mesh), batch)
     numbers = jnp.arange(self.k)
     _, z = jax.lax.scan(
-        lambda _, xs: (None, self.embed(state, *xs)), None, (parts, numbers))
+      lambda _, xs: (None, self.embed(state, *xs)), None, (parts, numbers)
+    )
     z, loss, grads, dz = self.loss_and_gradients(state, z)
     grads, _ = jax.lax.scan(
-        lambda grads, xs: (self.pull_back(state, *xs, grads), None),
-        grads, (parts, numbers, dz))
+      lambda grads, xs: (self.pull_back(state, *xs, grads), None),
+      grads,
+      (parts, numbers, dz),
+    )
     return self.update(state, z, loss, grads)
 
   def fed_from_host(self):
     """many_batches, as one program for each part of it."""
-    embed, loss_and_gradients = map(jax.jit, (
-        self.embed, self.loss_and_gradients))
+    embed, loss_and_gradients = map(
+      jax.jit, (self.embed, self.loss_and_gradients)
+    )
     stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
 
     @functools.partial(jax.jit, donate_argnums=4)
     def pull_back(state, part, i, dz, grads):
       grads = self.pull_back(
-          state, part, i, jax.tree.map(lambda x: x[i], dz), grads)
+        state, part, i, jax.tree.map(lambda x: x[i], dz), grads
+      )
       # The second is there to wait for: the sums themselves are given on.
       return grads, min(jax.tree.leaves(grads), key=jnp.size) + 0
+
     update = jax.jit(self.update, donate_argnums=(0, 3))
 
     def train_step(state, batch):
       devices = self.mesh.size // jax.process_count()
       parts = jax.tree.map(
-          lambda x: x.reshape(devices, self.k, -1, *x.shape[1:]), batch)
+        lambda x: x.reshape(devices, self.k, -1, *x.shape[1:]), batch
+      )
 
       def part(i):  # the same rows as split's
         rows = jax.tree.map(lambda x: x[:, i].reshape(-1, *x.shape[3:]), parts)
         return sharding.put_batch(rows, self.mesh)
+
       # Waiting for the one before keeps two microbatches on the devices, no
       # more: one that is worked on, one that is on its way.
       z = []
@@ -182,6 +218,7 @@ class _Step(NamedTuple):
         jax.block_until_ready(before)
         before = done
       return update(state, z, loss, grads)
+
     return train_step
 
 
@@ -191,6 +228,7 @@ def make_embed(model, mesh):
   image (B, H, W, C) or None, text (B, L) or None; what is None stays None, and
   its tower is not run. Rows are split over all devices.
   """
+
   @jax.jit
   def embed(params, image, text):
     zimg, ztxt, _ = model.apply({"params": params}, image, text)
@@ -198,6 +236,7 @@ def make_embed(model, mesh):
 
   def put_and_embed(params, image=None, text=None):
     return embed(params, *sharding.put_batch((image, text), mesh))
+
   return put_and_embed
 
 
@@ -212,7 +251,8 @@ def split(x, k, mesh):
   devices, rest = mesh.size, x.shape[1:]
   x = x.reshape(devices, k, -1, *rest).swapaxes(0, 1)
   return jax.lax.with_sharding_constraint(
-      x.reshape(k, -1, *rest), NamedSharding(mesh, P(None, sharding.AXES)))
+    x.reshape(k, -1, *rest), NamedSharding(mesh, P(None, sharding.AXES))
+  )
 
 
 def merge(x, mesh):
@@ -220,4 +260,5 @@ def merge(x, mesh):
   devices, (k, _, *rest) = mesh.size, x.shape
   x = x.reshape(k, devices, -1, *rest).swapaxes(0, 1)
   return jax.lax.with_sharding_constraint(
-      x.reshape(-1, *rest), sharding.batch_sharding(mesh))
+    x.reshape(-1, *rest), sharding.batch_sharding(mesh)
+  )

@@ -39,7 +39,8 @@ def unflatten(flat):
 def map_named(fn, tree, *rest):
   """Maps fn(name, leaf, *leaves of rest) over a tree."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, *leaves: fn("/".join(map(_key, path)), *leaves), tree, *rest)
+    lambda path, *leaves: fn("/".join(map(_key, path)), *leaves), tree, *rest
+  )
 
 
 def split_off(tree, parts, what):
@@ -58,14 +59,20 @@ def split_off(tree, parts, what):
   within = lambda name, part: f"{name}/".startswith(f"{part}/")
   for part in parts:
     if not any(within(name, part) for name in flat):
-      names = {"/".join(name.split("/")[:i]) for name in flat
-               for i in range(1, part.count("/") + 2)}
+      names = {
+        "/".join(name.split("/")[:i])
+        for name in flat
+        for i in range(1, part.count("/") + 2)
+      }
       raise errors.UserError(
-          f'{what} names "{part}", which is no part of the parameters'
-          + errors.closest(part, names))
+        f'{what} names "{part}", which is no part of the parameters'
+        + errors.closest(part, names)
+      )
   taken = {name for name in flat if any(within(name, p) for p in parts)}
-  return tuple(unflatten({k: v for k, v in flat.items() if (k in taken) == it})
-               for it in (False, True))
+  return tuple(
+    unflatten({k: v for k, v in flat.items() if (k in taken) == it})
+    for it in (False, True)
+  )
 
 
 def join(a, b):
@@ -102,8 +109,9 @@ def first_match(table, tree, what):
   found = map_named(find, tree)
   if missed:
     raise errors.UserError(
-        f"{what} has no row for {len(missed)} parameters, such as "
-        f'{", ".join(missed[:3])}; end it with a row (".*", value)')
+      f"{what} has no row for {len(missed)} parameters, such as "
+      f'{", ".join(missed[:3])}; end it with a row (".*", value)'
+    )
   names = list(flatten(tree))
   for i, (pattern, _) in enumerate(rows):
     # A row hidden behind earlier ones is harmless; one that matches nothing is
@@ -111,7 +119,8 @@ def first_match(table, tree, what):
     if i not in used and not any(map(pattern.fullmatch, names)):
       near = errors.closest(pattern.pattern, names)
       raise errors.UserError(
-          f'{what}: the row "{pattern.pattern}" matches no parameter{near}')
+        f'{what}: the row "{pattern.pattern}" matches no parameter{near}'
+      )
   return found
 
 

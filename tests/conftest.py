@@ -4,10 +4,11 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    # Most of the tests' time is compiling: a third less of it.
-    + " --xla_backend_optimization_level=0")
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8"
+  # Most of the tests' time is compiling: a third less of it.
+  + " --xla_backend_optimization_level=0"
+)
 
 import jax  # pylint: disable=wrong-import-position
 
@@ -22,9 +23,14 @@ from PIL import Image, ImageDraw
 import pytest
 import tensorflow_datasets as tfds
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220),
-           "yellow": (240, 220, 40), "black": (20, 20, 20),
-           "pink": (250, 140, 190)}
+COLOURS = {
+  "red": (220, 30, 30),
+  "green": (30, 180, 60),
+  "blue": (40, 60, 220),
+  "yellow": (240, 220, 40),
+  "black": (20, 20, 20),
+  "pink": (250, 140, 190),
+}
 FORMS = ("square", "disc", "cross", "bar")
 
 
@@ -56,17 +62,24 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     return tfds.core.DatasetInfo(
-        builder=self, features=tfds.features.FeaturesDict({
-            "image": tfds.features.Image(encoding_format="png"),
-            "captions": tfds.features.Sequence(tfds.features.Text()),
-            "concept": tfds.features.Text(),
-            "label": tfds.features.ClassLabel(
-                names=[f"{c} {f}" for c in COLOURS for f in FORMS]),
-        }))
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(encoding_format="png"),
+          "captions": tfds.features.Sequence(tfds.features.Text()),
+          "concept": tfds.features.Text(),
+          "label": tfds.features.ClassLabel(
+            names=[f"{c} {f}" for c in COLOURS for f in FORMS]
+          ),
+        }
+      ),
+    )
 
   def _split_generators(self, dl_manager):
-    return {"train": self._generate_examples(0, 8),
-            "test": self._generate_examples(1, 2)}
+    return {
+      "train": self._generate_examples(0, 8),
+      "test": self._generate_examples(1, 2),
+    }
 
   def _generate_examples(self, seed, copies):
     rng = np.random.default_rng(seed)
@@ -74,9 +87,15 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
       for colour in COLOURS:
         for form in FORMS:
           name = f"{colour} {form}"
-          yield f"{name} {copy}", dict(
-              image=draw(colour, form, rng), concept=name, label=name,
-              captions=[name, f"a {form} that is {colour}"])
+          yield (
+            f"{name} {copy}",
+            dict(
+              image=draw(colour, form, rng),
+              concept=name,
+              label=name,
+              captions=[name, f"a {form} that is {colour}"],
+            ),
+          )
 
 
 @pytest.fixture(scope="session")
@@ -94,18 +113,30 @@ def tiny_config(shapes_dir):
   data = dict(kind="tfds", name="shapes", data_dir=str(shapes_dir))
   tower = dict(width=32, depth=1, num_heads=2, mlp_dim=64)
   return dict(
-      batch_size=24, total_steps=8, log_every_steps=1,
-      data=dict(data, split="train", group_by="concept"),
-      tokenizer=dict(vocab_size=32),
-      pp="decode|value_range(-1,1)|choice('captions')|lower|tokenize(8)"
-         "|keep('image','text')",
-      pp_image="decode|resize(16)|value_range(-1,1)|keep('image')",
-      pp_text="lower|tokenize(8)|keep('text')",
-      model=dict(image=dict(tower, patch_size=8),
-                 text=dict(tower, vocab_size=32), out_dim=(None, 32)),
-      optim=dict(lr=3e-3, wd=1e-4, grad_clip_norm=1.0,
-                 schedule=dict(warmup_percent=10)),
-      evals=dict(
-          zeroshot=dict(type="zeroshot", data=dict(data, split="test")),
-          retrieval=dict(type="retrieval", data=dict(data, split="test"),
-                         group="concept", every_percent=50)))
+    batch_size=24,
+    total_steps=8,
+    log_every_steps=1,
+    data=dict(data, split="train", group_by="concept"),
+    tokenizer=dict(vocab_size=32),
+    pp="decode|value_range(-1,1)|choice('captions')|lower|tokenize(8)"
+    "|keep('image','text')",
+    pp_image="decode|resize(16)|value_range(-1,1)|keep('image')",
+    pp_text="lower|tokenize(8)|keep('text')",
+    model=dict(
+      image=dict(tower, patch_size=8),
+      text=dict(tower, vocab_size=32),
+      out_dim=(None, 32),
+    ),
+    optim=dict(
+      lr=3e-3, wd=1e-4, grad_clip_norm=1.0, schedule=dict(warmup_percent=10)
+    ),
+    evals=dict(
+      zeroshot=dict(type="zeroshot", data=dict(data, split="test")),
+      retrieval=dict(
+        type="retrieval",
+        data=dict(data, split="test"),
+        group="concept",
+        every_percent=50,
+      ),
+    ),
+  )

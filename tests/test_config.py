@@ -5,24 +5,27 @@ import json
 from ml_collections import ConfigDict
 import pytest
 
-from sigjax import config
-from sigjax import errors
+from sigjax import config, errors
 
 
 def test_parse_arg():
   parse = lambda arg: config.parse_arg(arg, n=3, x=1e9, name="a", on=False)
   assert parse(None) == dict(n=3, x=1e9, name="a", on=False)
-  assert parse("n=5,on,name=b/c.npz") == dict(n=5, x=1e9, name="b/c.npz",
-                                              on=True)
+  assert parse("n=5,on,name=b/c.npz") == dict(
+    n=5, x=1e9, name="b/c.npz", on=True
+  )
   assert parse("on=0,x=2.5e3") == dict(n=3, x=2500.0, name="a", on=False)
 
 
-@pytest.mark.parametrize("arg, message", [
+@pytest.mark.parametrize(
+  "arg, message",
+  [
     ("m=3", 'argument "m" is not known'),
     ("n=many", 'n takes a int, such as n=3, not "n=many"'),
     ("n", 'not "n"'),
     ("on=perhaps", '"perhaps" is not known'),
-])
+  ],
+)
 def test_parse_arg_refuses(arg, message):
   with pytest.raises(errors.UserError) as e:
     config.parse_arg(arg, n=3, on=False)
@@ -30,19 +33,33 @@ def test_parse_arg_refuses(arg, message):
 
 
 def test_durations():
-  times = config.Durations(10, 100, total_steps=None, total_epochs=2.5,
-                           total_examples=None)
+  times = config.Durations(
+    10, 100, total_steps=None, total_epochs=2.5, total_examples=None
+  )
   assert times.total_steps == 25
-  section = dict(warmup_percent=8, a=dict(every_epochs=1, keep_examples=1,
-                                          lr=3), cooldown_steps=0, x_steps=None)
+  section = dict(
+    warmup_percent=8,
+    a=dict(every_epochs=1, keep_examples=1, lr=3),
+    cooldown_steps=0,
+    x_steps=None,
+  )
   assert times.resolve(section, "s") == dict(
-      warmup_steps=2, a=dict(every_steps=10, keep_steps=1, lr=3),
-      cooldown_steps=0, x_steps=None)
+    warmup_steps=2,
+    a=dict(every_steps=10, keep_steps=1, lr=3),
+    cooldown_steps=0,
+    x_steps=None,
+  )
 
 
-@pytest.mark.parametrize("total", [
-    {}, dict(total_steps=1, total_epochs=1), dict(total_steps=-1),
-    dict(total_examples=float("nan"))])
+@pytest.mark.parametrize(
+  "total",
+  [
+    {},
+    dict(total_steps=1, total_epochs=1),
+    dict(total_steps=-1),
+    dict(total_examples=float("nan")),
+  ],
+)
 def test_total_is_needed_once(total):
   with pytest.raises(errors.UserError):
     config.Durations(10, 100, **total)
@@ -57,7 +74,8 @@ def test_a_duration_is_given_once():
 def test_another_argument_is_another_workdir():
   assert config.default_workdir("configs/x.py") == "workdirs/x"
   assert config.default_workdir("a/x.py:b=c/d.npz,e") == (
-      "workdirs/x_b=c_d.npz,e")
+    "workdirs/x_b=c_d.npz,e"
+  )
 
 
 def test_another_config_in_a_workdir_is_said(tmp_path, caplog):

@@ -8,17 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from sigjax import build
+from sigjax import build, errors, optim, sharding, train
 from sigjax import config as config_lib
-from sigjax import errors
-from sigjax import optim
-from sigjax import sharding
-from sigjax import train
-from sigjax.data import preprocess
+from sigjax.data.example import preprocess
 
-CONFIGS = [p.stem for p in (
-    pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
-           if p.stem not in ("common", "__init__")]
+CONFIGS = [
+  p.stem
+  for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
+  if p.stem not in ("common", "__init__")
+]
 SMOKE = ["siglip_b16", "siglit_l16"]
 
 
@@ -31,16 +29,23 @@ class CountingTokenizer:
     return np.full(length, min(len(text), 9), np.int32)
 
 
-@pytest.mark.parametrize("name, arg", [(n, None) for n in CONFIGS]
-                         + [(n, "smoke") for n in SMOKE]
-                         + [("siglip_b16", "pretrained=augreg/B_16"),
-                            ("siglit_l16", "embeddings=x"),
-                            ("siglit_l16", "smoke,embeddings=x")])
+@pytest.mark.parametrize(
+  "name, arg",
+  [(n, None) for n in CONFIGS]
+  + [(n, "smoke") for n in SMOKE]
+  + [
+    ("siglip_b16", "pretrained=augreg/B_16"),
+    ("siglit_l16", "embeddings=x"),
+    ("siglit_l16", "smoke,embeddings=x"),
+  ],
+)
 def test_config(name, arg):
   config = get(name, arg).lock().to_dict()
   parse = lambda s: preprocess.parse(s, tokenizer=CountingTokenizer())
-  from PIL import Image  # pylint: disable=g-import-not-at-top
   import io  # pylint: disable=g-import-not-at-top
+
+  from PIL import Image  # pylint: disable=g-import-not-at-top
+
   data = io.BytesIO()
   Image.new("RGB", (50, 40)).save(data, "PNG")
   rng = np.random.default_rng(0)
@@ -57,13 +62,19 @@ def test_config(name, arg):
   if name == "siglip_emoji":
     assert example["image"].shape == (64, 64, 3)
 
-  total = {k: config.pop(k, None)
-           for k in ("total_steps", "total_examples", "total_epochs")}
+  total = {
+    k: config.pop(k, None)
+    for k in ("total_steps", "total_examples", "total_epochs")
+  }
   times = config_lib.Durations(config["batch_size"], 100_000, **total)
   config["optim"] = times.resolve(config["optim"], "config.optim")
   keys = inspect.signature(build.build).parameters
-  run = build.build(sharding.make_mesh(), example, times.total_steps,
-                    **{k: v for k, v in config.items() if k in keys})
+  run = build.build(
+    sharding.make_mesh(),
+    example,
+    times.total_steps,
+    **{k: v for k, v in config.items() if k in keys},
+  )
   size = sum(x.size for x in jax.tree.leaves(run.shapes))
   if arg is None and name == "siglip_b16":
     assert size == pytest.approx(203.2e6, rel=0.01)  # the released B/16's
@@ -78,10 +89,18 @@ def test_what_is_pretrained_learns_slowly():
   assert config.init.path == "augreg/B_16" and config.init.into == "img"
   params = {t: {"kernel": np.ones((2, 2), np.float32)} for t in ("img", "txt")}
   zero = jax.tree.map(np.zeros_like, params)
-  tx, _ = optim.make_optimizer(params, 10, lr_mults=config.optim.lr_mults,
-                               wd_mults=config.optim.wd_mults, lr=1.0, wd=0.5)
-  moved = lambda grads: {t: float(-x["kernel"][0, 0]) for t, x in tx.update(
-      grads, tx.init(params), params)[0].items()}
+  tx, _ = optim.make_optimizer(
+    params,
+    10,
+    lr_mults=config.optim.lr_mults,
+    wd_mults=config.optim.wd_mults,
+    lr=1.0,
+    wd=0.5,
+  )
+  moved = lambda grads: {
+    t: float(-x["kernel"][0, 0])
+    for t, x in tx.update(grads, tx.init(params), params)[0].items()
+  }
   assert moved(zero) == {"img": 0.0, "txt": 0.5}  # weight decay alone
   assert moved(params) == pytest.approx({"img": 0.1, "txt": 1.5}, rel=1e-3)
 
@@ -96,12 +115,15 @@ def test_arguments():
 
 
 def test_shuffling_reaches_the_data(tiny_config):
-  from sigjax.data import sources  # pylint: disable=g-import-not-at-top
-  plain = sources.open_source(**tiny_config["data"])
-  mixed = sources.open_source(**tiny_config["data"], shuffle="captions")
-  same = sum(sources.captions(plain.records[i], "captions")
-             == sources.captions(mixed.records[i], "captions")
-             for i in range(len(plain.records)))
+  from sigjax.data import kinds
+
+  plain = kinds.open_source(**tiny_config["data"])
+  mixed = kinds.open_source(**tiny_config["data"], shuffle="captions")
+  same = sum(
+    kinds.captions(plain.records[i], "captions")
+    == kinds.captions(mixed.records[i], "captions")
+    for i in range(len(plain.records))
+  )
   assert same < len(plain.records) / 8
   assert len(plain) == len(mixed)
 

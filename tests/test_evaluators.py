@@ -7,13 +7,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from sigjax import errors
-from sigjax import evaluators
-from sigjax import sharding
-from sigjax.data import sources
-from sigjax.data import tokenizer as tokenizer_lib
-from sigjax.evaluators import prompts
-from sigjax.evaluators import ranking
+from sigjax import errors, evaluators, sharding
+from sigjax.data import kinds
+from sigjax.data.example import tokenizer as tokenizer_lib
+from sigjax.evaluators import prompts, ranking
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +22,9 @@ def brute_force_ranks(queries, keys, query_ids, key_ids):
   found = []
   for q, i in zip(queries, query_ids):
     scores = keys.astype(np.float64) @ q.astype(np.float64)
-    order = sorted(range(len(keys)),
-                   key=lambda j: (-scores[j], key_ids[j] == i))
+    order = sorted(
+      range(len(keys)), key=lambda j: (-scores[j], key_ids[j] == i)
+    )
     found.append(next(n for n, j in enumerate(order) if key_ids[j] == i))
   return np.array(found)
 
@@ -41,7 +39,8 @@ def test_ranks(mesh, n, m):
   got = ranking.ranks(queries, keys, query_ids, key_ids, mesh)
   # A rank counts the wrong keys before the first right one.
   np.testing.assert_array_equal(
-      got, brute_force_ranks(queries, keys, query_ids, key_ids))
+    got, brute_force_ranks(queries, keys, query_ids, key_ids)
+  )
 
 
 def test_equal_and_nan_embeddings_are_worth_nothing(mesh):
@@ -69,18 +68,20 @@ def test_chance_is_what_random_scores_reach(mesh):
 
 def lookup_embed(tokenizer, names):
   """Embeds a text as the one-hot of the name in it, an image by its colour."""
+
   def embed(image=None, text=None):
     if image is not None:
       number = jnp.round((jnp.asarray(image)[:, 8, 8, 0] + 1) * 127.5)
       return jnp.eye(len(names))[number.astype(int) // 10], None
     rows = []
     for tokens in np.asarray(text):
-      words = tokenizer._model.decode(
-          [int(t) for t in tokens if t > 1]).split()
+      words = tokenizer._model.decode([int(t) for t in tokens if t > 1]).split()
       found = [i for i, name in enumerate(names) if name in words]
-      rows.append(np.eye(len(names))[found[0]] if found else
-                  np.zeros(len(names)))
+      rows.append(
+        np.eye(len(names))[found[0]] if found else np.zeros(len(names))
+      )
     return None, jnp.asarray(np.array(rows))
+
   return embed
 
 
@@ -98,6 +99,7 @@ def tokenizer(tmp_path_factory):
 def animals(monkeypatch):
   """Three images of each animal; the colour tells the class: 10 * i."""
   import io  # pylint: disable=g-import-not-at-top
+
   records = []
   for copy in range(3):
     for i, name in enumerate(NAMES):
@@ -105,16 +107,27 @@ def animals(monkeypatch):
       # One in three dogs looks like an elk.
       shown = 4 if name == "dog" and copy == 0 else i
       Image.new("RGB", (16, 16), (10 * shown, 0, 0)).save(data, "PNG")
-      records.append(dict(image=data.getvalue(), label=i, concept=name,
-                          captions=[name, f"a {name}"]))
+      records.append(
+        dict(
+          image=data.getvalue(),
+          label=i,
+          concept=name,
+          captions=[name, f"a {name}"],
+        )
+      )
   monkeypatch.setitem(
-      sources.SOURCES, "animals", lambda: sources.Source(
-          "animals", records, label_names={"label": NAMES}))
+    kinds.SOURCES,
+    "animals",
+    lambda: kinds.Source("animals", records, label_names={"label": NAMES}),
+  )
   return dict(kind="animals")
 
 
-PP = dict(pp_image="decode|value_range(-1,1)|keep('image')",
-          pp_text="lower|tokenize(8)|keep('text')", batch_size=8)
+PP = dict(
+  pp_image="decode|value_range(-1,1)|keep('image')",
+  pp_text="lower|tokenize(8)|keep('text')",
+  batch_size=8,
+)
 
 
 def make(tokenizer, path=None, **section):
@@ -123,10 +136,13 @@ def make(tokenizer, path=None, **section):
 
 def test_zeroshot(animals, tokenizer, mesh):
   embed = lookup_embed(tokenizer, NAMES)
-  for options in (dict(label="concept", classes="captions"),
-                  dict(label="label", classes="labels", templates="photo")):
+  for options in (
+    dict(label="concept", classes="captions"),
+    dict(label="label", classes="labels", templates="photo"),
+  ):
     rows = make(tokenizer, type="zeroshot", data=animals, **options).run(
-        embed, mesh)
+      embed, mesh
+    )
     assert [row[0] for row in rows] == ["6-way top-1", "6-way top-5"]
     _, value, by_chance, n = rows[0]
     assert value == pytest.approx(17 / 18) and n == 18
@@ -135,29 +151,33 @@ def test_zeroshot(animals, tokenizer, mesh):
 
 def test_retrieval(animals, tokenizer, mesh):
   embed = lookup_embed(tokenizer, NAMES)
-  evaluator = make(tokenizer, type="retrieval", data=animals, group="concept",
-                   ks=(1, 2))
+  evaluator = make(
+    tokenizer, type="retrieval", data=animals, group="concept", ks=(1, 2)
+  )
   rows = {row[0]: row[1:] for row in evaluator.run(embed, mesh)}
   # 12 texts, two of each animal; 18 images, three of each animal.
   value, by_chance, n = rows["image->text recall@1"]
   assert (value, n) == (pytest.approx(17 / 18), 18)
   assert by_chance == pytest.approx(1 / 6)
   assert rows["image->text recall@2"][1] == pytest.approx(
-      1 - (10 / 12) * (9 / 11))
+    1 - (10 / 12) * (9 / 11)
+  )
   # "elk" scores the false dog as high as its own three: a tie counts against.
   value, by_chance, n = rows["text->image recall@1"]
   assert (value, n) == (pytest.approx(10 / 12), 12)
   assert by_chance == pytest.approx(3 / 18)
   # Without groups each image has its own captions only: nothing tells which.
   rows = make(tokenizer, type="retrieval", data=animals, ks=(1,)).run(
-      embed, mesh)
+    embed, mesh
+  )
   assert rows[0][1] == 0 and rows[0][2] == pytest.approx(2 / 36)
 
 
 def test_picture(animals, tokenizer, mesh, tmp_path):
   path = tmp_path / "x.png"
-  picture = make(tokenizer, path, type="picture", data=animals,
-                 group="concept", count=5)
+  picture = make(
+    tokenizer, path, type="picture", data=animals, group="concept", count=5
+  )
   assert picture.run(lookup_embed(tokenizer, NAMES), mesh) == []
   image = np.asarray(Image.open(path)).astype(int)
   green = (image == (205, 240, 205)).all(-1).any(-1)
@@ -165,16 +185,21 @@ def test_picture(animals, tokenizer, mesh, tmp_path):
 
 
 def test_prompts():
-  records = [dict(c=b"x", captions=[b"one", b"two"]),
-             dict(c=b"y", captions=[b"three"]),
-             dict(c=b"x", captions=[b"one", b"four"])]
+  records = [
+    dict(c=b"x", captions=[b"one", b"two"]),
+    dict(c=b"y", captions=[b"three"]),
+    dict(c=b"x", captions=[b"one", b"four"]),
+  ]
   ids, texts = prompts.classes(
-      sources.Source("s", records), "c", "captions", "plain")
+    kinds.Source("s", records), "c", "captions", "plain"
+  )
   assert ids.tolist() == [0, 1, 0]
   assert texts == [["one", "two", "four"], ["three"]]
 
 
-@pytest.mark.parametrize("section, message", [
+@pytest.mark.parametrize(
+  "section, message",
+  [
     (dict(type="retreival"), 'config.evals.x.type "retreival" is not known'),
     (dict(type="zeroshot", lable="label"), 'config.evals.x has no key "lable"'),
     (dict(type="picture", groop="c"), 'no key "groop"'),
@@ -182,7 +207,8 @@ def test_prompts():
     (dict(type="zeroshot", label="concept"), 'label "concept" is not known'),
     (dict(type="zeroshot", templates="poem"), "choose from: photo, plain"),
     (dict(type="retrieval", captions="caption"), 'did you mean "captions"'),
-])
+  ],
+)
 def test_mistakes_are_named(animals, tokenizer, section, message):
   with pytest.raises(errors.UserError) as e:
     make(tokenizer, data=animals, **section)

@@ -34,21 +34,27 @@ def reference(kind, zimg, ztxt, t, b):
     by_image, by_text = p / p.sum(1, keepdims=True), p / p.sum(0)
     loss = -np.mean(np.log(np.diag(by_image)) + np.log(np.diag(by_text))) / 2
     slope = ((by_image + by_text) / 2 - np.eye(n)) / n
-  return loss, (t * slope @ ztxt, t * slope.T @ zimg, np.sum(slope * cosine),
-                np.sum(slope) if kind == "sigmoid" else 0.0)
+  return loss, (
+    t * slope @ ztxt,
+    t * slope.T @ zimg,
+    np.sum(slope * cosine),
+    np.sum(slope) if kind == "sigmoid" else 0.0,
+  )
 
 
 def embeddings(dtype=jnp.float32, n=B, seed=0):
   rng = np.random.default_rng(seed)
   zimg = rng.normal(size=(n, E))
   ztxt = zimg + rng.normal(size=(n, E))
-  return [jnp.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), dtype)
-          for z in (zimg, ztxt)]
+  return [
+    jnp.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), dtype)
+    for z in (zimg, ztxt)
+  ]
 
 
 def mesh_of(**axes):
   shape = tuple(axes.values())
-  devices = np.reshape(jax.devices()[:np.prod(shape)], shape)
+  devices = np.reshape(jax.devices()[: np.prod(shape)], shape)
   return jax.sharding.Mesh(devices, tuple(axes))
 
 
@@ -57,8 +63,9 @@ def scalars():
 
 
 def grads_of(loss, **options):
-  return jax.jit(jax.value_and_grad(
-      functools.partial(loss, **options), argnums=(0, 1, 2, 3)))
+  return jax.jit(
+    jax.value_and_grad(functools.partial(loss, **options), argnums=(0, 1, 2, 3))
+  )
 
 
 def assert_close(got, want, rtol):
@@ -78,8 +85,10 @@ def check(kind, z, rtol, loss=None, **options):
     assert_close(x, want_x, rtol)
 
 
-@pytest.mark.parametrize("kind,loss", [("sigmoid", losses.sigmoid_loss),
-                                       ("softmax", losses.softmax_loss)])
+@pytest.mark.parametrize(
+  "kind,loss",
+  [("sigmoid", losses.sigmoid_loss), ("softmax", losses.softmax_loss)],
+)
 def test_plain_losses(kind, loss):
   check(kind, embeddings(), 3e-6, loss)
 
@@ -88,52 +97,71 @@ def test_value_where_training_begins():
   # With no cosines the loss is 10 for the positive and log1p(exp(-10)) per
   # pair: the figure a first step should log.
   eye = jnp.eye(2 * B, dtype=jnp.float32)
-  loss = losses.sigmoid_loss(eye[:B], eye[B:], jnp.float32(10),
-                             jnp.float32(-10))
+  loss = losses.sigmoid_loss(
+    eye[:B], eye[B:], jnp.float32(10), jnp.float32(-10)
+  )
   assert_close(loss, 10 + B * np.log1p(np.exp(-10)), 1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("options", [
+@pytest.mark.parametrize(
+  "options",
+  [
     {},
     {"tile": 4},
     {"tile": 5, "direction": "both"},
     {"tile": 7, "comm": "all_gather"},
-], ids=str)
+  ],
+  ids=str,
+)
 def test_ring_sigmoid(devices, options):
   check("sigmoid", embeddings(), 1e-6, mesh=mesh_of(data=devices), **options)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_ring_sigmoid_bfloat16(devices):
-  check("sigmoid", embeddings(jnp.bfloat16), 1e-2, mesh=mesh_of(data=devices),
-        tile=4)
+  check(
+    "sigmoid",
+    embeddings(jnp.bfloat16),
+    1e-2,
+    mesh=mesh_of(data=devices),
+    tile=4,
+  )
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_ring_softmax(devices):
   # One rounding of a log-sum-exp of about 8 per tile costs some accuracy.
-  check("softmax", embeddings(), 5e-6, mesh=mesh_of(data=devices), tile=4,
-        direction="both" if devices == 4 else "forward")
+  check(
+    "softmax",
+    embeddings(),
+    5e-6,
+    mesh=mesh_of(data=devices),
+    tile=4,
+    direction="both" if devices == 4 else "forward",
+  )
 
 
 def test_ring_softmax_bfloat16():
   check("softmax", embeddings(jnp.bfloat16), 1e-2, mesh=mesh_of(data=2))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"direction": "both"}, {"comm": "all_gather"}], ids=str)
+@pytest.mark.parametrize(
+  "options", [{}, {"direction": "both"}, {"comm": "all_gather"}], ids=str
+)
 def test_several_axes_make_one_ring(options):
   mesh = mesh_of(data=2, model=2, fsdp=2)
-  check("sigmoid", embeddings(), 1e-6, mesh=mesh, axes=("data", "fsdp"),
-        **options)
+  check(
+    "sigmoid", embeddings(), 1e-6, mesh=mesh, axes=("data", "fsdp"), **options
+  )
 
 
 def test_value_alone_is_the_same():
   mesh = mesh_of(data=4)
   for kind, loss in losses.LOSSES.items():
     got = jax.jit(functools.partial(loss, mesh=mesh, tile=5))(
-        *embeddings(), *scalars())
+      *embeddings(), *scalars()
+    )
     assert_close(got, reference(kind, *embeddings(), T, BIAS)[0], 1e-6)
 
 
@@ -148,15 +176,20 @@ def test_under_scan_and_remat():
     step = lambda total, z: (total * 3 + loss(*z, t, jnp.float32(BIAS)), None)
     return jax.lax.scan(jax.checkpoint(step), jnp.float32(0), tuple(batches))[0]
 
-  first, second = (reference("sigmoid", *embeddings(seed=s), T, BIAS)[1][2]
-                   for s in (0, 1))
+  first, second = (
+    reference("sigmoid", *embeddings(seed=s), T, BIAS)[1][2] for s in (0, 1)
+  )
   assert_close(grad(jnp.float32(T)), 3 * first + second, 1e-6)
 
 
 def test_any_scalars_and_lists_do():
   dzimg, dt = jax.grad(losses.ring_sigmoid_loss, argnums=(0, 2))(
-      *embeddings(), jnp.bfloat16(T), int(BIAS), mesh=mesh_of(data=2),
-      axes=["data"])
+    *embeddings(),
+    jnp.bfloat16(T),
+    int(BIAS),
+    mesh=mesh_of(data=2),
+    axes=["data"],
+  )
   want = reference("sigmoid", *embeddings(), T, BIAS)[1]
   assert_close(dzimg, want[0], 1e-6)
   assert dt.dtype == jnp.bfloat16
@@ -180,7 +213,8 @@ def test_a_good_positive_still_has_a_gradient_in_bfloat16():
   # sigmoid(10) rounds to 1 in bfloat16; the gradient of 4.5e-5 must survive.
   eye = jnp.eye(8, dtype=jnp.bfloat16)
   _, grads = grads_of(losses.ring_sigmoid_loss, mesh=mesh_of(data=2))(
-      eye, eye, jnp.float32(20), jnp.float32(-10))
+    eye, eye, jnp.float32(20), jnp.float32(-10)
+  )
   want = reference("sigmoid", eye, eye, 20.0, -10.0)[1]
   assert_close(jnp.diag(grads[0]), np.diag(want[0]), 1e-2)
 
@@ -189,20 +223,25 @@ def test_extreme_logits_stay_finite():
   z = jnp.sign(embeddings()[0])  # rows of length 4: logits up to 118 * 16
   for loss in losses.LOSSES.values():
     loss_value, grads = grads_of(loss, mesh=mesh_of(data=2), tile=5)(
-        z, -z, jnp.float32(118), jnp.float32(-12))
+      z, -z, jnp.float32(118), jnp.float32(-12)
+    )
     assert np.isfinite(loss_value)
     assert all(np.isfinite(x).all() for x in grads)
 
 
-@pytest.mark.parametrize("says,change", [
+@pytest.mark.parametrize(
+  "says,change",
+  [
     (r"^zimg has to be \(B, E\)", {"zimg": jnp.zeros((B, E, 1))}),
     (r"^ztxt has to be \(B, E\)", {"ztxt": jnp.zeros(B)}),
     ("^ztxt is .*zimg is", {"ztxt": jnp.zeros((B, E + 1))}),
     ("^ztxt is .*zimg is", {"ztxt": jnp.zeros((2 * B, E))}),
     ("^ztxt is .*zimg is", {"ztxt": jnp.zeros((B, E), jnp.bfloat16)}),
     ("^zimg has to be bfloat16", {"zimg": jnp.zeros((B, E), jnp.int32)}),
-    ("zimg: 47 rows", {"zimg": jnp.zeros((B - 1, E)),
-                       "ztxt": jnp.zeros((B - 1, E))}),
+    (
+      "zimg: 47 rows",
+      {"zimg": jnp.zeros((B - 1, E)), "ztxt": jnp.zeros((B - 1, E))},
+    ),
     ("zimg: 0 rows", {"zimg": jnp.zeros((0, E)), "ztxt": jnp.zeros((0, E))}),
     ("^t has", {"t": jnp.ones(1)}),
     ("^b has", {"b": jnp.ones(1)}),
@@ -211,11 +250,20 @@ def test_extreme_logits_stay_finite():
     ("direction", {"direction": "backward"}),
     ('comm "rings".*mean "ring"', {"comm": "rings"}),
     ('axes.*"dta".*mean "data"', {"axes": ("dta",)}),
-])
+  ],
+)
 def test_bad_input(says, change):
   zimg, ztxt = embeddings()
-  args = dict(zimg=zimg, ztxt=ztxt, t=jnp.float32(T), b=jnp.float32(BIAS),
-              mesh=mesh_of(data=2)) | change
+  args = (
+    dict(
+      zimg=zimg,
+      ztxt=ztxt,
+      t=jnp.float32(T),
+      b=jnp.float32(BIAS),
+      mesh=mesh_of(data=2),
+    )
+    | change
+  )
   with pytest.raises(ValueError, match=says):
     jax.eval_shape(lambda: losses.ring_sigmoid_loss(**args))
 
@@ -230,8 +278,11 @@ def matmul_flops(jaxpr):
     if eqn.primitive.name == "dot_general":
       (contract, _), _ = eqn.params["dimension_numbers"]
       shape = eqn.invars[0].aval.shape
-      total += (2 * np.prod(eqn.outvars[0].aval.shape)
-                * np.prod([shape[i] for i in contract]))
+      total += (
+        2
+        * np.prod(eqn.outvars[0].aval.shape)
+        * np.prod([shape[i] for i in contract])
+      )
     assert eqn.primitive.name != "while", "a loop of unknown length"
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     for inner in core.jaxprs_in_params(eqn.params):
@@ -256,13 +307,16 @@ def value(loss):
   return loss
 
 
-@pytest.mark.parametrize("options", [
-    {"tile": 4}, {"direction": "both", "tile": 5}, {"comm": "all_gather"}],
-                         ids=str)
+@pytest.mark.parametrize(
+  "options",
+  [{"tile": 4}, {"direction": "both", "tile": 5}, {"comm": "all_gather"}],
+  ids=str,
+)
 @pytest.mark.parametrize("fn,products", [(all_grads, 3), (value, 1)])
 def test_three_products_per_block_and_one_for_the_value(fn, products, options):
   loss = functools.partial(
-      losses.ring_sigmoid_loss, mesh=mesh_of(data=8), **options)
+    losses.ring_sigmoid_loss, mesh=mesh_of(data=8), **options
+  )
   jaxpr = jax.make_jaxpr(fn(loss))(*embeddings(), *scalars())
   assert matmul_flops(jaxpr.jaxpr) == products * 2 * B * B * E / 8
 
@@ -270,21 +324,33 @@ def test_three_products_per_block_and_one_for_the_value(fn, products, options):
 @pytest.mark.parametrize("fn,products", [(all_grads, 4), (value, 1)])
 def test_four_products_for_softmax(fn, products):
   loss = functools.partial(
-      losses.ring_softmax_loss, mesh=mesh_of(data=8), tile=4)
+    losses.ring_softmax_loss, mesh=mesh_of(data=8), tile=4
+  )
   jaxpr = jax.make_jaxpr(fn(loss))(*embeddings(), *scalars())
   assert matmul_flops(jaxpr.jaxpr) == products * 2 * B * B * E / 8
 
 
 def collectives(text):
-  return {name: text.count(f" {name}(") for name in (
-      "collective-permute", "all-gather", "reduce-scatter", "all-to-all")}
+  return {
+    name: text.count(f" {name}(")
+    for name in (
+      "collective-permute",
+      "all-gather",
+      "reduce-scatter",
+      "all-to-all",
+    )
+  }
 
 
 def test_the_ring_only_permutes():
   # Own block: texts; in the loop: sums and texts; at last: the sums.
   got = collectives(lowered(all_grads).compile().as_text())
-  assert got == {"collective-permute": 4, "all-gather": 0, "reduce-scatter": 0,
-                 "all-to-all": 0}
+  assert got == {
+    "collective-permute": 4,
+    "all-gather": 0,
+    "reduce-scatter": 0,
+    "all-to-all": 0,
+  }
 
 
 def test_both_directions_are_used():
@@ -338,11 +404,21 @@ def test_tpu_sends_texts_while_it_computes(options, monkeypatch):
   monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v4-8")
   monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
   topology = topologies.get_topology_desc(
-      platform="tpu", topology_name="v4:2x2x1", chip_config_name="megacore",
-      chips_per_host_bounds=(2, 2, 1), num_slices=1)
-  compiled = lowered(all_grads, n=131072, width=1024, dtype=jnp.bfloat16,
-                     mesh=jax.sharding.Mesh(topology.devices, "data"),
-                     tile=1024, **options).compile()
+    platform="tpu",
+    topology_name="v4:2x2x1",
+    chip_config_name="megacore",
+    chips_per_host_bounds=(2, 2, 1),
+    num_slices=1,
+  )
+  compiled = lowered(
+    all_grads,
+    n=131072,
+    width=1024,
+    dtype=jnp.bfloat16,
+    mesh=jax.sharding.Mesh(topology.devices, "data"),
+    tile=1024,
+    **options,
+  ).compile()
   assert compiled.memory_analysis().temp_size_in_bytes <= 580 * 2**20
   flying, texts = {}, 0
   for line in compiled.as_text().splitlines():
@@ -371,8 +447,9 @@ def test_logit_stats():
 
 
 def test_logit_stats_have_no_gradient():
-  grad = jax.grad(lambda t: losses.logit_stats(
-      *embeddings(), t, jnp.float32(BIAS))["pos"])(jnp.float32(T))
+  grad = jax.grad(
+    lambda t: losses.logit_stats(*embeddings(), t, jnp.float32(BIAS))["pos"]
+  )(jnp.float32(T))
   assert grad == 0
 
 

@@ -6,14 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from sigjax import errors
-from sigjax import optim
+from sigjax import errors, optim
 
 RNG = np.random.default_rng(0)
-PARAMS = {"img": {"kernel": RNG.normal(size=(4, 3)), "bias": RNG.normal(size=3)},
-          "txt": {"kernel": RNG.normal(size=(2, 5)), "bias": RNG.normal(size=5)}}
-GRADS = [jax.tree.map(lambda p: RNG.normal(size=p.shape), PARAMS)
-         for _ in range(6)]
+PARAMS = {
+  "img": {"kernel": RNG.normal(size=(4, 3)), "bias": RNG.normal(size=3)},
+  "txt": {"kernel": RNG.normal(size=(2, 5)), "bias": RNG.normal(size=5)},
+}
+GRADS = [
+  jax.tree.map(lambda p: RNG.normal(size=p.shape), PARAMS) for _ in range(6)
+]
 F32 = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
@@ -28,8 +30,11 @@ def run(total=10, **kwargs):
 
 
 def close(got, want, rtol=2e-5):
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=rtol, atol=1e-6), got, want)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6),
+    got,
+    want,
+  )
 
 
 def numpy_run(direction, lr, wd, multiplier, clip=None):
@@ -44,7 +49,8 @@ def numpy_run(direction, lr, wd, multiplier, clip=None):
     for k, g in grads.items():
       decay = wd * params[k] if k[1] == "kernel" else 0
       params[k] = params[k] - multiplier(step) * (
-          lr * direction(g, memory[k], step + 1) + decay)
+        lr * direction(g, memory[k], step + 1) + decay
+      )
   return {a: {b: params[a, b] for b in PARAMS[a]} for a in PARAMS}
 
 
@@ -70,20 +76,28 @@ def cosine(step, total=10, warmup=2):
 
 @pytest.mark.parametrize("name, direction", [("adamw", adam), ("lion", lion)])
 def test_optimizer_is_the_rule(name, direction):
-  got, _, lr_fn = run(name=name, lr=0.1, wd=0.01, grad_clip_norm=2.0,
-                      schedule=dict(name="cosine", warmup_steps=2))
+  got, _, lr_fn = run(
+    name=name,
+    lr=0.1,
+    wd=0.01,
+    grad_clip_norm=2.0,
+    schedule=dict(name="cosine", warmup_steps=2),
+  )
   close(got, numpy_run(direction, 0.1, 0.01, cosine, clip=2.0))
   np.testing.assert_allclose(
-      [lr_fn(s) for s in range(10)], [0.1 * cosine(s) for s in range(10)],
-      rtol=1e-5, atol=1e-9)
+    [lr_fn(s) for s in range(10)],
+    [0.1 * cosine(s) for s in range(10)],
+    rtol=1e-5,
+    atol=1e-9,
+  )
 
 
 def test_adafactor_factors_and_descends():
   target = jnp.asarray(RNG.normal(size=(64, 48)), jnp.float32)
   params = {"kernel": jnp.zeros_like(target)}
   tx, _ = optim.make_optimizer(
-      params, 300, name="adafactor", lr=0.05,
-      wd_mults=((".*", 0.0),))
+    params, 300, name="adafactor", lr=0.05, wd_mults=((".*", 0.0),)
+  )
   state = tx.init(params)
   sizes = [x.size for x in jax.tree.leaves(state) if x.size > 1]
   assert sorted(sizes) == [48, 64, 64 * 48]  # two factors, one first moment
@@ -93,6 +107,7 @@ def test_adafactor_factors_and_descends():
     grads = jax.tree.map(lambda p: p - target, params)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
+
   for _ in range(300):
     params, state = step(params, state)
   error = jnp.abs(params["kernel"] - target).mean() / jnp.abs(target).mean()
@@ -101,39 +116,56 @@ def test_adafactor_factors_and_descends():
 
 def test_lr_mults_and_wd_mults():
   table = (("img/.*", 0.5), (".*", 1.0))
-  half, _, _ = run(lr=0.1, lr_mults=table, wd_mults=((".*", 0.0),),
-                   schedule=dict(name="constant"))
-  full, _, _ = run(lr=0.1, wd_mults=((".*", 0.0),),
-                   schedule=dict(name="constant"))
+  half, _, _ = run(
+    lr=0.1,
+    lr_mults=table,
+    wd_mults=((".*", 0.0),),
+    schedule=dict(name="constant"),
+  )
+  full, _, _ = run(
+    lr=0.1, wd_mults=((".*", 0.0),), schedule=dict(name="constant")
+  )
   close(half["txt"], full["txt"])
   # Adam's direction does not depend on the parameters, so it is just halved.
-  jax.tree.map(lambda h, f, p: np.testing.assert_allclose(
-      h - p, 0.5 * (f - p), rtol=1e-4, atol=1e-6),
-               half["img"], full["img"], PARAMS["img"])
+  jax.tree.map(
+    lambda h, f, p: np.testing.assert_allclose(
+      h - p, 0.5 * (f - p), rtol=1e-4, atol=1e-6
+    ),
+    half["img"],
+    full["img"],
+    PARAMS["img"],
+  )
 
 
-@pytest.mark.parametrize("options, points", [
-    (dict(name="linear", warmup_steps=2),
-     {0: 0.5, 1: 1, 2: 1, 6: 0.5, 10: 0}),
-    (dict(name="rsqrt", timescale=3, cooldown_steps=2),
-     {0: 1, 3: 0.5 ** 0.5, 8: (3 / 11) ** 0.5, 9: 0.5 ** 2, 10: 0}),
+@pytest.mark.parametrize(
+  "options, points",
+  [
+    (dict(name="linear", warmup_steps=2), {0: 0.5, 1: 1, 2: 1, 6: 0.5, 10: 0}),
+    (
+      dict(name="rsqrt", timescale=3, cooldown_steps=2),
+      {0: 1, 3: 0.5**0.5, 8: (3 / 11) ** 0.5, 9: 0.5**2, 10: 0},
+    ),
     (dict(name="cosine"), {0: 1, 5: 0.5, 10: 0, 11: 0}),
-])
+  ],
+)
 def test_schedules(options, points):
   schedule = optim.make_schedule(10, **options)
   for step, value in points.items():
     assert float(schedule(step)) == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize("kwargs, message", [
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
     (dict(name="adam"), 'config.optim.name "adam" is not known'),
     (dict(options=dict(beta2=0.9)), 'config.optim.options has no key "beta2"'),
     (dict(schedule=dict(name="cos")), '(did you mean "cosine"?)'),
-    (dict(schedule=dict(warmup=3)), "has no key \"warmup\""),
+    (dict(schedule=dict(warmup=3)), 'has no key "warmup"'),
     (dict(schedule=dict(warmup_steps=11)), "warmup_steps is 11"),
     (dict(wd_mults=((".*/kernel", 1.0),)), "wd_mults has no row for 2"),
     (dict(lr_mults=(("image/.*", 0.1), (".*", 1))), "matches no parameter"),
-])
+  ],
+)
 def test_mistakes_are_named(kwargs, message):
   with pytest.raises(errors.UserError) as e:
     optim.make_optimizer(F32(PARAMS), 10, **kwargs)

@@ -2,29 +2,37 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from sigjax import errors
-from sigjax import sharding
-from sigjax import trees
+from sigjax import errors, sharding, trees
 
-PARAMS = {"a": {"kernel": np.zeros((6, 16)), "bias": np.zeros(6)},
-          "t": np.zeros(1)}
+PARAMS = {
+  "a": {"kernel": np.zeros((6, 16)), "bias": np.zeros(6)},
+  "t": np.zeros(1),
+}
 
 
-@pytest.mark.parametrize("kwargs, shape", [
-    ({}, (8, 1)), (dict(fsdp=8, data=1), (1, 8)), (dict(fsdp=2), (4, 2)),
-    (dict(data=2, fsdp=-1), (2, 4))])
+@pytest.mark.parametrize(
+  "kwargs, shape",
+  [
+    ({}, (8, 1)),
+    (dict(fsdp=8, data=1), (1, 8)),
+    (dict(fsdp=2), (4, 2)),
+    (dict(data=2, fsdp=-1), (2, 4)),
+  ],
+)
 def test_mesh(kwargs, shape):
   mesh = sharding.make_mesh(**kwargs)
   assert mesh.axis_names == ("data", "fsdp")
   assert tuple(mesh.shape.values()) == shape
 
 
-@pytest.mark.parametrize("kwargs", [
-    dict(data=3), dict(data=2, fsdp=2), dict(fsdp=3), dict(data=-1, fsdp=-1)])
+@pytest.mark.parametrize(
+  "kwargs",
+  [dict(data=3), dict(data=2, fsdp=2), dict(fsdp=3), dict(data=-1, fsdp=-1)],
+)
 def test_a_mesh_that_does_not_come_out_even(kwargs):
   with pytest.raises(errors.UserError, match="8 devices"):
     sharding.make_mesh(**kwargs)
@@ -32,10 +40,16 @@ def test_a_mesh_that_does_not_come_out_even(kwargs):
 
 def test_param_shardings():
   mesh = sharding.make_mesh(data=2, fsdp=4)
-  got = trees.flatten(sharding.shard_params(
-      PARAMS, mesh, ((".*bias", "replicate"), (".*", "fsdp"))))
+  got = trees.flatten(
+    sharding.shard_params(
+      PARAMS, mesh, ((".*bias", "replicate"), (".*", "fsdp"))
+    )
+  )
   assert {k: s.spec for k, s in got.items()} == {
-      "a/bias": P(), "a/kernel": P(None, "fsdp"), "t": P()}
+    "a/bias": P(),
+    "a/kernel": P(None, "fsdp"),
+    "t": P(),
+  }
   with pytest.raises(errors.UserError, match='"fdsp" is not known'):
     sharding.shard_params(PARAMS, mesh, ((".*", "fdsp"),))
 
@@ -43,8 +57,11 @@ def test_param_shardings():
 def test_moments_lie_where_their_parameters_are():
   mesh = sharding.make_mesh(data=2, fsdp=4)
   own = sharding.shard_params(PARAMS, mesh, ((".*", "fsdp"),))
-  state = {"mu": PARAMS, "count": np.zeros(()),
-           "factored": {"a": {"kernel": np.zeros(16)}}}
+  state = {
+    "mu": PARAMS,
+    "count": np.zeros(()),
+    "factored": {"a": {"kernel": np.zeros(16)}},
+  }
   got = trees.flatten(sharding.shard_like(state, PARAMS, own, mesh))
   assert got["mu/a/kernel"].spec == P(None, "fsdp")
   assert got["count"].spec == got["factored/a/kernel"].spec == P()
@@ -62,8 +79,9 @@ def test_put_batch():
 def test_batch_size(size, near):
   mesh = sharding.make_mesh()
   sharding.check_batch_size(16, mesh)
-  with pytest.raises(errors.UserError, match=f"config.batch_size is {size}.*try "
-                                             f"{near}"):
+  with pytest.raises(
+    errors.UserError, match=f"config.batch_size is {size}.*try {near}"
+  ):
     sharding.check_batch_size(size, mesh)
 
 

@@ -9,62 +9,93 @@ import numpy as np
 import optax
 import pytest
 
-from sigjax import errors
-from sigjax import losses
-from sigjax import optim
-from sigjax import sharding
+from sigjax import errors, losses, optim, sharding, trees
 from sigjax import state as state_lib
 from sigjax import step as step_lib
-from sigjax import trees
 from sigjax.models import two_towers
 
 B = 16
 TOWER = dict(width=16, depth=1, num_heads=2, mlp_dim=32)
-EXAMPLE = dict(image=np.zeros((16, 16, 3), np.float32),
-               text=np.zeros(6, np.int32))
+EXAMPLE = dict(
+  image=np.zeros((16, 16, 3), np.float32), text=np.zeros(6, np.int32)
+)
 
 
 def make_batch(seed=0):
   rng = np.random.default_rng(seed)
-  return dict(image=rng.normal(size=(B, 16, 16, 3)).astype(np.float32),
-              text=rng.integers(0, 20, (B, 6)).astype(np.int32))
+  return dict(
+    image=rng.normal(size=(B, 16, 16, 3)).astype(np.float32),
+    text=rng.integers(0, 20, (B, 6)).astype(np.int32),
+  )
 
 
 def make_model(dropout=0.0, remat="none", **kwargs):
   more = dict(TOWER, dropout=dropout, remat=remat)
   return two_towers.TwoTowers(
-      image=dict(more, patch_size=8), text=dict(more, vocab_size=20),
-      out_dim=(None, 16),
-      **kwargs)
+    image=dict(more, patch_size=8),
+    text=dict(more, vocab_size=20),
+    out_dim=(None, 16),
+    **kwargs,
+  )
 
 
 @functools.cache
 def init_params():
   """Parameters from scratch, made once: compiling this takes seconds."""
-  return jax.device_get(jax.jit(lambda: state_lib.init_params(
-      make_model(), jax.random.key(0), EXAMPLE))())
+  return jax.device_get(
+    jax.jit(
+      lambda: state_lib.init_params(make_model(), jax.random.key(0), EXAMPLE)
+    )()
+  )
 
 
-def run(steps=3, data=8, fsdp=1, devices=8, table=((".*", "replicate"),),
-        microbatches=1, feed="device", dropout=0.0, lock=(),
-        loss="sigmoid", dtype="float32", remat="none"):
+def run(
+  steps=3,
+  data=8,
+  fsdp=1,
+  devices=8,
+  table=((".*", "replicate"),),
+  microbatches=1,
+  feed="device",
+  dropout=0.0,
+  lock=(),
+  loss="sigmoid",
+  dtype="float32",
+  remat="none",
+):
   """Trains some steps; returns the parameters, metrics, and the state."""
   model = make_model(dropout, dtype=dtype, remat=remat)
   mesh = sharding.make_mesh(
-      data=data, fsdp=fsdp, devices=jax.devices()[:devices])
+    data=data, fsdp=fsdp, devices=jax.devices()[:devices]
+  )
   shapes = state_lib.param_shapes(model, EXAMPLE, lock)
   tx, lr_fn = optim.make_optimizer(
-      state_lib.trained_part(shapes, lock), 10, lr=1e-2, wd=1e-3,
-      options=dict(eps=1e-3), grad_clip_norm=1.0)
+    state_lib.trained_part(shapes, lock),
+    10,
+    lr=1e-2,
+    wd=1e-3,
+    options=dict(eps=1e-3),
+    grad_clip_norm=1.0,
+  )
   abstract = state_lib.abstract_state(shapes, tx, mesh, table, lock)
   state = jax.tree.map(
-      lambda x, a: jax.device_put(jnp.asarray(x, a.dtype), a.sharding),
-      state_lib.new_state(init_params(), tx, lock), abstract)
+    lambda x, a: jax.device_put(jnp.asarray(x, a.dtype), a.sharding),
+    state_lib.new_state(init_params(), tx, lock),
+    abstract,
+  )
   loss_fn = functools.partial(
-      losses.LOSSES[loss], mesh=mesh, axes=sharding.AXES)
+    losses.LOSSES[loss], mesh=mesh, axes=sharding.AXES
+  )
   step = step_lib.make_train_step(
-      model, tx, lr_fn, loss_fn, mesh, microbatches=microbatches, feed=feed,
-      lock=lock)
+    model,
+    tx,
+    lr_fn,
+    loss_fn,
+    mesh,
+    microbatches=microbatches,
+    feed=feed,
+    lock=lock,
+  )
   for i in range(steps):
     state, metrics = step(state, make_batch(i))
   return jax.device_get(state.params), jax.device_get(metrics), state
@@ -76,10 +107,13 @@ def one_device():
 
 
 def assert_close(got, want, rtol=2e-5, atol=2e-6):
-  for (params, metrics) in [(got[:2], want[:2])]:
+  for params, metrics in [(got[:2], want[:2])]:
     for a, b in zip(params, metrics):
-      jax.tree.map(lambda x, y: np.testing.assert_allclose(
-          x, y, rtol=rtol, atol=atol), a, b)
+      jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol),
+        a,
+        b,
+      )
 
 
 @pytest.mark.parametrize("data, fsdp", [(2, 1), (8, 1), (1, 4), (2, 4)])
@@ -102,22 +136,31 @@ def test_one_step_is_the_formula():
 
   def loss(params):
     zimg, ztxt, out = model.apply(
-        {"params": params}, batch["image"], batch["text"])
+      {"params": params}, batch["image"], batch["text"]
+    )
     logits = zimg @ ztxt.T * out["t"][0] + out["b"][0]
     value = losses.sigmoid_loss(zimg, ztxt, out["t"][0], out["b"][0])
     return value, logits
-  (value, logits), grads = jax.jit(jax.value_and_grad(
-      loss, has_aux=True))(params)
+
+  (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    params
+  )
   right = np.eye(B, dtype=bool)
   for key, want in dict(
-      loss=value, t=10.0, b=-10.0, grad_norm=optax.tree.norm(grads),
-      pos_logit=np.asarray(logits)[right].mean(),
-      neg_logit=np.asarray(logits)[~right].mean(), lr=1e-2).items():
+    loss=value,
+    t=10.0,
+    b=-10.0,
+    grad_norm=optax.tree.norm(grads),
+    pos_logit=np.asarray(logits)[right].mean(),
+    neg_logit=np.asarray(logits)[~right].mean(),
+    lr=1e-2,
+  ).items():
     assert metrics[key] == pytest.approx(float(want), rel=1e-5), key
 
 
-@pytest.mark.parametrize("k, devices, feed", [
-    (2, 8, "device"), (8, 2, "device"), (4, 2, "host")])
+@pytest.mark.parametrize(
+  "k, devices, feed", [(2, 8, "device"), (8, 2, "device"), (4, 2, "host")]
+)
 def test_microbatches_change_nothing(one_device, k, devices, feed):
   got = run(data=devices, devices=devices, microbatches=k, feed=feed)
   assert_close(got, one_device)
@@ -132,15 +175,20 @@ def test_init_does_not_depend_on_the_mesh():
   tx = optax.identity()
   mesh = sharding.make_mesh(data=2, fsdp=4)
   abstract = state_lib.abstract_state(
-      state_lib.param_shapes(model, EXAMPLE), tx, mesh, ((".*", "fsdp"),))
+    state_lib.param_shapes(model, EXAMPLE), tx, mesh, ((".*", "fsdp"),)
+  )
   state = state_lib.init_state(model, tx, 0, EXAMPLE, abstract)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-               state.params, init_params())
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+    state.params,
+    init_params(),
+  )
   kernel = state.params["txt"]["head"]["kernel"]
   assert kernel.addressable_shards[0].data.size == kernel.size // 4
   # What is given is taken, the rest starts from scratch.
   state = state_lib.init_state(
-      model, tx, 0, EXAMPLE, abstract, {"t": np.full(1, 0.5, np.float32)})
+    model, tx, 0, EXAMPLE, abstract, {"t": np.full(1, 0.5, np.float32)}
+  )
   assert state.params["t"] == 0.5 and state.params["b"] == -10
 
 
@@ -154,21 +202,25 @@ def test_dropout_is_the_same_in_both_passes():
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   params = init_params()
   loss_fn = functools.partial(
-      losses.LOSSES["sigmoid"], mesh=mesh, axes=sharding.AXES)
+    losses.LOSSES["sigmoid"], mesh=mesh, axes=sharding.AXES
+  )
 
   def loss_and_norm(params):
     tx = optax.sgd(1.0)
     step = step_lib.make_train_step(
-        model, tx, lambda s: 0.0, loss_fn, mesh, microbatches=4).program
+      model, tx, lambda s: 0.0, loss_fn, mesh, microbatches=4
+    ).program
     state = state_lib.new_state(params, tx)
     new, metrics = step(state, make_batch())
     grads = jax.tree.map(lambda a, b: a - b, params, new.params)
     return metrics["loss"], grads
+
   loss_and_norm = jax.jit(loss_and_norm)
   _, grads = loss_and_norm(params)
   norm = float(optax.tree.norm(grads))
-  ahead = lambda s: float(loss_and_norm(jax.tree.map(
-      lambda p, g: p + s * g / norm, params, grads))[0])
+  ahead = lambda s: float(
+    loss_and_norm(jax.tree.map(lambda p, g: p + s * g / norm, params, grads))[0]
+  )
   h = 2e-2
   assert (ahead(h) - ahead(-h)) / (2 * h) == pytest.approx(norm, rel=2e-2)
 
@@ -176,14 +228,19 @@ def test_dropout_is_the_same_in_both_passes():
 @pytest.mark.parametrize("k, feed", [(1, "device"), (2, "device"), (2, "host")])
 def test_a_locked_tower_stays_as_it_is(k, feed):
   params, metrics, state = run(
-      lock=("img", "t"), microbatches=k, feed=feed, dtype="bfloat16")
+    lock=("img", "t"), microbatches=k, feed=feed, dtype="bfloat16"
+  )
   start = init_params()
   for name, was in trees.flatten(start["img"]).items():
     now = trees.flatten(params["img"])[name]
     assert now.dtype == jnp.bfloat16, name
     np.testing.assert_array_equal(now, was.astype(jnp.bfloat16), name)
-  assert np.abs(params["txt"]["head"]["kernel"]
-                - start["txt"]["head"]["kernel"]).max() > 1e-3
+  assert (
+    np.abs(
+      params["txt"]["head"]["kernel"] - start["txt"]["head"]["kernel"]
+    ).max()
+    > 1e-3
+  )
   assert np.isfinite(metrics["grad_norm"])
   assert params["t"].dtype == np.float32 and params["t"] == start["t"]
   # Two moments of what is trained, and nothing of what is locked.
@@ -195,24 +252,35 @@ def test_a_locked_tower_stays_as_it_is(k, feed):
 
 def test_locked_gradients_are_those_of_the_others():
   """What is trained gets the gradients it had when all was trained."""
+
   def grads(lock):
     model, loss = make_model(), losses.sigmoid_loss
     mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
     step = step_lib.make_train_step(
-        model, optax.sgd(1.0), lambda s: 0.0, loss, mesh, lock=lock).program
-    new, metrics = step(state_lib.new_state(
-        init_params(), optax.sgd(1.0), lock), make_batch())
+      model, optax.sgd(1.0), lambda s: 0.0, loss, mesh, lock=lock
+    ).program
+    new, metrics = step(
+      state_lib.new_state(init_params(), optax.sgd(1.0), lock), make_batch()
+    )
     return jax.tree.map(lambda a, b: a - b, init_params(), new.params), metrics
+
   free, _ = grads(())
   locked, metrics = grads(("img",))
   assert_close((locked["txt"], {}), (free["txt"], {}))
-  assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(
-      {k: v for k, v in free.items() if k != "img"})), rel=1e-5)
+  assert metrics["grad_norm"] == pytest.approx(
+    float(optax.tree.norm({k: v for k, v in free.items() if k != "img"})),
+    rel=1e-5,
+  )
 
 
-@pytest.mark.parametrize("lock, text", [
+@pytest.mark.parametrize(
+  "lock, text",
+  [
     (("image",), 'names "image", which is no part'),
-    (("txt/Embed0",), 'did you mean "txt/Embed_0"'), (("im",), "no part")])
+    (("txt/Embed0",), 'did you mean "txt/Embed_0"'),
+    (("im",), "no part"),
+  ],
+)
 def test_what_cannot_be_locked(lock, text):
   with pytest.raises(errors.UserError, match=re.escape(text)):
     state_lib.param_shapes(make_model(), EXAMPLE, lock)
@@ -228,7 +296,8 @@ def test_embed_runs_one_tower():
   want, ztxt, _ = model.apply({"params": params}, **batch)
   np.testing.assert_allclose(zimg, want, atol=1e-6)
   np.testing.assert_allclose(
-      embed(params, text=batch["text"])[1], ztxt, atol=1e-6)
+    embed(params, text=batch["text"])[1], ztxt, atol=1e-6
+  )
 
 
 def test_split_and_merge():

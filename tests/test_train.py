@@ -13,12 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from sigjax import checkpoint
-from sigjax import errors
-from sigjax import train
-from sigjax import trees
-from sigjax.data import sources
-from sigjax.models import load
+from sigjax import errors, train, trees
+from sigjax.checkpoints import restore
+from sigjax.data import kinds
+from sigjax.weights import npz as npz_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -29,12 +27,14 @@ def run(workdir, config, **kwargs):
 
 
 def lines(workdir):
-  return [json.loads(line) for line in
-          (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [
+    json.loads(line)
+    for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
 
 
 def params(path):
-  return trees.flatten(jax.device_get(checkpoint.read_params(path, HOST)))
+  return trees.flatten(jax.device_get(restore.read_params(path, HOST)))
 
 
 def assert_same(a, b):
@@ -46,22 +46,43 @@ def assert_same(a, b):
 def command(workdir, config, devices, *more):
   """The program as a user starts it, with a config file and real processes."""
   path = workdir.parent / f"{workdir.name}_config.py"
-  path.write_text("from ml_collections import ConfigDict\n"
-                  f"def get_config(arg=None):\n  return ConfigDict({config!r})")
-  env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": (
+  path.write_text(
+    "from ml_collections import ConfigDict\n"
+    f"def get_config(arg=None):\n  return ConfigDict({config!r})"
+  )
+  env = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": (
       "--xla_backend_optimization_level=0 "
-      f"--xla_force_host_platform_device_count={devices}")}
-  args = [sys.executable, "-m", "sigjax.train", "--config", str(path),
-          "--workdir", str(workdir), *more]
-  return subprocess.Popen(args, env=env, cwd=workdir.parent, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      f"--xla_force_host_platform_device_count={devices}"
+    ),
+  }
+  args = [
+    sys.executable,
+    "-m",
+    "sigjax.train",
+    "--config",
+    str(path),
+    "--workdir",
+    str(workdir),
+    *more,
+  ]
+  return subprocess.Popen(
+    args,
+    env=env,
+    cwd=workdir.parent,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
-  config = dict(tiny_config, total_steps=250, batch_size=24,
-                log_every_steps=50)
+  config = dict(tiny_config, total_steps=250, batch_size=24, log_every_steps=50)
   config["evals"]["picture"] = dict(
-      config["evals"]["retrieval"], type="picture", captions="captions")
+    config["evals"]["retrieval"], type="picture", captions="captions"
+  )
   rows = {row[:2]: row[2:] for row in run(tmp_path / "a", config)}
   value, by_chance, n = rows["zeroshot", "24-way top-1"]
   assert (by_chance, n) == (pytest.approx(1 / 24), 48)
@@ -74,9 +95,17 @@ def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
   assert first["step"] == 50 and last["step"] == 250
   assert last["loss"] < first["loss"] and last["t"] > 10
   assert last["pos_logit"] > last["neg_logit"]
-  assert {"b", "grad_norm", "update_norm", "param_norm", "lr",
-          "examples_per_second", "examples_per_second_per_device",
-          "data_wait_percent", "bad_examples"} <= set(last)
+  assert {
+    "b",
+    "grad_norm",
+    "update_norm",
+    "param_norm",
+    "lr",
+    "examples_per_second",
+    "examples_per_second_per_device",
+    "data_wait_percent",
+    "bad_examples",
+  } <= set(last)
   # Evaluated in the middle, too, and only what asks for it.
   middle = [x for x in logged if x["step"] == 125]
   assert "retrieval/image->text recall@1" in middle[0]
@@ -89,11 +118,17 @@ def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_stopped_run_ends_like_one_that_was_not(
-    tmp_path, tiny_config, devices):
+  tmp_path, tiny_config, devices
+):
   """SIGTERM, then the same command again: bit for bit the same parameters."""
-  config = dict(tiny_config, total_steps=30, evals={}, checkpoints=dict(
-      every_steps=10), sharding=((".*", "fsdp"),),
-                mesh=dict(data=-1, fsdp=min(devices, 2)))
+  config = dict(
+    tiny_config,
+    total_steps=30,
+    evals={},
+    checkpoints=dict(every_steps=10),
+    sharding=((".*", "fsdp"),),
+    mesh=dict(data=-1, fsdp=min(devices, 2)),
+  )
   if devices == 8:
     config["microbatches"] = 3
   whole = command(tmp_path / "whole", config, devices)
@@ -116,11 +151,18 @@ def test_a_stopped_run_ends_like_one_that_was_not(
   assert f"going on from {tmp_path}/parts/checkpoints/{step}" in out
   _, err = whole.communicate(timeout=120)
   assert whole.returncode == 0, err
-  assert_same(params(tmp_path / "parts/checkpoints/30"),
-              params(tmp_path / "whole/checkpoints/30"))
+  assert_same(
+    params(tmp_path / "parts/checkpoints/30"),
+    params(tmp_path / "whole/checkpoints/30"),
+  )
   # And the metrics of each step are there once, the same in both.
-  same = [[{k: x[k] for k in ("step", "loss", "grad_norm")}
-           for x in lines(tmp_path / name)] for name in ("parts", "whole")]
+  same = [
+    [
+      {k: x[k] for k in ("step", "loss", "grad_norm")}
+      for x in lines(tmp_path / name)
+    ]
+    for name in ("parts", "whole")
+  ]
   assert same[0] == same[1]
 
 
@@ -153,13 +195,14 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
   # ... but the schedule is that of six steps, so only the batch is the same.
   # init takes the parameters alone, and counts from 0.
   npz = tmp_path / "a.npz"
-  load.save_params(npz, trees.unflatten(params(a)))
+  npz_lib.save_params(npz, trees.unflatten(params(a)))
   for i, path in enumerate((npz, a)):
     caplog.clear()
-    run(tmp_path / f"d{i}", dict(config, total_steps=1),
-        init=dict(path=str(path)))
+    run(
+      tmp_path / f"d{i}", dict(config, total_steps=1), init=dict(path=str(path))
+    )
     assert "starting from init" in caplog.text
-    step, = [x for x in lines(tmp_path / f"d{i}") if "loss" in x]
+    (step,) = [x for x in lines(tmp_path / f"d{i}") if "loss" in x]
     assert step["step"] == 1 and step["loss"] < start
   with pytest.raises(errors.UserError, match="has no checkpoints; train"):
     run(tmp_path / "e", config, eval_only=True)
@@ -172,17 +215,24 @@ def test_init_of_one_tower(tmp_path, tiny_config):
   image = trees.unflatten(params(tmp_path / "a"))["img"]
   image["head"] = {"kernel": np.zeros((32, 1000))}
   npz = tmp_path / "image.npz"
-  load.save_params(npz, image)
-  run(tmp_path / "b", config, seed=1, lock=("img",), init=dict(
-      path=str(npz), into="img", dont_load=("head/.*",)))
+  npz_lib.save_params(npz, image)
+  run(
+    tmp_path / "b",
+    config,
+    seed=1,
+    lock=("img",),
+    init=dict(path=str(npz), into="img", dont_load=("head/.*",)),
+  )
   a, b = params(tmp_path / "a"), params(tmp_path / "b")
-  assert_same({k: v for k, v in a.items() if k.startswith("img/")},
-              {k: v for k, v in b.items() if k.startswith("img/")})
+  assert_same(
+    {k: v for k, v in a.items() if k.startswith("img/")},
+    {k: v for k, v in b.items() if k.startswith("img/")},
+  )
   assert np.abs(a["txt/head/kernel"] - b["txt/head/kernel"]).max() > 0.01
 
 
 def test_bad_examples_are_counted_up_to_a_fraction(tmp_path, tiny_config):
-  source = sources.open_source(**dict(tiny_config["data"], group_by=None))
+  source = kinds.open_source(**dict(tiny_config["data"], group_by=None))
   folder = tmp_path / "pictures"
   folder.mkdir()
   rows = ["file,caption"]
@@ -191,8 +241,12 @@ def test_bad_examples_are_counted_up_to_a_fraction(tmp_path, tiny_config):
     (folder / f"{i}.png").write_bytes(data[:90] if i == 7 else data)
     rows.append(f"{i}.png,{source[i]['concept'].decode()}")
   (folder / "captions.csv").write_text("\n".join(rows))
-  config = dict(tiny_config, data=dict(kind="folder", path=str(folder)),
-                total_steps=3, evals={})  # 3 steps of 24: one epoch
+  config = dict(
+    tiny_config,
+    data=dict(kind="folder", path=str(folder)),
+    total_steps=3,
+    evals={},
+  )  # 3 steps of 24: one epoch
   run(tmp_path / "a", config)
   assert lines(tmp_path / "a")[-1]["bad_examples"] >= 1
   with pytest.raises(errors.UserError, match="1 x truncated image .*7.png"):
@@ -200,11 +254,16 @@ def test_bad_examples_are_counted_up_to_a_fraction(tmp_path, tiny_config):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_config):
-  config = dict(tiny_config, total_steps=6, evals={},
-                checkpoints=dict(every_steps=2))
+  config = dict(
+    tiny_config, total_steps=6, evals={}, checkpoints=dict(every_steps=2)
+  )
   run(tmp_path, dict(config, total_steps=2))
-  config["optim"] = dict(config["optim"], lr=1e20, grad_clip_norm=None,
-                         schedule=dict(name="constant"))
+  config["optim"] = dict(
+    config["optim"],
+    lr=1e20,
+    grad_clip_norm=None,
+    schedule=dict(name="constant"),
+  )
   with pytest.raises(errors.UserError) as e:
     run(tmp_path, config)
   assert "stopped at step 4" in str(e.value)
@@ -215,10 +274,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tiny_config):
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, tiny_config, caplog):
   """The run goes on from the one before, and ends where it would have."""
   caplog.set_level("INFO", logger="sigjax")
-  config = dict(tiny_config, total_steps=6, evals={},
-                checkpoints=dict(every_steps=2))
+  config = dict(
+    tiny_config, total_steps=6, evals={}, checkpoints=dict(every_steps=2)
+  )
   want = run(tmp_path, config), params(tmp_path)
-  path, = (tmp_path / "checkpoints/6/params/d").iterdir()
+  (path,) = (tmp_path / "checkpoints/6/params/d").iterdir()
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
@@ -226,60 +286,86 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, tiny_config, caplog):
   assert run(tmp_path, config, eval_only=True) == want[0]
   assert path.exists()  # evaluation alone has no right to it
   assert run(tmp_path, config) == want[0]
-  assert caplog.text.count(f"checkpoints/6 is damaged (params/d/{path.name} was"
-                           " altered); looking for the one before it") == 2
+  assert (
+    caplog.text.count(
+      f"checkpoints/6 is damaged (params/d/{path.name} was"
+      " altered); looking for the one before it"
+    )
+    == 2
+  )
   assert f"going on from {tmp_path}/checkpoints/4" in caplog.text
   assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
-      "4", "6", "6.damaged"}
+    "4",
+    "6",
+    "6.damaged",
+  }
   assert_same(params(tmp_path), want[1])
   assert [x["step"] for x in lines(tmp_path)] == list(range(1, 7))
 
 
 def test_a_full_disk_is_said_and_ends_in_an_error(tmp_path, tiny_config):
   """As a limit of files' sizes: room is gone after the third step."""
-  config = dict(tiny_config, total_steps=60, evals={},
-                checkpoints=dict(every_steps=20))
+  config = dict(
+    tiny_config, total_steps=60, evals={}, checkpoints=dict(every_steps=20)
+  )
   program = command(tmp_path / "a", config, 1)
   progress = tmp_path / "a/metrics.jsonl"
   while not progress.exists() or progress.read_text().count("\n") < 3:
     assert program.poll() is None, program.communicate()
     time.sleep(0.02)
-  resource.prlimit(program.pid, resource.RLIMIT_FSIZE,
-                   (2000, resource.RLIM_INFINITY))
+  resource.prlimit(
+    program.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)
+  )
   out, err = program.communicate(timeout=120)
   assert program.returncode == 1
   assert "step 20 could not be saved: File too large" in out
   assert err.strip().splitlines()[-1] == (
-      "error: step 60 could not be saved (File too large); there is no "
-      "checkpoint to go on from")
+    "error: step 60 could not be saved (File too large); there is no "
+    "checkpoint to go on from"
+  )
   assert "Traceback" not in err
   assert not list((tmp_path / "a/checkpoints").glob("[0-9]*"))
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(batch_sizes=8), 'config has no key "batch_sizes" (did you mean '
-                          '"batch_size"?)'),
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (
+      dict(batch_sizes=8),
+      'config has no key "batch_sizes" (did you mean "batch_size"?)',
+    ),
     (dict(batch_size=12), "config.batch_size is 12, which 8 devices do not"),
     (dict(batch_size=25 * 8), "too few for a batch of 200"),
     (dict(optim=dict(lrr=1)), 'config.optim has no key "lrr"'),
     (dict(loss=dict(name="sigmod")), 'config.loss.name "sigmod" is not'),
-    (dict(loss=dict(name="sigmoid", tiles=3)), 'config.loss has no key "tiles"'),
+    (
+      dict(loss=dict(name="sigmoid", tiles=3)),
+      'config.loss has no key "tiles"',
+    ),
     (dict(mesh=dict(fdsp=2)), 'config.mesh has no key "fdsp"'),
-    (dict(data=dict(kind="tfds", name="coco", split="train")),
-     'dataset "coco" is not prepared in'),
+    (
+      dict(data=dict(kind="tfds", name="coco", split="train")),
+      'dataset "coco" is not prepared in',
+    ),
     (dict(data=dict(kind="tdfs")), 'source "tdfs" is not known'),
-    (dict(pp="decode|tokenise(8)"), 'op "tokenise" is not known (did you mean '
-                                    '"tokenize"?)'),
+    (
+      dict(pp="decode|tokenise(8)"),
+      'op "tokenise" is not known (did you mean "tokenize"?)',
+    ),
     (dict(tokenizer=dict(path="none.model")), "no SentencePiece model none.mo"),
-    (dict(evals=dict(x=dict(type="zeroshots"))), 'config.evals.x.type'),
+    (dict(evals=dict(x=dict(type="zeroshots"))), "config.evals.x.type"),
     (dict(data=dict(split="train")), "config.data needs: kind"),
-    (dict(tokenizer=dict(vocab_size=33)), "text.vocab_size is 32, but the token"),
+    (
+      dict(tokenizer=dict(vocab_size=33)),
+      "text.vocab_size is 32, but the token",
+    ),
     (dict(total_steps=None), "config needs one of total_steps"),
     (dict(init=dict(path="none.npz")), "there is no file none.npz"),
     (dict(resume="nowhere"), "nowhere has no checkpoints"),
     (dict(checkpoints=dict(keeps=2)), 'config.checkpoints has no key "keeps"'),
     (dict(microbatches=2), "8 devices times 2 microbatches do not divide; try"),
-])
+  ],
+)
 def test_mistakes_are_one_line(tmp_path, tiny_config, change, message):
   with pytest.raises(errors.UserError) as e:
     run(tmp_path, {**tiny_config, **change})
@@ -290,17 +376,19 @@ def test_mistakes_are_one_line(tmp_path, tiny_config, change, message):
 def test_the_command_line(tmp_path, tiny_config):
   """Each mistake ends in one line on stderr, without a traceback."""
   cases = {
-      "a": (["--config.optim.lrr=3"], "lrr"),
-      "b": (["--cofig=x"], "cofig"),
-      "c": (["more"], '"more" is not a flag'),
-      "d": (["--config.batch_size=many"], "batch_size"),
-      "e": (["--config.batch_size=0"], "config.batch_size is 0"),
-      "f": (["--config=configs/none.py"], "configs/none.py"),
+    "a": (["--config.optim.lrr=3"], "lrr"),
+    "b": (["--cofig=x"], "cofig"),
+    "c": (["more"], '"more" is not a flag'),
+    "d": (["--config.batch_size=many"], "batch_size"),
+    "e": (["--config.batch_size=0"], "config.batch_size is 0"),
+    "f": (["--config=configs/none.py"], "configs/none.py"),
   }
-  running = {name: command(tmp_path / name, tiny_config, 1, *more)
-             for name, (more, _) in cases.items()}
+  running = {
+    name: command(tmp_path / name, tiny_config, 1, *more)
+    for name, (more, _) in cases.items()
+  }
   for name, process in running.items():
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
-    line, = err.strip().splitlines()
+    (line,) = err.strip().splitlines()
     assert line.startswith("error: ") and cases[name][1] in line

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from sigjax import errors
-from sigjax import trees
+from sigjax import errors, trees
 
-TREE = {"img": {"a": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}},
-        "t": np.ones(1)}
+TREE = {
+  "img": {"a": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}},
+  "t": np.ones(1),
+}
 
 
 def test_flatten_and_back():
@@ -22,8 +23,13 @@ def test_first_match_takes_the_first_and_the_whole_name():
   table = (("img/.*", 1), (".*/kernel", 2), ("t", 3), (".*", 4))
   tree = {**TREE, "txt": {"kernel": np.ones(1), "t": np.ones(1)}}
   found = trees.flatten(trees.first_match(table, tree, "table"))
-  assert found == {"img/a/bias": 1, "img/a/kernel": 1, "t": 3,
-                   "txt/kernel": 2, "txt/t": 4}
+  assert found == {
+    "img/a/bias": 1,
+    "img/a/kernel": 1,
+    "t": 3,
+    "txt/kernel": 2,
+    "txt/t": 4,
+  }
 
 
 def test_first_match_keeps_none_and_false():
@@ -45,9 +51,12 @@ def test_every_row_has_to_match_something():
 
 def test_difference():
   assert not trees.difference(TREE, TREE)
-  got = {"img": {"a": {"kernels": np.ones((2, 3)), "bias": np.ones(4)}},
-         "t": np.ones(1)}
+  got = {
+    "img": {"a": {"kernels": np.ones((2, 3)), "bias": np.ones(4)}},
+    "t": np.ones(1),
+  }
   assert trees.difference(TREE, got) == [
-      "shape of img/a/bias is (4,), not (3,)",
-      'missing img/a/kernel (2, 3) (did you mean "img/a/kernels"?)',
-      "left over img/a/kernels (2, 3)"]
+    "shape of img/a/bias is (4,), not (3,)",
+    'missing img/a/kernel (2, 3) (did you mean "img/a/kernels"?)',
+    "left over img/a/kernels (2, 3)",
+  ]

@@ -21,29 +21,37 @@ import pathlib
 import shutil
 import sys
 
-from absl import app
-from absl import flags
+from absl import app, flags
 
-from sigjax import errors
-from sigjax import trees
-from sigjax.data import tokenizer as tokenizer_lib
-from sigjax.models import load
+from sigjax import errors, trees
+from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
-from tools import hf_config
-from tools import hf_names
+from sigjax.weights import npz
+from tools.hf import config as config_lib
+from tools.hf import names as names_lib
 
 FLAGS = flags.FLAGS
 
 # Their tokenizers that make texts lower case, or, Gemma's, of models (SigLIP 2)
 # that were trained on such texts.
-LOWER = ("SiglipTokenizer", "Siglip2Tokenizer", "GemmaTokenizer",
-         "GemmaTokenizerFast")
+LOWER = (
+  "SiglipTokenizer",
+  "Siglip2Tokenizer",
+  "GemmaTokenizer",
+  "GemmaTokenizerFast",
+)
 
 # What SiglipImageProcessor does where preprocessor_config.json is silent.
 PIXEL_DEFAULTS = dict(
-    do_resize=True, size=dict(height=224, width=224), resample=3,
-    do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
-    image_mean=[0.5] * 3, image_std=[0.5] * 3)
+  do_resize=True,
+  size=dict(height=224, width=224),
+  resample=3,
+  do_rescale=True,
+  rescale_factor=1 / 255,
+  do_normalize=True,
+  image_mean=[0.5] * 3,
+  image_std=[0.5] * 3,
+)
 
 
 def convert(source, out, scan=False):
@@ -62,31 +70,40 @@ def convert(source, out, scan=False):
       not fit config.json are listed.
   """
   source = pathlib.Path(source)
-  model, size, length = hf_config.read_config(source / "config.json")
-  _, like = hf_config.describe(
-      two_towers.TwoTowers(**model), size, length)
-  arrays = hf_names.to_ours(read_arrays(source), like, source)
+  model, size, length = config_lib.read_config(source / "config.json")
+  _, like = config_lib.describe(two_towers.TwoTowers(**model), size, length)
+  arrays = names_lib.to_ours(read_arrays(source), like, source)
   if scan:
     model["image"]["scan"] = model["text"]["scan"] = True
   config, notes = dict(model=model), []
-  for key, fn, args in [("pp_image", pp_image, (source, size)),
-                        ("pp_text", pp_text, (source, length))]:
+  for key, fn, args in [
+    ("pp_image", pp_image, (source, size)),
+    ("pp_text", pp_text, (source, length)),
+  ]:
     value, note = fn(*args)
     if value:
       config[key] = value
     if note:
       notes.append(f"{key}: {note}")
-  pieces = next((source / name for name in ("tokenizer.model", "spiece.model")
-                 if (source / name).exists()), None)
+  pieces = next(
+    (
+      source / name
+      for name in ("tokenizer.model", "spiece.model")
+      if (source / name).exists()
+    ),
+    None,
+  )
   if pieces:
     tokenizer_lib.Tokenizer(pieces)  # refuses what is none before it is copied
   else:
-    notes.append("tokenizer.model: the folder has no SentencePiece model "
-                 "(tokenizer.model or spiece.model)")
+    notes.append(
+      "tokenizer.model: the folder has no SentencePiece model "
+      "(tokenizer.model or spiece.model)"
+    )
 
-  with hf_config.new_folder(out) as folder:
-    load.save_params(folder / "params.npz", trees.unflatten(arrays), scan)
-    hf_config.write_json(folder / "config.json", config)
+  with config_lib.new_folder(out) as folder:
+    npz.save_params(folder / "params.npz", trees.unflatten(arrays), scan)
+    config_lib.write_json(folder / "config.json", config)
     if pieces:
       shutil.copyfile(pieces, folder / "tokenizer.model")
   return notes
@@ -98,25 +115,27 @@ def read_arrays(source):
   Raises:
     UserError: neither is there, or a file is missing or damaged.
   """
-  safetensors = hf_config.need("safetensors")
-  load_file = hf_config.need("safetensors.numpy").load_file
+  safetensors = config_lib.need("safetensors")
+  load_file = config_lib.need("safetensors.numpy").load_file
   index = source / "model.safetensors.index.json"
   if (source / "model.safetensors").exists():
     names = ["model.safetensors"]
   elif index.exists():
-    files = hf_config.read_json(index).get("weight_map", {})
+    files = config_lib.read_json(index).get("weight_map", {})
     names = sorted(set(files.values()))
   else:
     raise errors.UserError(
-        f"{source} has no model.safetensors; load it in transformers and call "
-        "save_pretrained to get one")
+      f"{source} has no model.safetensors; load it in transformers and call "
+      "save_pretrained to get one"
+    )
   arrays = {}
   for name in names:
     try:
       arrays.update(load_file(source / name))
     except FileNotFoundError:
       raise errors.UserError(
-          f"{source} has no {name}, which {index.name} names") from None
+        f"{source} has no {name}, which {index.name} names"
+      ) from None
     except (OSError, safetensors.SafetensorError) as e:
       raise errors.UserError(f"cannot read {source / name}: {e}") from None
   return arrays
@@ -133,20 +152,30 @@ def pp_image(source, size):
   if not got:
     return None, "the folder has no preprocessor_config.json"
   got = {**PIXEL_DEFAULTS, **got.get("image_processor", got)}
-  methods = {number: name for name, number in hf_config.RESAMPLE.items()}
+  methods = {number: name for name, number in config_lib.RESAMPLE.items()}
   mean, std = set(got["image_mean"]), set(got["image_std"])
-  wrong = [key for key, is_so in dict(
-      do_resize=not got["do_resize"], do_rescale=not got["do_rescale"],
-      do_normalize=not got["do_normalize"], image_mean=len(mean) > 1,
-      image_std=len(std) > 1, rescale_factor=got["rescale_factor"] != 1 / 255,
+  wrong = [
+    key
+    for key, is_so in dict(
+      do_resize=not got["do_resize"],
+      do_rescale=not got["do_rescale"],
+      do_normalize=not got["do_normalize"],
+      image_mean=len(mean) > 1,
+      image_std=len(std) > 1,
+      rescale_factor=got["rescale_factor"] != 1 / 255,
       size=got["size"] != dict(height=size, width=size),
-      resample=got["resample"] not in methods).items() if is_so]
+      resample=got["resample"] not in methods,
+    ).items()
+    if is_so
+  ]
   if wrong:
     return None, f"{', '.join(wrong)} of the image processor is not expressible"
   # They compute (v / 255 - mean) / std.
   low, high = (float((x - min(mean)) / min(std)) for x in (0, 1))
-  return (f"decode|resize({size}, method='{methods[got['resample']]}')"
-          f"|value_range({low!r}, {high!r})|keep('image')"), None
+  return (
+    f"decode|resize({size}, method='{methods[got['resample']]}')"
+    f"|value_range({low!r}, {high!r})|keep('image')"
+  ), None
 
 
 def pp_text(source, length):
@@ -165,8 +194,9 @@ def pp_text(source, length):
   lower = lower or '"Lowercase"' in json.dumps(fast.get("normalizer"))
   pad = got.get("pad_token")
   pad = pad.get("content") if isinstance(pad, dict) else pad
-  pads = {token["content"]: token["id"]
-          for token in fast.get("added_tokens", [])}
+  pads = {
+    token["content"]: token["id"] for token in fast.get("added_tokens", [])
+  }
   # Without tokenizer.json: what SigLIP's and Gemma's vocabularies have.
   pad = {"</s>": 1, "<pad>": 0, **pads}.get(pad)
   if pad is None:
@@ -174,15 +204,16 @@ def pp_text(source, length):
   tokenize = f"tokenize({length}{'' if pad == 1 else f', pad={pad}'})"
   note = None
   if kind == "SiglipTokenizer":
-    note = ("transformers' SiglipTokenizer also removes punctuation; here it "
-            "stays")
+    note = (
+      "transformers' SiglipTokenizer also removes punctuation; here it stays"
+    )
   return f"{'lower|' if lower else ''}{tokenize}|keep('text')", note
 
 
 def _first(source, *names):
   """Returns the dict in the first of these JSON files that is there, or {}."""
   found = [source / name for name in names if (source / name).exists()]
-  return hf_config.read_json(found[0]) if found else {}
+  return config_lib.read_json(found[0]) if found else {}
 
 
 def main(argv):

@@ -30,21 +30,17 @@ import pathlib
 import shutil
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 
-from sigjax import checkpoint
-from sigjax import errors
-from sigjax import trees
-from sigjax.data import pipe_string
-from sigjax.data import preprocess
-from sigjax.models import load
+from sigjax import errors, trees
+from sigjax.checkpoints import restore
+from sigjax.data.example import pipe_string, preprocess
 from sigjax.models import two_towers
-from tools import hf_config
-from tools import hf_names
-from tools import hf_tokenizer
+from sigjax.weights import npz
+from tools.hf import config as config_lib
+from tools.hf import names as names_lib
+from tools.hf import tokenizer as tokenizer_lib
 
 FLAGS = flags.FLAGS
 
@@ -61,39 +57,45 @@ def convert(weights, out, config=None, tokenizer=None):
   Raises:
     UserError: something is missing, does not fit, or cannot be expressed.
   """
-  save_file = hf_config.need("safetensors.numpy").save_file
+  save_file = config_lib.need("safetensors.numpy").save_file
   is_run = pathlib.Path(weights).is_dir()
-  home = checkpoint.find(weights)[0] if is_run else pathlib.Path(weights).parent
+  home = restore.find(weights)[0] if is_run else pathlib.Path(weights).parent
   flat = _read(weights, is_run)
   tokenizer = pathlib.Path(tokenizer or home / "tokenizer.model")
   config = pathlib.Path(config or home / "config.json")
-  given = hf_config.read_json(config)
+  given = config_lib.read_json(config)
   for key in "model", "pp_image", "pp_text":
     if key not in given:
       raise errors.UserError(f'{config} has no "{key}"')
   size, pixels = image_processor(given["pp_image"])
   length, pad, lower = text_processor(given["pp_text"])
   model = errors.call(two_towers.TwoTowers, given["model"], "config.model")
-  their_config, like = hf_config.describe(model, size, length, pad)
-  text_files = hf_tokenizer.files(
-      tokenizer, lower, their_config["text_config"]["vocab_size"], length, pad)
-  arrays = hf_names.to_theirs(_fit(flat, like, weights))
+  their_config, like = config_lib.describe(model, size, length, pad)
+  text_files = tokenizer_lib.files(
+    tokenizer, lower, their_config["text_config"]["vocab_size"], length, pad
+  )
+  arrays = names_lib.to_theirs(_fit(flat, like, weights))
 
-  with hf_config.new_folder(out) as folder:
+  with config_lib.new_folder(out) as folder:
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    for name, value in {"config.json": their_config,
-                        "preprocessor_config.json": pixels,
-                        **text_files}.items():
-      hf_config.write_json(folder / name, value)
+    for name, value in {
+      "config.json": their_config,
+      "preprocessor_config.json": pixels,
+      **text_files,
+    }.items():
+      config_lib.write_json(folder / name, value)
 
 
 def _read(path, is_run):
   """Returns our {name: array}, in the form that they are stored in."""
   if is_run:
-    return trees.flatten(checkpoint.read_params(
-        path, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])))
-  return trees.flatten(load.load_params(path))
+    return trees.flatten(
+      restore.read_params(
+        path, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      )
+    )
+  return trees.flatten(npz.load_params(path))
 
 
 def _fit(flat, like, path):
@@ -102,24 +104,34 @@ def _fit(flat, like, path):
     # load.fit would adapt them, and the folder be another model.
     if name in flat and flat[name].shape != like[name].shape:
       raise errors.UserError(
-          f"{path} is for images or texts of another size than the config "
-          f"says: {name} is {flat[name].shape}, not {like[name].shape}")
-  return {k: jax.device_get(v) for k, v in trees.flatten(
-      load.fit(flat, trees.unflatten(like), (), path)).items()}
+        f"{path} is for images or texts of another size than the config "
+        f"says: {name} is {flat[name].shape}, not {like[name].shape}"
+      )
+  return {
+    k: jax.device_get(v)
+    for k, v in trees.flatten(
+      npz.fit(flat, trees.unflatten(like), (), path)
+    ).items()
+  }
 
 
 def _ops(string, key):
   """Returns (name, {argument: value}) of each op of a pipe string."""
+
   def recorder(op):
     @functools.wraps(op)  # pipe_string checks arguments by the op's signature
     def record(*args, **kwargs):
       bound = inspect.signature(op).bind(*args, **kwargs)
       bound.apply_defaults()
       return op.__name__, bound.arguments
+
     return record
+
   ops = pipe_string.build(
-      string, {name: recorder(op) for name, op in preprocess.OPS.items()},
-      dict(tokenizer=key))
+    string,
+    {name: recorder(op) for name, op in preprocess.OPS.items()},
+    dict(tokenizer=key),
+  )
   return [(name, args) for name, args in ops if name != "keep"]
 
 
@@ -129,8 +141,9 @@ def _expect(string, key, *patterns):
   names = [name for name, _ in ops]
   if names not in patterns:
     raise errors.UserError(
-        f'{key} "{string}" cannot be expressed by transformers\' '
-        f"SiglipProcessor, only: {' or '.join('|'.join(p) for p in patterns)}")
+      f'{key} "{string}" cannot be expressed by transformers\' '
+      f"SiglipProcessor, only: {' or '.join('|'.join(p) for p in patterns)}"
+    )
   return dict(ops)
 
 
@@ -140,26 +153,38 @@ def image_processor(string):
   Raises:
     UserError: it does more, or resizes to no square.
   """
-  ops = _expect(string, "pp_image", ["decode", "resize", "value_range"],
-                ["decode", "resize"])
+  ops = _expect(
+    string,
+    "pp_image",
+    ["decode", "resize", "value_range"],
+    ["decode", "resize"],
+  )
   height, width, method = ops["resize"].values()
   if (width or height) != height:
     raise errors.UserError(
-        f'pp_image "{string}" resizes to no square, but transformers\' '
-        "SiglipModel takes squares only")
+      f'pp_image "{string}" resizes to no square, but transformers\' '
+      "SiglipModel takes squares only"
+    )
   # Bytes are mapped to [-1, 1] by the model.
   low, high = ops.get("value_range", dict(low=-1.0, high=1.0)).values()
   if high <= low:
     raise errors.UserError(
-        f'pp_image "{string}": no range from {low} to {high}')
+      f'pp_image "{string}": no range from {low} to {high}'
+    )
   # They compute (v / 255 - mean) / std.
   return height, dict(
-      image_processor_type="SiglipImageProcessor",
-      processor_class="SiglipProcessor", do_convert_rgb=True, do_resize=True,
-      size=dict(height=height, width=height),
-      resample=hf_config.RESAMPLE[method], do_rescale=True,
-      rescale_factor=1 / 255, do_normalize=True,
-      image_mean=[-low / (high - low)] * 3, image_std=[1 / (high - low)] * 3)
+    image_processor_type="SiglipImageProcessor",
+    processor_class="SiglipProcessor",
+    do_convert_rgb=True,
+    do_resize=True,
+    size=dict(height=height, width=height),
+    resample=config_lib.RESAMPLE[method],
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=[-low / (high - low)] * 3,
+    image_std=[1 / (high - low)] * 3,
+  )
 
 
 def text_processor(string):

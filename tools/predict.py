@@ -15,23 +15,20 @@ import json
 import pathlib
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
-from sigjax import checkpoint
-from sigjax import errors
-from sigjax import metrics
-from sigjax import sharding
-from sigjax.data import embeddings
-from sigjax.data import preprocess
-from sigjax.data import tokenizer as tokenizer_lib
+from sigjax import errors, sharding
+from sigjax.checkpoints import restore
+from sigjax.data.example import preprocess
+from sigjax.data.example import tokenizer as tokenizer_lib
+from sigjax.data.formats import embeddings
 from sigjax.models import two_towers
+from sigjax.runtime import metrics
 from tools import tower as tower_lib
 
 FLAGS = flags.FLAGS
@@ -51,18 +48,22 @@ class Predictor:
   """
 
   def __init__(self, path, tower=None):
-    workdir = pathlib.Path(checkpoint.find(path)[0])
+    workdir = pathlib.Path(restore.find(path)[0])
     if not (workdir / "config.json").exists():
       raise errors.UserError(
-          f"{workdir} is no workdir of sigjax.train: it has no config.json")
+        f"{workdir} is no workdir of sigjax.train: it has no config.json"
+      )
     config = json.loads((workdir / "config.json").read_text())
     tokenizer = tokenizer_lib.Tokenizer(workdir / "tokenizer.model")
-    self._pp = {key: preprocess.parse(config[f"pp_{key}"], tokenizer=tokenizer)
-                for key in ("image", "text")}
+    self._pp = {
+      key: preprocess.parse(config[f"pp_{key}"], tokenizer=tokenizer)
+      for key in ("image", "text")
+    }
     self._model = errors.call(
-        two_towers.TwoTowers, config["model"], "config.model")
+      two_towers.TwoTowers, config["model"], "config.model"
+    )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    self._params = checkpoint.read_params(path, sharding.batch_sharding(mesh))
+    self._params = restore.read_params(path, sharding.batch_sharding(mesh))
     self._apply = jax.jit(self._model.apply)
     self._tower = None
     if config["model"]["image"].get("kind") == "precomputed":
@@ -73,21 +74,26 @@ class Predictor:
     index = embeddings.read_index(data["path"])
     if config is None or index is None:
       raise errors.UserError(
-          "this run has precomputed images: give --tower, the config with "
-          f"which tools.embed wrote {data['path']}"
-          + ("" if index else "; that folder is gone, or not written by it"))
+        "this run has precomputed images: give --tower, the config with "
+        f"which tools.embed wrote {data['path']}"
+        + ("" if index else "; that folder is gone, or not written by it")
+      )
     self._pp["image"] = preprocess.parse(index["pp_image"])
     blank = io.BytesIO()
     Image.new("RGB", (512, 512)).save(blank, "PNG")
     image = self._pp["image"]({"image": blank.getvalue()}, None)["image"]
     self._tower = errors.call(
-        tower_lib.Tower,
-        {k: config[k] for k in ("model", "init") if k in config},
-        "the config of --tower", image, devices=jax.devices()[:1])
+      tower_lib.Tower,
+      {k: config[k] for k in ("model", "init") if k in config},
+      "the config of --tower",
+      image,
+      devices=jax.devices()[:1],
+    )
     if self._tower.checksum != index["tower"]:
       raise errors.UserError(
-          f"--tower is not the one of {data['path']}: other weights, another "
-          "architecture or another dtype")
+        f"--tower is not the one of {data['path']}: other weights, another "
+        "architecture or another dtype"
+      )
 
   def __call__(self, images, texts):
     """Returns (N, M) float32 probabilities of N images and M texts.
@@ -124,8 +130,9 @@ def main(argv):
   tower = FLAGS.tower.to_dict() if FLAGS.tower else None
   table = Predictor(FLAGS.workdir, tower)(images, FLAGS.texts)
   for line in metrics.table(
-      [(name, *(f"{p:.2%}" for p in row)) for name, row in zip(names, table)],
-      ("image", *FLAGS.texts)):
+    [(name, *(f"{p:.2%}" for p in row)) for name, row in zip(names, table)],
+    ("image", *FLAGS.texts),
+  ):
     print(line)
 
 
@@ -143,6 +150,7 @@ if __name__ == "__main__":
   flags.DEFINE_list("image", None, "Image files.")
   flags.DEFINE_list("texts", None, "Texts.")
   config_flags.DEFINE_config_file(
-      "tower", None, "The config of the tower, if images were precomputed.")
+    "tower", None, "The config of the tower, if images were precomputed."
+  )
   flags.mark_flags_as_required(["workdir", "image", "texts"])
   app.run(run)

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sigjax import checkpoint
-from sigjax import errors
-from sigjax import sharding
-from sigjax import trees
+from sigjax import errors, sharding, trees
+from sigjax.checkpoints import restore
 from sigjax.models import two_towers
 
 
@@ -34,19 +32,25 @@ class Tower:
   def __init__(self, image, *, model, init=None, devices=None):
     if model["image"].get("kind", "vit") == "precomputed":
       raise errors.UserError(
-          "config.model.image is precomputed: give the config that has the "
-          "tower itself, the one without embeddings=")
+        "config.model.image is precomputed: give the config that has the "
+        "tower itself, the one without embeddings="
+      )
     if not init or init.get("into") == "txt":
       raise errors.UserError(
-          "config.init names no weights of the image tower, and embeddings of "
-          "one at random are worth nothing; set config.init.path")
+        "config.init names no weights of the image tower, and embeddings of "
+        "one at random are worth nothing; set config.init.path"
+      )
     model = errors.call(two_towers.TwoTowers, model, "config.model")
     self.mesh = sharding.make_mesh(devices=devices or jax.local_devices())
     shapes = jax.eval_shape(
-        two_towers.image_tower(model).init, jax.random.key(0), image[None])
+      two_towers.image_tower(model).init, jax.random.key(0), image[None]
+    )
     params = {"img": self._weights(shapes["params"], model.dtype, init)}
-    about = json.dumps([dict(model.image), model.out_dim[0], model.dtype],
-                       sort_keys=True, default=list)
+    about = json.dumps(
+      [dict(model.image), model.out_dim[0], model.dtype],
+      sort_keys=True,
+      default=list,
+    )
     digest = hashlib.sha256(about.encode())
     for name, x in sorted(trees.flatten(params).items()):
       digest.update(f"{name} {x.dtype} {x.shape}".encode())
@@ -57,19 +61,21 @@ class Tower:
       params["b"] = jnp.zeros(1)
     params["t"] = jnp.zeros(1)
     self._params = jax.device_put(
-        params, jax.sharding.NamedSharding(self.mesh, jax.P()))
+      params, jax.sharding.NamedSharding(self.mesh, jax.P())
+    )
     self._apply = jax.jit(lambda p, x: model.apply({"params": p}, x, None)[0])
     self.width = jax.eval_shape(self._apply, params, image[None]).shape[1]
 
   @staticmethod
   def _weights(shapes, dtype, init):
     if init.get("into") is None:  # of a file of both towers, one is enough
-      init = dict(init, dont_load=(
-          *init.get("dont_load", ()), "txt/.*", "t", "b"))
-    given = errors.call(
-        checkpoint.read_init, init, "config.init", {"img": shapes})
-    return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)),
-                        trees.unflatten(given)["img"])
+      init = dict(
+        init, dont_load=(*init.get("dont_load", ()), "txt/.*", "t", "b")
+      )
+    given = errors.call(restore.read_init, init, "config.init", {"img": shapes})
+    return jax.tree.map(
+      lambda x: np.asarray(x, jnp.dtype(dtype)), trees.unflatten(given)["img"]
+    )
 
   def __call__(self, images):
     """(B, H, W, C) numpy -> (B, E) unit rows, float32, on the devices."""

@@ -13,21 +13,23 @@ will see.
 
 import sys
 
-from absl import app
-from absl import flags
+from absl import app, flags
 
 from sigjax import errors
-from sigjax.data import sources
-from sigjax.data import tokenizer
+from sigjax.data import kinds
+from sigjax.data.example import tokenizer
 
 _SOURCE = flags.DEFINE_enum(
-    "source", "emoji", sorted(set(sources.SOURCES) - {"mix"}), "Kind.")
+  "source", "emoji", sorted(set(kinds.SOURCES) - {"mix"}), "Kind."
+)
 _PATH = flags.DEFINE_string(
-    "path", None, "The folder of folder and embeddings, the shards of others.")
+  "path", None, "The folder of folder and embeddings, the shards of others."
+)
 _NAME = flags.DEFINE_string("name", None, "Dataset, for --source tfds.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where datasets are.")
 _SPLIT = flags.DEFINE_string(
-    "split", None, "Split of tfds and emoji; train if unset.")
+  "split", None, "Split of tfds and emoji; train if unset."
+)
 _CAPTIONS = flags.DEFINE_string("captions", "captions", "Feature to read.")
 _LOWER = flags.DEFINE_boolean("lower", True, "Whether to lower-case captions.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", None, "Pieces.", required=True)
@@ -40,12 +42,17 @@ def main(argv):
   kind = _SOURCE.value
   path = "path" if kind in ("folder", "embeddings") else "shards"
   split = "train" if kind in ("tfds", "emoji") else None
-  given = {"name": _NAME.value, "split": _SPLIT.value or split,
-           "data_dir": _DATA_DIR.value, path: _PATH.value}
+  given = {
+    "name": _NAME.value,
+    "split": _SPLIT.value or split,
+    "data_dir": _DATA_DIR.value,
+    path: _PATH.value,
+  }
   try:
-    source = sources.open_source(
-        kind, **{k: v for k, v in given.items() if v is not None})
-    texts = sources.all_captions(source, _CAPTIONS.value)
+    source = kinds.open_source(
+      kind, **{k: v for k, v in given.items() if v is not None}
+    )
+    texts = kinds.all_captions(source, _CAPTIONS.value)
     if _LOWER.value:
       texts = (text.lower() for text in texts)
     tokenizer.train(texts, _VOCAB_SIZE.value, _OUT.value)

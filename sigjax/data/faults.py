@@ -4,9 +4,11 @@ Data at scale is never whole: the pipeline may skip what is reported here, and
 count it by its kind.
 """
 
-from absl import logging
+import logging
 
 from sigjax import errors
+
+log = logging.getLogger("sigjax")
 
 MAX_CAPTION = 64 * 1024  # bytes; a longer one is a web page, not a caption
 
@@ -31,16 +33,19 @@ def caption(value):
       longer than MAX_CAPTION.
   """
   if len(value) > MAX_CAPTION:
-    raise BadExample(f"a caption of {len(value)} bytes, of which {MAX_CAPTION} "
-                     "are allowed", kind="caption too long")
+    raise BadExample(
+      f"a caption of {len(value)} bytes, of which {MAX_CAPTION} are allowed",
+      kind="caption too long",
+    )
   try:
     if isinstance(value, str):
       value.encode()  # JSON may hold half a character: "\ud83d"
       return value
     return value.decode()
   except UnicodeError as e:
-    raise BadExample(f"the caption {value[:20]!r} is not UTF-8",
-                     kind="caption not UTF-8") from e
+    raise BadExample(
+      f"the caption {value[:20]!r} is not UTF-8", kind="caption not UTF-8"
+    ) from e
 
 
 def merge(total, found):
@@ -55,7 +60,7 @@ def counts(found):
   return {kind: count for kind, (count, _) in found.items()}
 
 
-def log(where, found):
+def report(where, found):
   """Logs {kind: (count, an example's name)}, a line for each kind."""
   for kind, (count, name) in found.items():
-    logging.warning("%s: %d x %s, such as %s", where, count, kind, name)
+    log.warning("%s: %d x %s, such as %s", where, count, kind, name)

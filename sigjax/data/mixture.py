@@ -44,8 +44,9 @@ class _Joined:
 
 def _each(what):
   return errors.UserError(
-      f"{what} of a mix is not known as a whole: give only, group_by, part and "
-      "shuffle to each of its sources instead")
+    f"{what} of a mix is not known as a whole: give only, group_by, part and "
+    "shuffle to each of its sources instead"
+  )
 
 
 class Mixture(source_lib.Source):
@@ -64,10 +65,15 @@ class Mixture(source_lib.Source):
 
   def __init__(self, parts, weights):
     super().__init__(
-        name=f"mix of {', '.join(part.name for part in parts)}",
-        records=_Joined(parts), tower=parts[0].tower,
-        label_names={k: v for k, v in parts[0].label_names.items() if all(
-            part.label_names.get(k) == v for part in parts)})
+      name=f"mix of {', '.join(part.name for part in parts)}",
+      records=_Joined(parts),
+      tower=parts[0].tower,
+      label_names={
+        k: v
+        for k, v in parts[0].label_names.items()
+        if all(part.label_names.get(k) == v for part in parts)
+      },
+    )
     self.parts, self.weights = parts, weights
     self._starts = [0, *itertools.accumulate(map(len, parts))]
     for part in parts:
@@ -82,8 +88,12 @@ class Mixture(source_lib.Source):
 
   def numbers(self):
     """As of a Source: the numbers of all records, in rising order."""
-    return np.concatenate([self.records.first(j) + part.numbers()
-                           for j, part in enumerate(self.parts)])
+    return np.concatenate(
+      [
+        self.records.first(j) + part.numbers()
+        for j, part in enumerate(self.parts)
+      ]
+    )
 
   def pick(self, i, rng=None):
     """As of a Source: the number of the record that element i stands for."""
@@ -135,28 +145,36 @@ def mix(open_source, sources, weights):
   """
   if not sources or len(sources) != len(weights):
     raise errors.UserError(
-        f"a mix has {len(sources)} sources and {len(weights)} weights; give "
-        "each source one")
-  numbers = [w for w in weights if isinstance(w, (int, float))
-             and math.isfinite(w) and w > 0]
+      f"a mix has {len(sources)} sources and {len(weights)} weights; give "
+      "each source one"
+    )
+  numbers = [
+    w
+    for w in weights
+    if isinstance(w, (int, float)) and math.isfinite(w) and w > 0
+  ]
   for weight in weights:
     if weight not in numbers or weight < max(numbers) * 1e-9:
       raise errors.UserError(
-          f"{weight!r} is no weight of a mix: each is a positive number, and "
-          "more than a billionth of the largest; leave out what shall not be")
+        f"{weight!r} is no weight of a mix: each is a positive number, and "
+        "more than a billionth of the largest; leave out what shall not be"
+      )
   parts = []
   for i, section in enumerate(sources):
     if section.get("kind") == "mix":
       raise errors.UserError(
-          "a source of a mix is itself a mix; list all sources in one")
+        "a source of a mix is itself a mix; list all sources in one"
+      )
     if section in sources[:i]:
       raise errors.UserError(
-          f"source {i} of the mix is there already, so that a batch could hold "
-          "an example twice; give it once, with a larger weight")
+        f"source {i} of the mix is there already, so that a batch could hold "
+        "an example twice; give it once, with a larger weight"
+      )
     parts.append(errors.call(open_source, section, f"source {i} of the mix"))
   for part in parts[1:]:
     if part.tower != parts[0].tower:
       raise errors.UserError(
-          f"{part.name} has embeddings of tower {part.tower}, {parts[0].name} "
-          f"of {parts[0].tower}: all of a mix have to be of the same one")
+        f"{part.name} has embeddings of tower {part.tower}, {parts[0].name} "
+        f"of {parts[0].tower}: all of a mix have to be of the same one"
+      )
   return Mixture(parts, [float(w) for w in weights])

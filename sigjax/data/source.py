@@ -32,8 +32,9 @@ class Source:
     tower: of embeddings, what they were computed with; else None.
   """
 
-  def __init__(self, name, records, members=None, label_names=None,
-               faults=None, tower=None):
+  def __init__(
+    self, name, records, members=None, label_names=None, faults=None, tower=None
+  ):
     self.name = name
     self.records = records
     self.members = members
@@ -55,8 +56,9 @@ class Source:
     """A UserError unless `other`, the tower of `what`, is the same as ours."""
     if other != self.tower:
       raise errors.UserError(
-          f"{what} has embeddings of tower {other}, the training data has "
-          f"{self.tower}: all have to be of the same one")
+        f"{what} has embeddings of tower {other}, the training data has "
+        f"{self.tower}: all have to be of the same one"
+      )
 
   def __len__(self):
     return len(self.records if self.members is None else self.members)
@@ -65,8 +67,11 @@ class Source:
     """Returns the numbers of all records it stands for, in rising order."""
     if self.members is None:
       return np.arange(len(self.records))
-    return np.sort(np.concatenate(self.members) if isinstance(
-        self.members, list) else np.ravel(self.members))
+    return np.sort(
+      np.concatenate(self.members)
+      if isinstance(self.members, list)
+      else np.ravel(self.members)
+    )
 
   def pick(self, i, rng=None):
     """Returns the number of the record element i stands for.
@@ -111,8 +116,10 @@ def captions(example, key):
   if isinstance(value, dict):
     value = errors.pick(value, "text", f'feature of "{key}"')
   values = [value] if isinstance(value, (str, bytes)) else value
-  return [faults_lib.caption(v if isinstance(v, (str, bytes)) else str(v))
-          for v in values]
+  return [
+    faults_lib.caption(v if isinstance(v, (str, bytes)) else str(v))
+    for v in values
+  ]
 
 
 def as_column(values, name, what):
@@ -127,18 +134,21 @@ def as_column(values, name, what):
   Raises:
     UserError: texts and numbers, or more than one value in one example.
   """
-  values = [v.decode(errors="replace") if isinstance(v, bytes) else v
-            for v in values]
+  values = [
+    v.decode(errors="replace") if isinstance(v, bytes) else v for v in values
+  ]
   texts = sum(isinstance(v, str) for v in values)
   missing = sum(v is None for v in values)
   if any(isinstance(v, (dict, list)) or np.ndim(v) for v in values):
     raise errors.UserError(
-        f'feature "{name}" of {what} holds more than one value, so examples '
-        "cannot be chosen or grouped by it")
+      f'feature "{name}" of {what} holds more than one value, so examples '
+      "cannot be chosen or grouped by it"
+    )
   if texts and texts + missing < len(values):
     raise errors.UserError(
-        f'feature "{name}" of {what} holds texts in some examples and numbers '
-        "in others, so they cannot be chosen or grouped by it")
+      f'feature "{name}" of {what} holds texts in some examples and numbers '
+      "in others, so they cannot be chosen or grouped by it"
+    )
   if missing:
     fill = "" if texts else np.nan
     values = [fill if v is None else v for v in values]

@@ -1,14 +1,12 @@
 """Evaluations by name. Each is given an `embed` function, never a model."""
 
 from sigjax import errors
-from sigjax.evaluators import picture
-from sigjax.evaluators import retrieval
-from sigjax.evaluators import zeroshot
+from sigjax.evaluators import picture, retrieval, zeroshot
 
 EVALUATORS = dict(
-    retrieval=retrieval.Retrieval,
-    zeroshot=zeroshot.ZeroShot,
-    picture=picture.Picture,
+  retrieval=retrieval.Retrieval,
+  zeroshot=zeroshot.ZeroShot,
+  picture=picture.Picture,
 )
 
 

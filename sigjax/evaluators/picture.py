@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sigjax import errors
-from sigjax.data import preprocess
+from sigjax.data.example import preprocess
 from sigjax.evaluators import retrieval
 
 SIDE, WIDTH, LINE, GAP = 112, 400, 20, 12  # pixels: image, cell, text, margin
@@ -24,7 +24,8 @@ class Picture:
 
   def __init__(self, tokenizer, *, path, count=24, best=5, **options):
     self._retrieval = errors.call(
-        retrieval.Retrieval, options, "config of the picture", tokenizer)
+      retrieval.Retrieval, options, "config of the picture", tokenizer
+    )
     self.source = self._retrieval.source
     self._path, self._count, self._best = path, count, best
 
@@ -37,7 +38,8 @@ class Picture:
     columns = 3
     rows = -(-len(chosen) // columns)
     sheet = Image.new(
-        "RGB", (columns * WIDTH + GAP, rows * (SIDE + GAP) + GAP), "white")
+      "RGB", (columns * WIDTH + GAP, rows * (SIDE + GAP) + GAP), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
     decode = preprocess.parse("decode|keep('image')")
@@ -46,18 +48,24 @@ class Picture:
       x, y = GAP + x * WIDTH, GAP + y * (SIDE + GAP)
       image = Image.fromarray(decode(r.source[i], None)["image"])
       sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
-      for line, j in enumerate(np.argsort(-ztxt @ zimg[i])[:self._best]):
+      for line, j in enumerate(np.argsort(-ztxt @ zimg[i])[: self._best]):
         right = r.text_ids[j] == r.image_ids[i]
         top = y + line * LINE + 4
         if right:
-          draw.rectangle((x + SIDE + 6, top - 1, x + WIDTH - GAP, top + 17),
-                         fill=(205, 240, 205))
+          draw.rectangle(
+            (x + SIDE + 6, top - 1, x + WIDTH - GAP, top + 17),
+            fill=(205, 240, 205),
+          )
         text = full = r.texts[j]["text"]
         while draw.textlength(text, font) > WIDTH - SIDE - 2 * GAP - 16:
           full = full[:-1]
           text = full.rstrip() + "…"
-        draw.text((x + SIDE + 10, top), text, font=font,
-                  fill=(0, 90, 0) if right else (90, 90, 90))
+        draw.text(
+          (x + SIDE + 10, top),
+          text,
+          font=font,
+          fill=(0, 90, 0) if right else (90, 90, 90),
+        )
     if jax.process_index() == 0:
       sheet.save(self._path)
     return []

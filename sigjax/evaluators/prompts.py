@@ -3,21 +3,29 @@
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import sources
+from sigjax.data import kinds
 from sigjax.evaluators import ranking
 
 # "{}" is the class's name. "photo" are ways in which people caption photos.
 TEMPLATES = dict(
-    plain=("{}",),
-    photo=("{}", "a {}", "a photo of a {}", "a picture of the {}",
-           "a close-up photo of a {}", "one {}", "many {}"),
+  plain=("{}",),
+  photo=(
+    "{}",
+    "a {}",
+    "a photo of a {}",
+    "a picture of the {}",
+    "a close-up photo of a {}",
+    "one {}",
+    "many {}",
+  ),
 )
 
 
 def from_labels(source, label):
   """Integer labels, their names from the dataset's own description."""
   names = errors.pick(
-      source.label_names, label, f"{source.name}: the class label")
+    source.label_names, label, f"{source.name}: the class label"
+  )
   ids = np.array([source[i][label] for i in range(len(source))], np.int32)
   return ids, [[name.replace("_", " ")] for name in names]
 
@@ -29,7 +37,7 @@ def from_captions(source, label, captions="captions"):
   for i in range(len(source)):
     example = source[i]
     labels.append(example[label])
-    for text in sources.captions(example, captions):
+    for text in kinds.captions(example, captions):
       texts.setdefault(example[label], {})[text] = None
   ids, values = ranking.number(labels)
   return ids, [list(texts[value]) for value in values]
@@ -52,5 +60,6 @@ def classes(source, label, kind, templates):
   """
   ids, names = errors.pick(CLASSES, kind, "classes")(source, label)
   templates = errors.pick(TEMPLATES, templates, "templates")
-  return ids, [[t.format(name) for name in group for t in templates]
-               for group in names]
+  return ids, [
+    [t.format(name) for name in group for t in templates] for group in names
+  ]

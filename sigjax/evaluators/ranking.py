@@ -3,13 +3,13 @@
 import math
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sigjax import sharding
-from sigjax.data import pipeline
-from sigjax.data import preprocess
+from sigjax.data.batches import pipeline
+from sigjax.data.example import preprocess
 
 BLOCK = 1024  # queries compared at a time, on all devices together
 
@@ -30,8 +30,12 @@ def embed_all(embed, source, pp, tokenizer, batch_size):
   fn = preprocess.parse(pp, tokenizer=tokenizer)
   rows = []
   for batch in pipeline.eval_batches(
-      source, fn, batch_size=batch_size, process_index=jax.process_index(),
-      process_count=jax.process_count()):
+    source,
+    fn,
+    batch_size=batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  ):
     mask = batch.pop("_mask")
     zimg, ztxt = embed(**batch)
     z = zimg if ztxt is None else ztxt
@@ -66,14 +70,15 @@ def ranks(queries, keys, query_ids, key_ids, mesh):
   part = block // jax.process_count()
   found = []
   for start in range(0, len(queries), block):
-    q, ids = queries[start:start + block], query_ids[start:start + block]
+    q, ids = queries[start : start + block], query_ids[start : start + block]
     short = block - len(q)
     q, ids = np.pad(q, ((0, short), (0, 0))), np.pad(ids, (0, short))
     mine = slice(part * jax.process_index(), part * (jax.process_index() + 1))
     q, ids = sharding.put_batch((q[mine], ids[mine]), mesh)
     rank = multihost_utils.process_allgather(
-        _ranks(q, keys, ids, key_ids), tiled=True)
-    found.append(np.asarray(rank)[:block - short])
+      _ranks(q, keys, ids, key_ids), tiled=True
+    )
+    found.append(np.asarray(rank)[: block - short])
   return np.concatenate(found)
 
 

@@ -56,8 +56,10 @@ class TextTransformer(nn.Module):
     """
     size = transformer.sizes(self, self.variant)
     pool = errors.pick(
-        {"last": self._last, "map": self._map, "gap": self._gap},
-        self.pool_type, "pool_type")
+      {"last": self._last, "map": self._map, "gap": self._gap},
+      self.pool_type,
+      "pool_type",
+    )
     dropout = self.dropout if train else 0.0
     out = {}
 
@@ -66,8 +68,15 @@ class TextTransformer(nn.Module):
     x = x.astype(self.dtype)
     x = out["embedded"] = nn.Dropout(dropout, deterministic=False)(x)
     x = out["encoded"] = transformer.Encoder(
-        size.depth, size.mlp_dim, size.num_heads, dropout, self.scan,
-        self.remat, self.dtype, name="Encoder_0")(x)
+      size.depth,
+      size.mlp_dim,
+      size.num_heads,
+      dropout,
+      self.scan,
+      self.remat,
+      self.dtype,
+      name="Encoder_0",
+    )(x)
     x = out["pre_logits"] = pool(x, size)
     if self.out_dim:
       # Not zeros, as in a classifier: the embedding would have no direction.
@@ -80,28 +89,35 @@ class TextTransformer(nn.Module):
     # padding does, are not summed in bfloat16.
     rank = self.embed_rank or width
     x = nn.Embed(
-        self.vocab_size, rank, name="Embed_0",
-        embedding_init=nn.initializers.normal(rank**-0.5))(text)
+      self.vocab_size,
+      rank,
+      name="Embed_0",
+      embedding_init=nn.initializers.normal(rank**-0.5),
+    )(text)
     if self.embed_rank:
-      x = nn.Dense(
-          width, use_bias=False, dtype=self.dtype, name="embed_proj")(x)
+      x = nn.Dense(width, use_bias=False, dtype=self.dtype, name="embed_proj")(
+        x
+      )
     return x.astype(jnp.float32)
 
   def _positions(self, length, width):
     have = self.get_variable("params", "pos_embedding")
     if have is not None and have.shape[1] != length:
       raise errors.UserError(
-          f"the text has {length} tokens, but pos_embedding {have.shape} is "
-          f"for {have.shape[1]}: tokenize to length {have.shape[1]}")
+        f"the text has {length} tokens, but pos_embedding {have.shape} is "
+        f"for {have.shape[1]}: tokenize to length {have.shape[1]}"
+      )
     return self.param(
-        "pos_embedding", nn.initializers.normal(0.01), (1, length, width))
+      "pos_embedding", nn.initializers.normal(0.01), (1, length, width)
+    )
 
   def _last(self, x, size):
     return x[:, -1]
 
   def _map(self, x, size):
     return transformer.MAPHead(
-        size.mlp_dim, size.num_heads, self.dtype, name="MAPHead_0")(x)
+      size.mlp_dim, size.num_heads, self.dtype, name="MAPHead_0"
+    )(x)
 
   def _gap(self, x, size):
     return jnp.mean(x, axis=1)

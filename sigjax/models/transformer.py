@@ -26,26 +26,26 @@ class Sizes(NamedTuple):
 
 
 VARIANTS = {
-    "mu": Sizes(32, 1, 128, 2),
-    "Ti": Sizes(192, 12, 768, 3),
-    "S": Sizes(384, 12, 1536, 6),
-    "M": Sizes(512, 12, 2048, 8),
-    "B": Sizes(768, 12, 3072, 12),
-    "L": Sizes(1024, 24, 4096, 16),
-    "So400m": Sizes(1152, 27, 4304, 16),
-    "H": Sizes(1280, 32, 5120, 16),
-    "g": Sizes(1408, 40, 6144, 16),
-    "g-opt": Sizes(1536, 40, 6144, 16),
-    "G": Sizes(1664, 48, 8192, 16),
+  "mu": Sizes(32, 1, 128, 2),
+  "Ti": Sizes(192, 12, 768, 3),
+  "S": Sizes(384, 12, 1536, 6),
+  "M": Sizes(512, 12, 2048, 8),
+  "B": Sizes(768, 12, 3072, 12),
+  "L": Sizes(1024, 24, 4096, 16),
+  "So400m": Sizes(1152, 27, 4304, 16),
+  "H": Sizes(1280, 32, 5120, 16),
+  "g": Sizes(1408, 40, 6144, 16),
+  "g-opt": Sizes(1536, 40, 6144, 16),
+  "G": Sizes(1664, 48, 8192, 16),
 }
 
 # What the backward pass finds in memory and what it computes again. "dots"
 # keeps the outputs of the dense layers and recomputes the rest, among it the
 # attention weights.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+  "none": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -67,11 +67,12 @@ def sizes(tower, variant):
   for key, value in got.items():
     if not value:
       raise errors.UserError(
-          f'{type(tower).__name__} needs a variant (such as "B") or {key}')
+        f'{type(tower).__name__} needs a variant (such as "B") or {key}'
+      )
   if got["width"] % got["num_heads"]:
     raise errors.UserError(
-        f"width {got['width']} is not a multiple of num_heads "
-        f"{got['num_heads']}")
+      f"width {got['width']} is not a multiple of num_heads {got['num_heads']}"
+    )
   return Sizes(**got)
 
 
@@ -91,7 +92,8 @@ class LayerNorm(nn.Module):
     x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
     last = (1,) * (x.ndim - 1) + (-1,)
     return x * scale.astype(x.dtype).reshape(last) + bias.astype(
-        x.dtype).reshape(last)
+      x.dtype
+    ).reshape(last)
 
 
 def attend(query, key, value):
@@ -101,7 +103,7 @@ def attend(query, key, value):
   sum of bfloat16 values in float32; here both products keep the inputs' dtype.
   """
   dtype = query.dtype
-  logits = jnp.einsum("blhd,bmhd->bhlm", query * query.shape[-1]**-0.5, key)
+  logits = jnp.einsum("blhd,bmhd->bhlm", query * query.shape[-1] ** -0.5, key)
   weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(dtype)
   return jnp.einsum("bhlm,bmhd->blhd", weights, value)
 
@@ -109,8 +111,11 @@ def attend(query, key, value):
 def attention(num_heads, dtype):
   """Returns the multi-head attention layer: layer(x) or layer(query, keys)."""
   return nn.MultiHeadDotProductAttention(
-      num_heads, dtype=dtype, attention_fn=attend,
-      kernel_init=nn.initializers.xavier_uniform())
+    num_heads,
+    dtype=dtype,
+    attention_fn=attend,
+    kernel_init=nn.initializers.xavier_uniform(),
+  )
 
 
 class MlpBlock(nn.Module):
@@ -123,9 +128,11 @@ class MlpBlock(nn.Module):
   @nn.compact
   def __call__(self, x):
     dense = functools.partial(
-        nn.Dense, dtype=self.dtype,
-        kernel_init=nn.initializers.xavier_uniform(),
-        bias_init=nn.initializers.normal(1e-6))
+      nn.Dense,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.xavier_uniform(),
+      bias_init=nn.initializers.normal(1e-6),
+    )
     width = x.shape[-1]
     x = nn.gelu(dense(self.mlp_dim)(x), approximate=True)
     x = nn.Dropout(self.dropout, deterministic=False)(x)
@@ -178,8 +185,11 @@ class Encoder(nn.Module):
     x = x.astype(self.dtype)
     if self.scan:
       stack = nn.scan(
-          block, variable_axes={"params": 0}, length=self.depth,
-          split_rngs={"params": True, "dropout": True})
+        block,
+        variable_axes={"params": 0},
+        length=self.depth,
+        split_rngs={"params": True, "dropout": True},
+      )
       x, _ = stack(*args, name="encoderblock")(x)
     else:
       for i in range(self.depth):
@@ -201,7 +211,8 @@ class MAPHead(nn.Module):
   @nn.compact
   def __call__(self, x):
     probe = self.param(
-        "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
+      "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
+    )
     probe = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
     x = attention(self.num_heads, self.dtype)(probe, x)
     x = x + MlpBlock(self.mlp_dim, dtype=self.dtype)(LayerNorm()(x))

@@ -54,11 +54,11 @@ class TwoTowers(nn.Module):
       UserError: a key in `image` or `text` that their tower does not take.
     """
     t = self.param(
-        "t", nn.initializers.constant(math.log(self.temperature_init)), (1,))
+      "t", nn.initializers.constant(math.log(self.temperature_init)), (1,)
+    )
     out = {"t": jnp.exp(t), "b": jnp.zeros(1)}
     if self.bias_init is not None:
-      out["b"] = self.param(
-          "b", nn.initializers.constant(self.bias_init), (1,))
+      out["b"] = self.param("b", nn.initializers.constant(self.bias_init), (1,))
 
     zimg = ztxt = None
     if image is not None:
@@ -95,11 +95,13 @@ class Precomputed(nn.Module):
     del train
     if image.ndim != 2 or image.shape[1] != self.width:
       raise errors.UserError(
-          f"the data's embeddings have shape {tuple(image.shape[1:])}, but "
-          f"config.model.image.width is {self.width}")
+        f"the data's embeddings have shape {tuple(image.shape[1:])}, but "
+        f"config.model.image.width is {self.width}"
+      )
     if self.out_dim:
       image = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(
-          image.astype(self.dtype))
+        image.astype(self.dtype)
+      )
     return image, {}
 
   @nn.nowrap
@@ -115,17 +117,28 @@ def image_tower(model, **kwargs):
   """Returns the tower of a TwoTowers, alone unless given name and parent."""
   options = dict(model.image)
   tower = errors.pick(
-      IMAGE_TOWERS, options.pop("kind", "vit"), "config.model.image.kind")
+    IMAGE_TOWERS, options.pop("kind", "vit"), "config.model.image.kind"
+  )
   return errors.call(
-      tower, options, "model.image", out_dim=model.out_dim[0],
-      dtype=model.dtype, **kwargs)
+    tower,
+    options,
+    "model.image",
+    out_dim=model.out_dim[0],
+    dtype=model.dtype,
+    **kwargs,
+  )
 
 
 def text_tower(model, **kwargs):
   """Returns the TextTransformer of a TwoTowers, as image_tower does."""
   return errors.call(
-      text_lib.TextTransformer, model.text, "model.text",
-      out_dim=model.out_dim[1], dtype=model.dtype, **kwargs)
+    text_lib.TextTransformer,
+    model.text,
+    "model.text",
+    out_dim=model.out_dim[1],
+    dtype=model.dtype,
+    **kwargs,
+  )
 
 
 def _unit(name, z, tower_out, out):
@@ -147,5 +160,7 @@ def flops(model, image_shape, text_shape):
     model: a TwoTowers.
     image_shape: (B, H, W, C); text_shape: (B, L).
   """
-  return {"img": image_tower(model).flops(*image_shape[1:]),
-          "txt": text_tower(model).flops(text_shape[1])}
+  return {
+    "img": image_tower(model).flops(*image_shape[1:]),
+    "txt": text_tower(model).flops(text_shape[1]),
+  }

@@ -16,7 +16,8 @@ def sincos2d(height, width_in_patches, width):
   """
   if width % 4:
     raise errors.UserError(
-        f'posemb "sincos2d" needs a width divisible by 4, not {width}')
+      f'posemb "sincos2d" needs a width divisible by 4, not {width}'
+    )
   frequency = 10_000.0 ** -np.linspace(0, 1, width // 4)
   y, x = np.mgrid[:height, :width_in_patches].reshape(2, -1, 1) * frequency
   table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
@@ -70,10 +71,13 @@ class ViT(nn.Module):
     """
     size = self._sizes()
     pool = errors.pick(
-        {"map": self._map, "gap": self._gap, "tok": self._tok},
-        self.pool_type, "pool_type")
+      {"map": self._map, "gap": self._gap, "tok": self._tok},
+      self.pool_type,
+      "pool_type",
+    )
     positions = errors.pick(
-        {"learn": self._learned, "sincos2d": sincos2d}, self.posemb, "posemb")
+      {"learn": self._learned, "sincos2d": sincos2d}, self.posemb, "posemb"
+    )
     dropout = self.dropout if train else 0.0
     out = {}
 
@@ -81,12 +85,18 @@ class ViT(nn.Module):
     # would take p * p * width for the fan-out.
     patch = (self._patch(),) * 2
     x = nn.Conv(
-        size.width, patch, strides=patch, padding="VALID", dtype=self.dtype,
-        name="embedding")(image)
+      size.width,
+      patch,
+      strides=patch,
+      padding="VALID",
+      dtype=self.dtype,
+      name="embedding",
+    )(image)
     b, h, w, _ = x.shape
     if not h * w:
       raise errors.UserError(
-          f"image {image.shape} is smaller than one patch {patch}")
+        f"image {image.shape} is smaller than one patch {patch}"
+      )
     table = jnp.asarray(positions(h, w, size.width), self.dtype)
     x = x.reshape(b, h * w, size.width) + table
     if self.pool_type == "tok":
@@ -96,8 +106,15 @@ class ViT(nn.Module):
     x = out["embedded"] = nn.Dropout(dropout, deterministic=False)(x)
 
     x = out["encoded"] = transformer.Encoder(
-        size.depth, size.mlp_dim, size.num_heads, dropout, self.scan,
-        self.remat, self.dtype, name="Transformer")(x)
+      size.depth,
+      size.mlp_dim,
+      size.num_heads,
+      dropout,
+      self.scan,
+      self.remat,
+      self.dtype,
+      name="Transformer",
+    )(x)
     x = out["pre_logits"] = pool(x, size)
     if self.out_dim:
       x = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(x)
@@ -107,14 +124,17 @@ class ViT(nn.Module):
     have = self.get_variable("params", "pos_embedding")
     if have is not None and have.shape[1] != h * w:
       raise errors.UserError(
-          f"the image has {h} x {w} patches, but pos_embedding {have.shape} is "
-          f"for {have.shape[1]}; load.load_params resamples it to `like`")
+        f"the image has {h} x {w} patches, but pos_embedding {have.shape} is "
+        f"for {have.shape[1]}; load.load_params resamples it to `like`"
+      )
     return self.param(
-        "pos_embedding", nn.initializers.normal(width**-0.5), (1, h * w, width))
+      "pos_embedding", nn.initializers.normal(width**-0.5), (1, h * w, width)
+    )
 
   def _map(self, x, size):
     return transformer.MAPHead(
-        size.mlp_dim, size.num_heads, self.dtype, name="MAPHead_0")(x)
+      size.mlp_dim, size.num_heads, self.dtype, name="MAPHead_0"
+    )(x)
 
   def _gap(self, x, size):
     return jnp.mean(x, axis=1)
@@ -133,8 +153,9 @@ class ViT(nn.Module):
     patch = (self.variant or "").partition("/")[2]
     if not patch.isdecimal() or not int(patch):
       raise errors.UserError(
-          f'image variant "{self.variant}" names no patch size: write one as '
-          'in "B/16", or give patch_size')
+        f'image variant "{self.variant}" names no patch size: write one as '
+        'in "B/16", or give patch_size'
+      )
     return int(patch)
 
   @nn.nowrap
@@ -144,7 +165,8 @@ class ViT(nn.Module):
     patches = (height // patch) * (width // patch)
     total = 2 * patches * patch * patch * channels * size.width
     total += transformer.encoder_flops(
-        size, patches + (self.pool_type == "tok"))
+      size, patches + (self.pool_type == "tok")
+    )
     if self.pool_type == "map":
       total += transformer.map_flops(size, patches)
     return total + 2 * size.width * (self.out_dim or 0)

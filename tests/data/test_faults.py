@@ -11,10 +11,9 @@ from PIL import Image
 import pytest
 
 from sigjax import errors
-from sigjax.data import faults
-from sigjax.data import pipeline
-from sigjax.data import preprocess
-from sigjax.data import sources
+from sigjax.data import faults, kinds
+from sigjax.data.batches import pipeline
+from sigjax.data.example import preprocess
 
 NUM, BAD = 40, 17
 
@@ -33,12 +32,21 @@ def picture(i):
 
 def bomb(side=50_000):
   """A PNG of a few bytes that claims side x side pixels."""
+
   def chunk(kind, data):
-    return (struct.pack(">I", len(data)) + kind + data
-            + struct.pack(">I", zlib.crc32(kind + data)))
-  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
-      ">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(
-          b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+      struct.pack(">I", len(data))
+      + kind
+      + data
+      + struct.pack(">I", zlib.crc32(kind + data))
+    )
+
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    + chunk(b"IDAT", zlib.compress(bytes(1000)))
+    + chunk(b"IEND", b"")
+  )
 
 
 def write(path, numbers, **odd):
@@ -58,11 +66,21 @@ def write(path, numbers, **odd):
 def batches(source, crop=8, **kwargs):
   tokenizer = lambda text, length, pad: np.array(text.split(), np.int32)
   pp = preprocess.parse(
-      f"decode|central_crop({crop})|value_range(-1,1)|choice('captions')"
-      "|tokenize(1)|keep('image','text')", tokenizer=tokenizer)
-  return pipeline.train_batches(source, pp, **{
-      "batch_size": 8, "seed": 0, "num_threads": 2, "bad_fraction": 0.1,
-      **kwargs})
+    f"decode|central_crop({crop})|value_range(-1,1)|choice('captions')"
+    "|tokenize(1)|keep('image','text')",
+    tokenizer=tokenizer,
+  )
+  return pipeline.train_batches(
+    source,
+    pp,
+    **{
+      "batch_size": 8,
+      "seed": 0,
+      "num_threads": 2,
+      "bad_fraction": 0.1,
+      **kwargs,
+    },
+  )
 
 
 def take(run, steps):
@@ -76,8 +94,15 @@ def check(open_source, missing, **kwargs):
   got = take(run, 15)
   assert set(got.ravel()) == set(range(NUM)) - set(missing)
   assert all(len(set(batch)) == 8 for batch in got)
-  parts = [take(batches(open_source(), process_index=p, process_count=2,
-                        num_threads=p, **kwargs), 15) for p in range(2)]
+  parts = [
+    take(
+      batches(
+        open_source(), process_index=p, process_count=2, num_threads=p, **kwargs
+      ),
+      15,
+    )
+    for p in range(2)
+  ]
   np.testing.assert_array_equal(np.concatenate(parts, axis=1), got)
   again = batches(open_source(), **kwargs)
   again.set_state({**run.get_state(), "step": 6})
@@ -87,11 +112,11 @@ def check(open_source, missing, **kwargs):
 
 
 EXAMPLES = {
-    "damaged image": dict(jpg=b"\xff\xd8\xff" + bytes(500)),
-    "truncated image": dict(jpg=picture(BAD)[:600]),
-    "decompression bomb": dict(jpg=bomb()),
-    "caption not UTF-8": dict(txt=b"caf\xe9"),
-    "caption too long": dict(txt=b"17 " * 350_000),
+  "damaged image": dict(jpg=b"\xff\xd8\xff" + bytes(500)),
+  "truncated image": dict(jpg=picture(BAD)[:600]),
+  "decompression bomb": dict(jpg=bomb()),
+  "caption not UTF-8": dict(txt=b"caf\xe9"),
+  "caption too long": dict(txt=b"17 " * 350_000),
 }
 
 
@@ -99,14 +124,14 @@ EXAMPLES = {
 def test_an_example_of_a_tar(tmp_path, kind, caplog):
   write(tmp_path / "a.tar", range(NUM), **EXAMPLES[kind])
   path = str(tmp_path / "a.tar")
-  run = check(lambda: sources.open_source("tar", shards=path), [BAD])
+  run = check(lambda: kinds.open_source("tar", shards=path), [BAD])
   assert set(run.faults()) == {kind} and run.faults()[kind] >= 2
   lines = [r.getMessage() for r in caplog.records if "skipped" in r.msg]
   assert lines and all(f"tar[{path}][{BAD}]" in x and kind in x for x in lines)
   if "image" in kind or "bomb" in kind:  # then its key could be read
     assert f"[{BAD}] ({BAD:05d}): " in lines[0]
   with pytest.raises(errors.UserError) as e:
-    take(batches(sources.open_source("tar", shards=path), bad_fraction=0), 5)
+    take(batches(kinds.open_source("tar", shards=path), bad_fraction=0), 5)
   assert str(e.value).startswith("1 of ")
   assert f"allows: 1 x {kind} (tar[{path}][{BAD}]" in str(e.value)
 
@@ -124,16 +149,20 @@ def test_an_image_smaller_than_the_crop(tmp_path):
   data = io.BytesIO()
   Image.new("RGB", (31, 40)).save(data, "PNG")
   write(tmp_path / "a.tar", range(NUM), jpg=data.getvalue())
-  run = check(lambda: sources.open_source(
-      "tar", shards=str(tmp_path / "a.tar")), [BAD], crop=32)
+  run = check(
+    lambda: kinds.open_source("tar", shards=str(tmp_path / "a.tar")),
+    [BAD],
+    crop=32,
+  )
   assert set(run.faults()) == {"image too small"}
 
 
-@pytest.mark.parametrize("member, kind", [
-    ("jpg", "missing image"), ("txt", "missing caption")])
+@pytest.mark.parametrize(
+  "member, kind", [("jpg", "missing image"), ("txt", "missing caption")]
+)
 def test_a_missing_member(tmp_path, member, kind):
   write(tmp_path / "a.tar", range(NUM), **{member: None})
-  source = sources.open_source("tar", shards=str(tmp_path / "a.tar"))
+  source = kinds.open_source("tar", shards=str(tmp_path / "a.tar"))
   assert source.faults == {kind: 1}
   run = check(lambda: source, [BAD])
   assert not run.faults()
@@ -145,8 +174,8 @@ def test_a_truncated_tar(tmp_path):
   write(tmp_path / "a.tar", range(20))
   write(tmp_path / "b.tar", range(20, NUM))
   whole = (tmp_path / "b.tar").read_bytes()
-  (tmp_path / "b.tar").write_bytes(whole[:whole.find(b"00030.txt") + 100])
-  source = sources.open_source("tar", shards=str(tmp_path / "?.tar"))
+  (tmp_path / "b.tar").write_bytes(whole[: whole.find(b"00030.txt") + 100])
+  source = kinds.open_source("tar", shards=str(tmp_path / "?.tar"))
   assert source.faults["truncated shard"] == 1
   run = check(lambda: source, range(30, NUM))
   assert not run.faults()
@@ -156,7 +185,7 @@ def test_a_shard_that_vanished_before(tmp_path):
   for name, numbers in zip("abc", (range(16), range(16, 32), range(32, NUM))):
     write(tmp_path / f"{name}.tar", numbers)
   os.unlink(tmp_path / "b.tar")
-  source = sources.open_source("tar", shards=str(tmp_path / "{a,b,c}.tar"))
+  source = kinds.open_source("tar", shards=str(tmp_path / "{a,b,c}.tar"))
   assert source.faults == {"vanished shard": 1}
   check(lambda: source, range(16, 32))
 
@@ -165,8 +194,8 @@ def test_a_shard_that_vanishes_later(tmp_path):
   for name, numbers in zip("ab", (range(36), range(36, NUM))):
     write(tmp_path / f"{name}.tar", numbers)
   path = str(tmp_path / "{a,b}.tar")
-  sources.open_source("tar", shards=path)  # indexes them; held by no one
-  held = [sources.open_source("tar", shards=path) for _ in range(4)]
+  kinds.open_source("tar", shards=path)  # indexes them; held by no one
+  held = [kinds.open_source("tar", shards=path) for _ in range(4)]
   os.unlink(tmp_path / "b.tar")
   run = check(held.pop, range(36, NUM))
   assert set(run.faults()) == {"unreadable shard"}
@@ -179,8 +208,11 @@ def test_a_store_that_fails():
       if i == BAD:
         raise OSError("stale handle")
       return super().__getitem__(i)
-  source = sources.Source("test", Records(
-      {"image": picture(i), "captions": [f"{i}"]} for i in range(NUM)))
+
+  source = kinds.Source(
+    "test",
+    Records({"image": picture(i), "captions": [f"{i}"]} for i in range(NUM)),
+  )
   run = check(lambda: source, [BAD])
   assert set(run.faults()) == {"unreadable"}
 
@@ -192,22 +224,24 @@ def pictures(tmp_path):
   path.mkdir()
   for i in range(NUM):
     (path / f"{i}.jpg").write_bytes(picture(i))
-  (path / "captions.csv").write_text("file,caption\n" + "".join(
-      f"{i}.jpg,{i}\n" for i in range(NUM)))
+  (path / "captions.csv").write_text(
+    "file,caption\n" + "".join(f"{i}.jpg,{i}\n" for i in range(NUM))
+  )
   return path
 
 
-@pytest.mark.parametrize("kind", [
-    "damaged image", "truncated image", "decompression bomb"])
+@pytest.mark.parametrize(
+  "kind", ["damaged image", "truncated image", "decompression bomb"]
+)
 def test_an_example_of_a_folder(pictures, kind, caplog):
   (pictures / f"{BAD}.jpg").write_bytes(EXAMPLES[kind]["jpg"])
-  run = check(lambda: sources.open_source("folder", path=str(pictures)), [BAD])
+  run = check(lambda: kinds.open_source("folder", path=str(pictures)), [BAD])
   assert set(run.faults()) == {kind}
   assert f"[{BAD}] ({BAD}.jpg): image cannot be decoded" in caplog.text
 
 
 def test_an_image_that_vanishes_from_a_folder(pictures):
-  source = sources.open_source("folder", path=str(pictures))
+  source = kinds.open_source("folder", path=str(pictures))
   os.unlink(pictures / f"{BAD}.jpg")
   assert set(check(lambda: source, [BAD]).faults()) == {"missing image"}
 
@@ -216,15 +250,17 @@ def test_past_the_fraction_the_run_stops_with_a_summary(pictures, caplog):
   for i in range(12):
     kind = "damaged image" if i < 4 else "truncated image"
     (pictures / f"{i}.jpg").write_bytes(EXAMPLES[kind]["jpg"])
-  source = sources.open_source("folder", path=str(pictures))
+  source = kinds.open_source("folder", path=str(pictures))
   # 30 of the first thousand are fine.
   run = batches(source, bad_fraction=0.03, num_threads=0)
   with pytest.raises(errors.UserError) as e:
     take(run, 100)
   text = str(e.value)
   counts = run.faults()
-  assert text.startswith(f"31 of {run.loaded + 31} examples cannot be used, "
-                         "more than bad_fraction=0.03 allows: ")
+  assert text.startswith(
+    f"31 of {run.loaded + 31} examples cannot be used, "
+    "more than bad_fraction=0.03 allows: "
+  )
   for kind, count in counts.items():
     assert f"{count} x {kind} (folder[{pictures}][" in text
   assert sum(counts.values()) == 31 and len(counts) == 2
@@ -239,7 +275,7 @@ def test_past_the_fraction_the_run_stops_with_a_summary(pictures, caplog):
 
 def test_the_fraction_is_of_all_that_was_loaded(pictures):
   (pictures / f"{BAD}.jpg").write_bytes(b"")
-  source = sources.open_source("folder", path=str(pictures))
+  source = kinds.open_source("folder", path=str(pictures))
   take(batches(source, bad_fraction=0.026), 400)  # one of 40 is bad
   with pytest.raises(errors.UserError, match="more than bad_fraction=0.024"):
     take(batches(source, bad_fraction=0.024), 400)
@@ -250,14 +286,22 @@ def test_the_fraction_is_of_all_that_was_loaded(pictures):
 
 def test_of_a_group_another_member_comes_first():
   def records(bad):
-    return [{"image": b"" if i in bad else picture(i), "captions": [f"{i}"],
-             "group": i // 5} for i in range(NUM)]
-  source = sources.grouped(sources.Source("test", records({3, 17})), "group")
+    return [
+      {
+        "image": b"" if i in bad else picture(i),
+        "captions": [f"{i}"],
+        "group": i // 5,
+      }
+      for i in range(NUM)
+    ]
+
+  source = kinds.grouped(kinds.Source("test", records({3, 17})), "group")
   for batch in take(batches(source), 50):  # each batch holds all groups
     assert sorted(batch // 5) == list(range(8))
     assert not {3, 17} & set(batch)
-  source = sources.grouped(sources.Source(
-      "test", records({15, 16, 17, 18, 19})), "group")
+  source = kinds.grouped(
+    kinds.Source("test", records({15, 16, 17, 18, 19})), "group"
+  )
   with pytest.raises(errors.UserError, match="nothing can take its place"):
     take(batches(source), 1)
   for batch in take(batches(source, batch_size=4, bad_fraction=1), 20):
@@ -265,8 +309,7 @@ def test_of_a_group_another_member_comes_first():
 
 
 def test_where_all_is_bad_the_run_stops():
-  source = sources.Source(
-      "test", [{"image": b"", "captions": ["1"]}] * 1000)
+  source = kinds.Source("test", [{"image": b"", "captions": ["1"]}] * 1000)
   with pytest.raises(errors.UserError, match="neither could 8 others be used"):
     take(batches(source, bad_fraction=1), 1)
   with pytest.raises(errors.UserError, match="none of the first .* test can"):
@@ -274,8 +317,8 @@ def test_where_all_is_bad_the_run_stops():
 
 
 def test_the_first_example_need_not_be_good():
-  source = sources.Source("test", [
-      {"image": b""}, {"image": picture(1)}])
+  source = kinds.Source("test", [{"image": b""}, {"image": picture(1)}])
   example = pipeline.first_example(source, preprocess.parse("decode"))
   np.testing.assert_array_equal(
-      example["image"], np.asarray(Image.open(io.BytesIO(picture(1)))))
+    example["image"], np.asarray(Image.open(io.BytesIO(picture(1))))
+  )

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from sigjax import errors
-from sigjax.data import faults
-from sigjax.data import mixture
-from sigjax.data import pipeline
-from sigjax.data import sources
+from sigjax.data import faults, kinds, mixture
+from sigjax.data.batches import pipeline
 
 MADE = {}
 
@@ -18,14 +16,14 @@ def made(name, only=None, group_by=None):
   """Stands for open_source: a source made by the test."""
   source = MADE[name]
   for key, wanted in (only or {}).items():
-    source = sources.where(source, key, wanted)
-  return sources.grouped(source, group_by) if group_by else source
+    source = kinds.where(source, key, wanted)
+  return kinds.grouped(source, group_by) if group_by else source
 
 
 def make(name, n, tower=None, **attributes):
-  MADE[name] = sources.Source(
-      name, [{"name": name, "i": i, "c": i // 3} for i in range(n)],
-      tower=tower).replaced(**attributes)
+  MADE[name] = kinds.Source(
+    name, [{"name": name, "i": i, "c": i // 3} for i in range(n)], tower=tower
+  ).replaced(**attributes)
 
 
 @pytest.fixture(autouse=True)
@@ -36,24 +34,36 @@ def three():
 
 
 def mix(weights=(5, 2, 3), **last):
-  return mixture.mix(made, [
-      dict(name="a"), dict(name="b"), dict(name="c", **last)], weights)
+  return mixture.mix(
+    made, [dict(name="a"), dict(name="b"), dict(name="c", **last)], weights
+  )
 
 
 def show(example, rng):
-  return {"name": example["name"], "i": np.int32(example["i"]),
-          "r": rng.random(2)}
+  return {
+    "name": example["name"],
+    "i": np.int32(example["i"]),
+    "r": rng.random(2),
+  }
 
 
 def batches(source, size=20, fn=show, **kwargs):
   return pipeline.train_batches(
-      source, fn, batch_size=size, **{"seed": 0, "num_threads": 2, **kwargs})
+    source, fn, batch_size=size, **{"seed": 0, "num_threads": 2, **kwargs}
+  )
 
 
 def take(run, n):
   out = [next(run) for _ in range(n)]
-  return {key: np.stack([batch[key].astype("U1") if key == "name" else
-                         batch[key] for batch in out]) for key in out[0]}
+  return {
+    key: np.stack(
+      [
+        batch[key].astype("U1") if key == "name" else batch[key]
+        for batch in out
+      ]
+    )
+    for key in out[0]
+  }
 
 
 def test_each_batch_has_its_shares_and_each_source_its_epochs():
@@ -61,7 +71,7 @@ def test_each_batch_has_its_shares_and_each_source_its_epochs():
   for name, share, n in (("a", 10, 50), ("b", 4, 34), ("c", 6, 90)):
     own = got["name"] == name
     assert (own.sum(1) == share).all()
-    epochs = got["i"][own][:170 * share // n * n].reshape(-1, n)
+    epochs = got["i"][own][: 170 * share // n * n].reshape(-1, n)
     if n % share == 0:  # no batch across epochs
       for epoch in epochs:
         assert sorted(epoch) == list(range(n))
@@ -74,11 +84,14 @@ def test_each_batch_has_its_shares_and_each_source_its_epochs():
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_and_restarts(processes):
   whole = take(batches(mix()), 9)
-  parts = [take(batches(mix(), process_index=p, process_count=processes), 9)
-           for p in range(processes)]
+  parts = [
+    take(batches(mix(), process_index=p, process_count=processes), 9)
+    for p in range(processes)
+  ]
   for key in whole:
     np.testing.assert_array_equal(
-        np.concatenate([part[key] for part in parts], axis=1), whole[key])
+      np.concatenate([part[key] for part in parts], axis=1), whole[key]
+    )
   run = batches(mix())
   take(run, 4)
   fresh = batches(mix())
@@ -106,14 +119,17 @@ def test_what_the_program_asks_of_a_source():
   assert source.name == "mix of a, b" and len(source) == 84
   assert source.label_names == {"c": ["x"]} and source.tower is None
   assert source.faults == {"odd": 3, "even": 3}
-  assert source[0]["name"] == "a" and source[49] == {"name": "a", "i": 49,
-                                                     "c": 16}
+  assert source[0]["name"] == "a" and source[49] == {
+    "name": "a",
+    "i": 49,
+    "c": 16,
+  }
   assert source[50]["name"] == "b" and source[83]["i"] == 33
   for i in (-1, 84):
     with pytest.raises(IndexError):
       source[i]
   assert source.brief(51) == {"name": "b", "i": 1, "c": 0}
-  assert list(sources.all_captions(source, "name")) == ["a"] * 50 + ["b"] * 34
+  assert list(kinds.all_captions(source, "name")) == ["a"] * 50 + ["b"] * 34
 
 
 def test_faults_name_the_part():
@@ -121,6 +137,7 @@ def test_faults_name_the_part():
     if (example["name"], example["i"]) == ("b", 7):
       raise faults.BadExample("is odd", kind="odd")
     return show(example, rng)
+
   run = batches(mix(), fn=fn)
   got = take(run, 30)
   assert run.faults()["odd"] >= 3
@@ -135,17 +152,25 @@ def test_faults_name_the_part():
 def test_parts_have_to_be_alike():
   def fn(example, rng):
     return {"x": np.zeros(2 if example["name"] == "c" else 1)}
+
   with pytest.raises(errors.UserError, match=r'"x".*\(2,\) in c\[0\]'):
     pipeline.first_example(mix(), fn)
   assert pipeline.first_example(mix(), show)["name"] == "a"
 
 
-@pytest.mark.parametrize("weights, words", [
-    ([1, 2], "3 sources and 2 weights"), ([1, 0, 1], "0 is no weight"),
-    ([1, -1, 1], "-1 is no weight"), ([1, "1", 1], "'1' is no weight"),
-    ([0, 0, 0], "0 is no weight"), ([1, None, 1], "None is no weight"),
+@pytest.mark.parametrize(
+  "weights, words",
+  [
+    ([1, 2], "3 sources and 2 weights"),
+    ([1, 0, 1], "0 is no weight"),
+    ([1, -1, 1], "-1 is no weight"),
+    ([1, "1", 1], "'1' is no weight"),
+    ([0, 0, 0], "0 is no weight"),
+    ([1, None, 1], "None is no weight"),
     ([1, float("nan"), 1], "nan is no weight"),
-    ([1, 1e-12, 1], "1e-12 is no weight")])
+    ([1, 1e-12, 1], "1e-12 is no weight"),
+  ],
+)
 def test_weights_that_are_none(weights, words):
   with pytest.raises(errors.UserError, match=words):
     mix(weights)
@@ -165,22 +190,30 @@ def test_mistakes():
     batches(mix((1, 2, 1)), 80)
   with pytest.raises(errors.UserError, match="cannot be evaluated on"):
     pipeline.eval_batches(mix(), show, batch_size=4)
-  for narrow in (lambda s: sources.where(s, "i", 3),
-                 lambda s: sources.grouped(s, "c"),
-                 lambda s: sources.shuffled(s, "i"),
-                 lambda s: s.narrowed([[0]])):
+  for narrow in (
+    lambda s: kinds.where(s, "i", 3),
+    lambda s: kinds.grouped(s, "c"),
+    lambda s: kinds.shuffled(s, "i"),
+    lambda s: s.narrowed([[0]]),
+  ):
     with pytest.raises(errors.UserError, match="to each of its sources"):
       narrow(mix())
 
 
 def test_as_a_line_of_a_config(shapes_dir):
-  part = lambda *share: dict(kind="tfds", name="shapes", split="train",
-                             data_dir=str(shapes_dir), part=share)
-  source = sources.open_source(
-      "mix", sources=[part(0, 0.5), part(0.5, 1)], weights=[0.75, 0.25])
+  part = lambda *share: dict(
+    kind="tfds",
+    name="shapes",
+    split="train",
+    data_dir=str(shapes_dir),
+    part=share,
+  )
+  source = kinds.open_source(
+    "mix", sources=[part(0, 0.5), part(0.5, 1)], weights=[0.75, 0.25]
+  )
   assert isinstance(source, mixture.Mixture) and len(source) == 192
-  first = set(sources.open_source(**part(0, 0.5)).numbers().tolist())
+  first = set(kinds.open_source(**part(0, 0.5)).numbers().tolist())
   seen = [int(source.records[i]["label"]) for i in (0, 191)]
   assert all(0 <= label < 24 for label in seen) and 0 < len(first) < 192
   with pytest.raises(errors.UserError, match="weights"):
-    sources.open_source("mix", sources=[part(0, 0.5)], weights=[1, 2])
+    kinds.open_source("mix", sources=[part(0, 0.5)], weights=[1, 2])

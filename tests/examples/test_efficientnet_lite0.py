@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from sigjax.data import sources
+from sigjax.data import kinds
 
 PATH = pathlib.Path(__file__).parents[2] / "examples/efficientnet_lite0.py"
 torch = pytest.importorskip("torch", reason="compared with PyTorch")
@@ -32,13 +32,13 @@ def fixture_weights():
   def conv(name, norm, *shape):
     # Some are stored with their channels last, as some of the real ones are.
     kernel = random(*shape) * (2 / np.prod(shape[1:])) ** 0.5
-    out[f"{name}.weight"] = kernel.contiguous(
-        memory_format=torch.channels_last)
+    out[f"{name}.weight"] = kernel.contiguous(memory_format=torch.channels_last)
     out[f"{norm}.weight"] = random(shape[0]).abs() + 0.5
     out[f"{norm}.bias"] = random(shape[0]) * 0.1
     out[f"{norm}.running_mean"] = random(shape[0]) * 0.1
     out[f"{norm}.running_var"] = random(shape[0]).abs() + 0.5
     out[f"{norm}.num_batches_tracked"] = torch.tensor(7)
+
   conv("_conv_stem", "_bn0", 6, 3, 3, 3)
   width = 6
   for i in range(16):
@@ -64,10 +64,20 @@ def by_torch(weights, images):
     for n in x.shape[:1:-1]:  # as TensorFlow pads, the last dimension first
       need = max((-(-n // stride) - 1) * stride + w.shape[-1] - n, 0)
       pads += [need // 2, need - need // 2]
-    x = f.conv2d(f.pad(x, pads), w, stride=stride,
-                 groups=x.shape[1] if w.shape[1] == 1 else 1)
-    x = f.batch_norm(x, *(weights[f"{norm}.{k}"] for k in (
-        "running_mean", "running_var", "weight", "bias")), eps=1e-3)
+    x = f.conv2d(
+      f.pad(x, pads),
+      w,
+      stride=stride,
+      groups=x.shape[1] if w.shape[1] == 1 else 1,
+    )
+    x = f.batch_norm(
+      x,
+      *(
+        weights[f"{norm}.{k}"]
+        for k in ("running_mean", "running_var", "weight", "bias")
+      ),
+      eps=1e-3,
+    )
     return f.relu6(x) if act else x
 
   x = layer(images, "_conv_stem", "_bn0", 2)
@@ -75,8 +85,12 @@ def by_torch(weights, images):
     block, y = f"_blocks.{i}.", x
     if i:
       y = layer(y, f"{block}_expand_conv", f"{block}_bn0")
-    y = layer(y, f"{block}_depthwise_conv", f"{block}_bn1",
-              2 if i in (1, 3, 5, 11) else 1)
+    y = layer(
+      y,
+      f"{block}_depthwise_conv",
+      f"{block}_bn1",
+      2 if i in (1, 3, 5, 11) else 1,
+    )
     y = layer(y, f"{block}_project_conv", f"{block}_bn2", act=False)
     x = x + y if x.shape == y.shape else y
   return layer(x, "_conv_head", "_bn1").mean((2, 3)).numpy()
@@ -88,8 +102,9 @@ def test_the_network_is_pytorchs(example, weights, tmp_path):
   assert set(read) == set(weights)
   for name, want in weights.items():
     np.testing.assert_array_equal(read[name], want.numpy(), name)
-  images = np.random.default_rng(0).normal(
-      size=(3, 50, 50, 3)).astype(np.float32)
+  images = (
+    np.random.default_rng(0).normal(size=(3, 50, 50, 3)).astype(np.float32)
+  )
   want = by_torch(weights, torch.from_numpy(images.transpose(0, 3, 1, 2)))
   with jax.numpy_rank_promotion("allow"):  # as outside of these tests
     got = example.network(read)(images)
@@ -98,19 +113,23 @@ def test_the_network_is_pytorchs(example, weights, tmp_path):
 
 
 def test_foreign_pickles_are_refused(example, tmp_path):
-  torch.save({"x": pathlib.PurePosixPath("a")}, tmp_path / "w.pth",
-             _use_new_zipfile_serialization=False)
+  torch.save(
+    {"x": pathlib.PurePosixPath("a")},
+    tmp_path / "w.pth",
+    _use_new_zipfile_serialization=False,
+  )
   with pytest.raises(example.pickle.UnpicklingError, match="not expected here"):
     example.read_pth(tmp_path / "w.pth")
 
 
 def test_what_it_writes_is_a_source(example, shapes_dir, tmp_path):
-  source = sources.open_source(
-      "tfds", name="shapes", split="test", data_dir=str(shapes_dir))
+  source = kinds.open_source(
+    "tfds", name="shapes", split="test", data_dir=str(shapes_dir)
+  )
   apply = lambda images: images.reshape(len(images), -1)[:, :5]
   pp = "decode|resize(8)|value_range(-1,1)|keep('image')"
   example.embed(source, apply, pp, tmp_path / "test", dict(tower="ours"))
-  found = sources.open_source("embeddings", path=str(tmp_path / "test"))
+  found = kinds.open_source("embeddings", path=str(tmp_path / "test"))
   assert len(found) == 48 and found.tower == "ours"
   for i in (0, 31, 32, 47):
     assert found[i]["image"].shape == (5,)

@@ -17,7 +17,8 @@ def build(**kwargs):
   shapes = jax.eval_shape(model.init, jax.random.key(0), TEXT)
   rng = np.random.default_rng(0)
   params = jax.tree.map(
-      lambda a: rng.normal(size=a.shape).astype(np.float32) / 4, shapes)
+    lambda a: rng.normal(size=a.shape).astype(np.float32) / 4, shapes
+  )
   return model, params, jax.jit(lambda p, text: model.apply(p, text)[0])
 
 
@@ -33,8 +34,10 @@ def test_pooling_and_positions(pool):
   if pool == "last":
     assert change.min() > 1e-2
     np.testing.assert_allclose(  # All but the last may change places.
-        apply(set_like, TEXT[:, [3, 2, 1, 0, 4, 5]]),
-        apply(set_like, ordered), atol=1e-5)
+      apply(set_like, TEXT[:, [3, 2, 1, 0, 4, 5]]),
+      apply(set_like, ordered),
+      atol=1e-5,
+    )
   else:
     assert change.max() < 1e-5
   params["params"]["pos_embedding"] *= 30
@@ -58,15 +61,15 @@ def test_factored_embedding_is_its_product():
   assert p["Embed_0"]["embedding"].shape == (11, 3)
   table = p["Embed_0"]["embedding"] @ p.pop("embed_proj")["kernel"]
   _, _, plain = build()
-  want = plain(
-      {"params": {**p, "Embed_0": {"embedding": table}}}, TEXT)
+  want = plain({"params": {**p, "Embed_0": {"embedding": table}}}, TEXT)
   p["embed_proj"] = build(embed_rank=3)[1]["params"]["embed_proj"]
   np.testing.assert_allclose(apply(params, TEXT), want, atol=1e-5)
 
 
 def test_initial_scales():
   model = text_lib.TextTransformer(
-      width=64, depth=1, num_heads=1, vocab_size=999, out_dim=64)
+    width=64, depth=1, num_heads=1, vocab_size=999, out_dim=64
+  )
   p = jax.jit(model.init)(jax.random.key(0), TEXT)["params"]
   rows = np.linalg.norm(p["Embed_0"]["embedding"], axis=1)
   assert abs(rows.mean() - 1) < 0.05
@@ -88,11 +91,14 @@ def test_another_length_is_an_error(length):
     jax.eval_shape(model.apply, params, jnp.zeros((2, length), jnp.int32))
 
 
-@pytest.mark.parametrize("kwargs, message", [
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
     (dict(TINY, pool_type="tok"), "choose from: gap, last, map"),
     (dict(variant="B/16"), 'variant "B/16" is not known'),
     (dict(), 'needs a variant .such as "B". or width'),
-])
+  ],
+)
 def test_errors(kwargs, message):
   with pytest.raises(errors.UserError, match=message):
     model = text_lib.TextTransformer(**kwargs)

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigjax import errors
-from sigjax import trees
-from sigjax.models import load
+from sigjax import errors, trees
 from sigjax.models import two_towers
+from sigjax.weights import npz
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 FILES = ["siglip_tiny", "siglip2_tiny_scan"]
@@ -20,17 +19,20 @@ def tiny(image=(), text=(), **kwargs):
   """Returns the model of the golden files; image and text add to its keys."""
   both = dict(width=48, depth=2, mlp_dim=96, num_heads=3)
   return two_towers.TwoTowers(
-      image={**both, "patch_size": 8, **dict(image)},
-      text={**both, "vocab_size": 97, **dict(text)}, out_dim=(None, 48),
-      **kwargs)
+    image={**both, "patch_size": 8, **dict(image)},
+    text={**both, "vocab_size": 97, **dict(text)},
+    out_dim=(None, 48),
+    **kwargs,
+  )
 
 
 def golden(name, model):
   """Returns the parameters of a golden file for a model, and its io file."""
   io = np.load(GOLDEN / f"{name}_io.npz")
-  like = jax.eval_shape(
-      model.init, jax.random.key(0), io["image"], io["text"])["params"]
-  return load.load_params(GOLDEN / f"{name}.npz", like), io
+  like = jax.eval_shape(model.init, jax.random.key(0), io["image"], io["text"])[
+    "params"
+  ]
+  return npz.load_params(GOLDEN / f"{name}.npz", like), io
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -39,17 +41,24 @@ def test_golden_results(name, scan):
   model = tiny(image={"scan": scan}, text={"scan": scan})
   params, io = golden(name, model)
   zimg, ztxt, out = jax.jit(model.apply)(
-      {"params": params}, io["image"], io["text"])
+    {"params": params}, io["image"], io["text"]
+  )
   logits = zimg @ ztxt.T * out["t"][0] + out["b"][0]
   signs = 2 * np.eye(len(logits)) - 1
   got = dict(
-      zimg=zimg, ztxt=ztxt, t=out["t"], b=out["b"], logits=logits,
-      loss=np.logaddexp(0, -signs * logits).sum() / len(logits),
-      pre_logits_img=out["img/pre_logits"])
+    zimg=zimg,
+    ztxt=ztxt,
+    t=out["t"],
+    b=out["b"],
+    logits=logits,
+    loss=np.logaddexp(0, -signs * logits).sum() / len(logits),
+    pre_logits_img=out["img/pre_logits"],
+  )
   assert set(got) == set(io) - {"image", "text"}
   for key, value in got.items():
-    np.testing.assert_allclose(value, io[key], rtol=1e-5, atol=1e-5,
-                               err_msg=key)
+    np.testing.assert_allclose(
+      value, io[key], rtol=1e-5, atol=1e-5, err_msg=key
+    )
 
 
 def test_scan_and_remat_change_no_gradient():
@@ -59,18 +68,26 @@ def test_scan_and_remat_change_no_gradient():
 
     def loss(txt):
       _, ztxt, _ = model.apply(
-          {"params": {**params, "txt": txt}}, None, io["text"])
-      return jnp.sum(ztxt ** 3)
+        {"params": {**params, "txt": txt}}, None, io["text"]
+      )
+      return jnp.sum(ztxt**3)
+
     return trees.flatten(jax.jit(jax.grad(loss))(params["txt"]))
 
   want = gradients(False, "none")
   got = gradients(True, "full")
   for name, leaf in got.items():
-    layers = np.stack([
-        want[name.replace("encoderblock/", f"encoderblock_{i}/")]
-        for i in range(2)]) if "encoderblock/" in name else want[name]
-    np.testing.assert_allclose(leaf, layers, rtol=1e-4, atol=1e-6,
-                               err_msg=name)
+    layers = (
+      np.stack(
+        [
+          want[name.replace("encoderblock/", f"encoderblock_{i}/")]
+          for i in range(2)
+        ]
+      )
+      if "encoderblock/" in name
+      else want[name]
+    )
+    np.testing.assert_allclose(leaf, layers, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -78,13 +95,18 @@ def test_remat_computes_again(tower):
   def products(remat):
     model = tiny(**{tower: {"remat": remat, "scan": True}})
     args = dict(image=None, text=None)
-    args[tower] = dict(image=jnp.zeros((1, 32, 32, 3)),
-                       text=jnp.zeros((1, 12), jnp.int32))[tower]
+    args[tower] = dict(
+      image=jnp.zeros((1, 32, 32, 3)), text=jnp.zeros((1, 12), jnp.int32)
+    )[tower]
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), **args))
-    grad = jax.grad(lambda params: sum(
-        z.sum() for z in model.apply(params, **args)[:2] if z is not None))
+    grad = jax.grad(
+      lambda params: sum(
+        z.sum() for z in model.apply(params, **args)[:2] if z is not None
+      )
+    )
     jaxpr = jax.make_jaxpr(grad)(params).jaxpr
     return [e.primitive.name for e in operations(jaxpr)].count("dot_general")
+
   # Of a block's 8 products, "full" repeats all that a gradient needs and
   # "dots" the attention weights.
   assert products("none") < products("dots") < products("full")
@@ -104,8 +126,10 @@ def operations(jaxpr):
 def test_bfloat16_is_the_dtype_of_every_product(scan):
   # Backwards too; LayerNorm and softmax stay in float32.
   model = tiny(
-      image={"scan": scan}, dtype="bfloat16",
-      text={"scan": scan, "pool_type": "map", "embed_rank": 4})
+    image={"scan": scan},
+    dtype="bfloat16",
+    text={"scan": scan, "pool_type": "map", "embed_rank": 4},
+  )
   model = model.clone(out_dim=(8, 8))
   image, text = jnp.zeros((2, 32, 32, 3)), jnp.zeros((2, 12), jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), image, text)
@@ -153,7 +177,8 @@ def test_scalars_and_norms():
   np.testing.assert_allclose(out["txt/norm"] * ztxt, raw, atol=1e-5)
 
   variables = jax.eval_shape(
-      model.clone(bias_init=None).init, jax.random.key(0), None, text)
+    model.clone(bias_init=None).init, jax.random.key(0), None, text
+  )
   assert "b" not in variables["params"]
 
 
@@ -162,27 +187,43 @@ def test_without_a_bias_b_is_zero():
   np.testing.assert_array_equal(out[2]["b"], [0])
 
 
-@pytest.mark.parametrize("kwargs, message", [
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
     (dict(image={"widht": 3}), 'model.image has no key "widht".*"width"'),
     (dict(text={"patch_size": 3}), 'model.text has no key "patch_size"'),
-    (dict(image={"dtype": "bfloat16"}), 'model.image has no key "dtype"')])
+    (dict(image={"dtype": "bfloat16"}), 'model.image has no key "dtype"'),
+  ],
+)
 def test_errors(kwargs, message):
   with pytest.raises(errors.UserError, match=message):
-    jax.eval_shape(tiny(**kwargs).init, jax.random.key(0),
-                   jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 12), jnp.int32))
+    jax.eval_shape(
+      tiny(**kwargs).init,
+      jax.random.key(0),
+      jnp.zeros((1, 32, 32, 3)),
+      jnp.zeros((1, 12), jnp.int32),
+    )
 
 
-@pytest.mark.parametrize("image, text", [
+@pytest.mark.parametrize(
+  "image, text",
+  [
     (dict(pool_type="map"), dict(embed_rank=16)),
-    (dict(pool_type="tok"), dict(pool_type="map"))])
+    (dict(pool_type="tok"), dict(pool_type="map")),
+  ],
+)
 def test_flops_are_those_xla_counts(image, text):
   sizes = dict(width=384, depth=1, num_heads=6)
   model = two_towers.TwoTowers(
-      image=dict(patch_size=4, **sizes, **image),
-      text=dict(vocab_size=97, **sizes, **text), out_dim=(32, 32))
+    image=dict(patch_size=4, **sizes, **image),
+    text=dict(vocab_size=97, **sizes, **text),
+    out_dim=(32, 32),
+  )
   shapes = (2, 96, 80, 3), (2, 320)
-  args = (jax.ShapeDtypeStruct(shapes[0], "float32"),
-          jax.ShapeDtypeStruct(shapes[1], "int32"))
+  args = (
+    jax.ShapeDtypeStruct(shapes[0], "float32"),
+    jax.ShapeDtypeStruct(shapes[1], "int32"),
+  )
   params = jax.eval_shape(model.init, jax.random.key(0), *args)
   got = two_towers.flops(model, *shapes)
   for name, inputs in dict(img=(args[0], None), txt=(None, args[1])).items():
@@ -194,8 +235,12 @@ def test_flops_are_those_xla_counts(image, text):
 def test_bytes_are_mapped_to_the_range():
   model = tiny()
   params, io = golden("siglip_tiny", model)
-  image = np.random.default_rng(0).integers(
-      0, 256, io["image"].shape).astype(np.uint8)
+  image = (
+    np.random.default_rng(0)
+    .integers(0, 256, io["image"].shape)
+    .astype(np.uint8)
+  )
   apply = jax.jit(lambda x: model.apply({"params": params}, x, None)[0])
   np.testing.assert_allclose(
-      apply(image), apply((image / 127.5 - 1).astype(np.float32)), atol=1e-6)
+    apply(image), apply((image / 127.5 - 1).astype(np.float32)), atol=1e-6
+  )

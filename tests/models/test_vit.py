@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigjax import errors
-from sigjax import trees
-from sigjax.models import transformer
-from sigjax.models import vit
+from sigjax import errors, trees
+from sigjax.models import transformer, vit
 
 TINY = dict(width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=8)
 
@@ -19,14 +17,17 @@ def build(image_shape=(3, 16, 24, 3), **kwargs):
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(image_shape))
   rng = np.random.default_rng(0)
   params = jax.tree.map(
-      lambda a: rng.normal(size=a.shape).astype(np.float32) / 2, shapes)
+    lambda a: rng.normal(size=a.shape).astype(np.float32) / 2, shapes
+  )
   return model, params, rng.uniform(-3, 3, image_shape).astype(np.float32)
 
 
 def numpy_vit(params, image, positions, pool):
   """An independent forward pass; loops over patches and heads."""
-  p = {name: np.asarray(leaf, np.float64)
-       for name, leaf in trees.flatten(params["params"]).items()}
+  p = {
+    name: np.asarray(leaf, np.float64)
+    for name, leaf in trees.flatten(params["params"]).items()
+  }
 
   def norm(x, name):
     x = x - x.mean(-1, keepdims=True)
@@ -36,7 +37,8 @@ def numpy_vit(params, image, positions, pool):
   def dense(x, name, head=None):
     kernel, bias = p[name + "/kernel"], p[name + "/bias"]
     return x @ (kernel if head is None else kernel[:, head]) + (
-        bias if head is None else bias[head])
+      bias if head is None else bias[head]
+    )
 
   def attend(x, name):
     total = p[name + "/out/bias"]
@@ -51,15 +53,17 @@ def numpy_vit(params, image, positions, pool):
     rows = []
     for top in range(0, image.shape[0], 8):
       for left in range(0, image.shape[1], 8):
-        patch = image[top:top + 8, left:left + 8].reshape(-1)
+        patch = image[top : top + 8, left : left + 8].reshape(-1)
         rows.append(patch @ p["embedding/kernel"].reshape(len(patch), -1))
     x = np.stack(rows) + p["embedding/bias"] + positions
     if pool == "tok":
       x = np.concatenate([p["cls"][0], x])
     for i in range(TINY["depth"]):
       block = f"Transformer/encoderblock_{i}"
-      x = x + attend(norm(x, f"{block}/LayerNorm_0"),
-                     f"{block}/MultiHeadDotProductAttention_0")
+      x = x + attend(
+        norm(x, f"{block}/LayerNorm_0"),
+        f"{block}/MultiHeadDotProductAttention_0",
+      )
       y = dense(norm(x, f"{block}/LayerNorm_1"), f"{block}/MlpBlock_0/Dense_0")
       y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
       x = x + dense(y, f"{block}/MlpBlock_0/Dense_1")
@@ -83,8 +87,12 @@ def test_sincos2d_positions():
   table = vit.sincos2d(2, 3, 16)
   y, x, i = 1, 2, 2
   angle = 10_000 ** (-i / 3)
-  want = [np.sin(x * angle), np.cos(x * angle),
-          np.sin(y * angle), np.cos(y * angle)]
+  want = [
+    np.sin(x * angle),
+    np.cos(x * angle),
+    np.sin(y * angle),
+    np.cos(y * angle),
+  ]
   np.testing.assert_allclose(table[0, 3 * y + x, i::4], want, rtol=1e-6)
 
   model, params, image = build(pool_type="gap", posemb="sincos2d", out_dim=5)
@@ -108,9 +116,11 @@ def test_pixels_beyond_the_last_whole_patch_are_not_seen():
 def test_dropout_only_while_training():
   model, params, image = build(dropout=0.5, depth=1, scan=True)
   apply = jax.jit(
-      lambda train, seed: model.apply(
-          params, image, train, rngs={"dropout": jax.random.key(seed)})[0],
-      static_argnums=0)
+    lambda train, seed: model.apply(
+      params, image, train, rngs={"dropout": jax.random.key(seed)}
+    )[0],
+    static_argnums=0,
+  )
   plain = apply(False, 0)
   np.testing.assert_array_equal(apply(False, 1), plain)
   assert np.abs(apply(True, 0) - plain).max() > 1e-2
@@ -126,20 +136,30 @@ def test_every_layer_drops_on_its_own(scan):
   rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
   shapes = jax.eval_shape(model.init, rngs, x)
   params = trees.map_named(
-      lambda name, a: jnp.full(a.shape, float(name.endswith("Dense_1/bias")
-                                              or "encoder_norm/scale" in name)),
-      shapes)
+    lambda name, a: jnp.full(
+      a.shape,
+      float(name.endswith("Dense_1/bias") or "encoder_norm/scale" in name),
+    ),
+    shapes,
+  )
   y = jax.jit(model.apply)(params, x, rngs=rngs)
   assert len(np.unique(np.round(y, 3))) == 3
 
 
-@pytest.mark.parametrize("variant, pixels, millions", [
+@pytest.mark.parametrize(
+  "variant, pixels, millions",
+  [
     # From timm's table of results: vit_{base,large,so400m}_.._siglip_...
-    ("B/16", 224, 92.88), ("L/16", 256, 315.96), ("So400m/14", 384, 428.23)])
+    ("B/16", 224, 92.88),
+    ("L/16", 256, 315.96),
+    ("So400m/14", 384, 428.23),
+  ],
+)
 def test_sizes_of_released_towers(variant, pixels, millions):
   model = vit.ViT(variant=variant, scan=True)
   shapes = jax.eval_shape(
-      model.init, jax.random.key(0), jnp.zeros((1, pixels, pixels, 3)))
+    model.init, jax.random.key(0), jnp.zeros((1, pixels, pixels, 3))
+  )
   count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   assert round(count / 1e6, 2) == millions
 
@@ -147,13 +167,16 @@ def test_sizes_of_released_towers(variant, pixels, millions):
 def test_what_is_given_goes_before_the_variant():
   model = vit.ViT(variant="S/16", depth=1, patch_size=8, scan=True)
   params = jax.eval_shape(
-      model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3))
+  )["params"]
   assert params["embedding"]["kernel"].shape == (8, 8, 3, 384)
   kernel = params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]
   assert kernel["kernel"].shape == (1, 384, 1536)
 
 
-@pytest.mark.parametrize("kwargs, message", [
+@pytest.mark.parametrize(
+  "kwargs, message",
+  [
     (dict(variant="b/16"), 'variant "b" is not known'),
     (dict(variant="B"), 'in "B/16", or give patch_size'),
     (dict(width=16), "needs a variant .* or depth"),
@@ -163,11 +186,13 @@ def test_what_is_given_goes_before_the_variant():
     (dict(TINY, remat="dot"), 'did you mean "dots"'),
     (dict(TINY, patch_size=32), "smaller than one patch"),
     (dict(TINY, width=18, posemb="sincos2d"), "divisible by 4"),
-])
+  ],
+)
 def test_errors(kwargs, message):
   with pytest.raises(errors.UserError, match=message):
     jax.eval_shape(
-        vit.ViT(**kwargs).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+      vit.ViT(**kwargs).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3))
+    )
 
 
 def test_another_resolution_is_an_error():

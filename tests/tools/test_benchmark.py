@@ -14,32 +14,53 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from sigjax import errors
-from sigjax import losses
-from sigjax import sharding
-from sigjax.data import sources
+from sigjax import errors, losses, sharding
+from sigjax.data import kinds
 from tools import benchmark
-from tools import benchmark_loaders
-from tools import timing
+from tools.bench import loaders, timing
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # Numbers that every row has to have, by mode.
 NUMBERS = dict(
-    loss=("ms", "ms_min", "ms_q1", "ms_q3", "ms_max", "vs_naive", "vs_remat",
-          "temp_mib"),
-    step=("ms", "ms_min", "ms_q1", "ms_q3", "ms_max", "examples_per_second",
-          "temp_mib"),
-    data=("us", "us_min", "us_q1", "us_q3", "us_max"))
+  loss=(
+    "ms",
+    "ms_min",
+    "ms_q1",
+    "ms_q3",
+    "ms_max",
+    "vs_naive",
+    "vs_remat",
+    "temp_mib",
+  ),
+  step=(
+    "ms",
+    "ms_min",
+    "ms_q1",
+    "ms_q3",
+    "ms_max",
+    "examples_per_second",
+    "temp_mib",
+  ),
+  data=("us", "us_min", "us_q1", "us_q3", "us_max"),
+)
 
 
 def command(*args, **env):
   """Runs the tool; returns the finished process."""
   return subprocess.run(
-      [sys.executable, "-m", "tools.benchmark", *map(str, args)], cwd=ROOT,
-      text=True, capture_output=True, check=False, env={
-          **os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0",
-          "JAX_NUMPY_RANK_PROMOTION": "raise",
-          "JAX_NUMPY_DTYPE_PROMOTION": "strict", **env})
+    [sys.executable, "-m", "tools.benchmark", *map(str, args)],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
+    env={
+      **os.environ,
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "JAX_NUMPY_RANK_PROMOTION": "raise",
+      "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+      **env,
+    },
+  )
 
 
 def rows_of(done, out, mode):
@@ -55,8 +76,9 @@ def rows_of(done, out, mode):
     assert row["device_kind"] == "cpu" and int(row["cores"]) > 0
     numbers = [float(row[key]) for key in NUMBERS[mode]]
     assert all(math.isfinite(x) and x >= 0 for x in numbers), row
-    low, q1, q3, high = (float(row[f"{unit}_{x}"])
-                         for x in ("min", "q1", "q3", "max"))
+    low, q1, q3, high = (
+      float(row[f"{unit}_{x}"]) for x in ("min", "q1", "q3", "max")
+    )
     assert low <= q1 <= float(row[unit]) <= q3 <= high
     digits = 2 if unit == "ms" else 1
     assert f" {float(row[unit]):,.{digits}f} " in line
@@ -67,8 +89,9 @@ def rows_of(done, out, mode):
 def config_file(tiny_config, tmp_path):
   path = tmp_path / "tiny.py"
   path.write_text(
-      "from ml_collections import ConfigDict\n"
-      f"get_config = lambda arg=None: ConfigDict({tiny_config!r})\n")
+    "from ml_collections import ConfigDict\n"
+    f"get_config = lambda arg=None: ConfigDict({tiny_config!r})\n"
+  )
   return path
 
 
@@ -85,14 +108,26 @@ def test_every_variant_computes_the_same(devices, dtype, rtol):
   args = *z, jnp.float32(10), jnp.float32(-5)
   exact = *(x.astype(jnp.float32) for x in z), *args[2:]
   of = lambda fn, args: jax.jit(jax.value_and_grad(fn, (0, 1, 2, 3)))(*args)
-  want = {"softmax": of(losses.softmax_loss, exact),
-          "sigmoid": of(losses.sigmoid_loss, exact)}
+  want = {
+    "softmax": of(losses.softmax_loss, exact),
+    "sigmoid": of(losses.sigmoid_loss, exact),
+  }
   variants = benchmark.loss_variants(mesh, [1, 4])
   assert [f"{name} {tile}" for name, tile in variants] == [
-      "naive None", "remat ring None", "ring 1", "ring 4", "ring both 4",
-      "all_gather 4", "softmax naive None", "softmax ring 4"]
-  some = dict(list(variants.items())[1:2]) if dtype == "bfloat16" or (
-      devices != 2) else variants  # the others are tested in test_losses
+    "naive None",
+    "remat ring None",
+    "ring 1",
+    "ring 4",
+    "ring both 4",
+    "all_gather 4",
+    "softmax naive None",
+    "softmax ring 4",
+  ]
+  some = (
+    dict(list(variants.items())[1:2])
+    if dtype == "bfloat16" or (devices != 2)
+    else variants
+  )  # the others are tested in test_losses
   for (name, _), fn in some.items():
     kind = "softmax" if "softmax" in name else "sigmoid"
     for x, y in zip(*map(jax.tree.leaves, (of(fn, args), want[kind]))):
@@ -104,10 +139,14 @@ def test_the_remat_ring_keeps_no_block():
   """It permutes, and stores neither all blocks nor any of them whole twice."""
   mesh = sharding.make_mesh(devices=jax.devices())
   B, b = 2048, 256
-  z = jax.ShapeDtypeStruct((B, 8), jnp.float32,
-                           sharding=sharding.batch_sharding(mesh))
-  fn = lambda z: jax.grad(lambda z: benchmark.remat_ring_loss(
-      z, z, jnp.float32(10), jnp.float32(-10), mesh=mesh))(z)
+  z = jax.ShapeDtypeStruct(
+    (B, 8), jnp.float32, sharding=sharding.batch_sharding(mesh)
+  )
+  fn = lambda z: jax.grad(
+    lambda z: benchmark.remat_ring_loss(
+      z, z, jnp.float32(10), jnp.float32(-10), mesh=mesh
+    )
+  )(z)
   compiled = jax.jit(fn).lower(z).compile()
   assert "collective-permute" in compiled.as_text()
   assert compiled.memory_analysis().temp_size_in_bytes < 5 * b * b * 4
@@ -125,14 +164,16 @@ def test_turns():
 
   runs = {name: lambda name=name: run(name) for name in "abcd"}
   times = timing.interleave({**runs, "unfit": None}, 6)
-  rounds = [ran[i:i + 4] for i in range(0, len(ran), 4)]
+  rounds = [ran[i : i + 4] for i in range(0, len(ran), 4)]
   assert len(rounds) == 7  # the first one warms up
   assert all(sorted(r) == list("abcd") for r in rounds)
   assert len(set(map(tuple, rounds))) > 3  # in changing order
   assert times["unfit"] is None
   for i, name in enumerate("abcd"):
-    want = [10.0 * (4 * r + turns.index("abcd"[i]) + 1)
-            for r, turns in enumerate(rounds)][1:]
+    want = [
+      10.0 * (4 * r + turns.index("abcd"[i]) + 1)
+      for r, turns in enumerate(rounds)
+    ][1:]
     assert times[name].tolist() == want
 
 
@@ -143,10 +184,14 @@ def test_memory_that_ran_out_is_no_end():
     calls.append(text)
     raise error(text)
 
-  times = timing.interleave({
+  times = timing.interleave(
+    {
       "large": lambda: fail("RESOURCE_EXHAUSTED: Out of memory allocating 9"),
       "host": lambda: fail("no memory", MemoryError),
-      "small": lambda: 1.0}, 3)
+      "small": lambda: 1.0,
+    },
+    3,
+  )
   assert times["large"] is None and times["host"] is None
   assert len(calls) == 2  # they are not tried again
   assert times["small"].tolist() == [1.0] * 3
@@ -155,16 +200,27 @@ def test_memory_that_ran_out_is_no_end():
 
 
 def test_what_a_host_cannot_hold_is_reported_not_run(
-    monkeypatch, capsys, tmp_path):
+  monkeypatch, capsys, tmp_path
+):
   monkeypatch.setattr(timing, "host_memory", lambda: 3 * 2**20)
   rows = benchmark.main(
-      "loss", devices=None, out=tmp_path, batch_sizes=[1024], width=8,
-      tiles=[64], rounds=1, plot=True)
+    "loss",
+    devices=None,
+    out=tmp_path,
+    batch_sizes=[1024],
+    width=8,
+    tiles=[64],
+    rounds=1,
+    plot=True,
+  )
   by_name = {row["variant"]: row for row in rows}
   assert by_name["naive"]["ms"] is None and by_name["naive"]["temp_mib"] > 0.4
   assert by_name["ring"]["ms"] > 0 and by_name["ring"]["vs_naive"] is None
-  naive = [line for line in capsys.readouterr().out.splitlines()
-           if line.startswith("naive")]
+  naive = [
+    line
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith("naive")
+  ]
   assert "no memory" in naive[0]
   assert (tmp_path / "loss.png").stat().st_size > 10_000  # bars, some missing
 
@@ -175,50 +231,102 @@ def test_what_a_host_cannot_hold_is_reported_not_run(
 def test_loss(tmp_path):
   pytest.importorskip("matplotlib")
   done = command(
-      "loss", "--batch_sizes", "16,32", "--width", 8, "--tiles", "4,8",
-      "--rounds", 2, "--devices", 2, "--out", tmp_path, "--plot")
+    "loss",
+    "--batch_sizes",
+    "16,32",
+    "--width",
+    8,
+    "--tiles",
+    "4,8",
+    "--rounds",
+    2,
+    "--devices",
+    2,
+    "--out",
+    tmp_path,
+    "--plot",
+  )
   rows = rows_of(done, tmp_path, "loss")
   found = [(r["variant"], r["tile"], r["batch_size"]) for r in rows]
-  assert found == [(name, tile, size) for size in ("16", "32")
-                   for name, tile in (
-                       ("naive", ""), ("remat ring", ""), ("ring", "4"),
-                       ("ring", "8"), ("ring both", "8"), ("all_gather", "8"),
-                       ("softmax naive", ""), ("softmax ring", "8"))]
+  assert found == [
+    (name, tile, size)
+    for size in ("16", "32")
+    for name, tile in (
+      ("naive", ""),
+      ("remat ring", ""),
+      ("ring", "4"),
+      ("ring", "8"),
+      ("ring both", "8"),
+      ("all_gather", "8"),
+      ("softmax naive", ""),
+      ("softmax ring", "8"),
+    )
+  ]
   for name, ratio in (("naive", "vs_naive"), ("remat ring", "vs_remat")):
-    own = {r["batch_size"]: float(r["ms"]) for r in rows
-           if r["variant"] == name}
+    own = {
+      r["batch_size"]: float(r["ms"]) for r in rows if r["variant"] == name
+    }
     for row in rows:
       assert float(row[ratio]) == pytest.approx(
-          float(row["ms"]) / own[row["batch_size"]])
+        float(row["ms"]) / own[row["batch_size"]]
+      )
   assert {r["devices"] for r in rows} == {"2"}
   assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_step(config_file, tmp_path):
   done = command(
-      "step", "--config", config_file, "--microbatches", "1,3", "--losses",
-      "softmax", "--rounds", 2, "--devices", 2, "--out", tmp_path)
+    "step",
+    "--config",
+    config_file,
+    "--microbatches",
+    "1,3",
+    "--losses",
+    "softmax",
+    "--rounds",
+    2,
+    "--devices",
+    2,
+    "--out",
+    tmp_path,
+  )
   rows = rows_of(done, tmp_path, "step")
   assert [(r["loss"], r["microbatches"], r["batch_size"]) for r in rows] == [
-      ("softmax", k, "24") for k in "13"]
+    ("softmax", k, "24") for k in "13"
+  ]
   for row in rows:
     assert float(row["examples_per_second"]) == pytest.approx(
-        24e3 / float(row["ms"]))
+      24e3 / float(row["ms"])
+    )
     assert row["mfu_percent"] == ""  # a CPU's peak is not known
 
 
 def test_data(config_file, tmp_path, tiny_config):
   done = command(
-      "data", "--config", config_file, "--rounds", 2, "--batches", 2,
-      "--threads", "1,2", "--out", tmp_path)
+    "data",
+    "--config",
+    config_file,
+    "--rounds",
+    2,
+    "--batches",
+    2,
+    "--threads",
+    "1,2",
+    "--out",
+    tmp_path,
+  )
   rows = rows_of(done, tmp_path, "data")
   ops = ["read"] + tiny_config["pp"].split("|")
   assert [r["stage"] for r in rows] == [
-      "pipeline, 1 thread(s)", "pipeline, 2 thread(s)",
-      "one by one, no batches", *(f"  {op}" for op in ops)]
+    "pipeline, 1 thread(s)",
+    "pipeline, 2 thread(s)",
+    "one by one, no batches",
+    *(f"  {op}" for op in ops),
+  ]
   for row in rows[:3]:
     assert float(row["examples_per_second"]) == pytest.approx(
-        1e6 / float(row["us"]))
+      1e6 / float(row["us"])
+    )
     # The same work, with and without threads; a batch has 24 examples.
     same = float(row["per_core"]) / float(rows[2]["per_core"])
     assert 1 / 8 < same < 8
@@ -228,16 +336,16 @@ def test_data(config_file, tmp_path, tiny_config):
 
 def test_loaders(monkeypatch):
   """Ours on the shards that all read; the others are not installed."""
-  ours = benchmark_loaders.LOADERS["sigjax"]
-  monkeypatch.setattr(benchmark_loaders, "LOADERS", {"sigjax": ours})
-  row, = benchmark.main("data", rounds=2, batches=1)
+  ours = loaders.LOADERS["sigjax"]
+  monkeypatch.setattr(loaders, "LOADERS", {"sigjax": ours})
+  (row,) = benchmark.main("data", rounds=2, batches=1)
   assert row["vs_sigjax"] == 1
   assert row["per_core"] == pytest.approx(1e6 / row["us"])
 
 
 def test_shards_of_the_comparison(tmp_path):
-  paths = benchmark_loaders.write_shards(tmp_path, 20, shards=2, photos=3)
-  source = sources.open_source("tar", shards=paths)
+  paths = loaders.write_shards(tmp_path, 20, shards=2, photos=3)
+  source = kinds.open_source("tar", shards=paths)
   assert len(source) == 20 and len(paths) == 2
   with Image.open(io.BytesIO(source[7]["image"])) as image:
     assert image.size == (500, 375)
@@ -248,8 +356,10 @@ def test_shards_of_the_comparison(tmp_path):
 @pytest.mark.parametrize("name", ["tensorflow", "webdataset"])
 def test_other_loaders_are_asked_for(name, monkeypatch):
   monkeypatch.setitem(sys.modules, name, None)
-  make = benchmark_loaders.LOADERS[name.replace("tensorflow", "tf.data")]
-  with pytest.raises(errors.UserError, match=r"pip install 'sigjax\[loaders\]'"):
+  make = loaders.LOADERS[name.replace("tensorflow", "tf.data")]
+  with pytest.raises(
+    errors.UserError, match=r"pip install 'sigjax\[loaders\]'"
+  ):
     make([], None, 1)
 
 
@@ -264,16 +374,21 @@ def test_no_matplotlib(monkeypatch, tmp_path):
     benchmark.main("loss", plot=True)
 
 
-@pytest.mark.parametrize("says,options", [
+@pytest.mark.parametrize(
+  "says,options",
+  [
     ('"los" is not known.*mean "loss"', dict(mode="los")),
     ("--batch_sizes: 12 does not divide over 8", dict(batch_sizes=[12])),
     ("--devices=9, but there are 8", dict(devices=9)),
     ('"microbatches".*it takes: batch_sizes', dict(microbatches=[2])),
     ("needs: config", dict(mode="step")),
     ("config needs: .*pp_image", dict(mode="step", config=dict(batch_size=8))),
-    ("config needs: data", dict(mode="data", config=dict(
-        batch_size=8, pp="decode", tokenizer={}))),
-])
+    (
+      "config needs: data",
+      dict(mode="data", config=dict(batch_size=8, pp="decode", tokenizer={})),
+    ),
+  ],
+)
 def test_mistakes_are_named(says, options, monkeypatch):
   monkeypatch.setattr(jax.config, "update", lambda *_: None)  # 8 are there
   with pytest.raises(errors.UserError, match=says):
@@ -286,12 +401,17 @@ def test_losses_are_those_of_the_config(tiny_config):
     benchmark.main("step", config=tiny_config, losses=["sigmid"], rounds=1)
 
 
-@pytest.mark.parametrize("says,args", [
+@pytest.mark.parametrize(
+  "says,args",
+  [
     ("--tiles takes whole numbers", ["loss", "--tiles", "0,4"]),
     ("Not a directory", ["loss", "--out", f"{__file__}/here"]),
-    ("no key 'modl' Did you mean \"model\"", [
-        "step", "--config", "configs/siglip_emoji.py", "--config.modl.x=1"]),
-])
+    (
+      "no key 'modl' Did you mean \"model\"",
+      ["step", "--config", "configs/siglip_emoji.py", "--config.modl.x=1"],
+    ),
+  ],
+)
 def test_a_mistake_ends_in_one_line(says, args):
   done = command(*args)
   assert done.returncode == 1 and done.stderr.startswith("error: ")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tools import chaos_run
+from tools.chaos import run
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -26,12 +26,24 @@ def test_chaos(tmp_path):
   if not can_mount(tmp_path):
     pytest.skip("mounting a disk to fill it up is not allowed here")
   done = subprocess.run(
-      [sys.executable, "-m", "tools.chaos", "--faults=5", "--steps_per_fault=8",
-       f"--out={tmp_path / 'out'}"], text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, cwd=ROOT, timeout=550, check=False,
-      env={**os.environ, "XLA_FLAGS": ""})
+    [
+      sys.executable,
+      "-m",
+      "tools.chaos",
+      "--faults=5",
+      "--steps_per_fault=8",
+      f"--out={tmp_path / 'out'}",
+    ],
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=ROOT,
+    timeout=550,
+    check=False,
+    env={**os.environ, "XLA_FLAGS": ""},
+  )
   assert done.returncode == 0, done.stdout + done.stderr
-  table = done.stdout[done.stdout.index("what came of it"):]
+  table = done.stdout[done.stdout.index("what came of it") :]
   for kind in ("save", "full disk", "damage", "term", "devices"):
     assert re.search(rf"^\d +{kind} ", table, re.M), done.stdout
   assert "disturbed: 60 arrays equal bit for bit; 52 steps with" in table
@@ -43,4 +55,4 @@ def test_chaos(tmp_path):
 def test_a_log_may_be_cut(tmp_path):
   path = tmp_path / "log"
   path.write_text("\n[1, 0, [5, 6]]\n[2, 0, [7\n[2, 0, [7, 8]]")
-  assert chaos_run.read_log(path) == [(1, 0, [5, 6]), (2, 0, [7, 8])]
+  assert run.read_log(path) == [(1, 0, [5, 6]), (2, 0, [7, 8])]

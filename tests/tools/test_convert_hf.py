@@ -6,19 +6,18 @@ import subprocess
 import sys
 import types
 
+import hf_case  # beside this file
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-import hf_case  # beside this file
-from sigjax import checkpoint
 from sigjax import errors
-from sigjax.data import tokenizer as tokenizer_lib
-from sigjax.models import load
+from sigjax.checkpoints import restore
+from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
-from tools import convert_from_hf
-from tools import convert_to_hf
+from sigjax.weights import npz
+from tools import convert_from_hf, convert_to_hf
 
 
 @pytest.mark.parametrize("name", ["siglip_tiny", "siglip2_tiny_scan"])
@@ -28,51 +27,71 @@ def test_golden_there_and_back(hf, tmp_path, name):
   config = hf_case.write_config(tmp_path)
   hf_case.convert_golden(tmp_path, name)
   model, info = transformers.SiglipModel.from_pretrained(
-      tmp_path / "hf", output_loading_info=True)
+    tmp_path / "hf", output_loading_info=True
+  )
   assert not any(info.values()), info
   with safetensors.safe_open(tmp_path / "hf/model.safetensors", "np") as f:
     assert f.metadata() == {"format": "pt"}  # older versions ask for it
   want = np.load(hf_case.GOLDEN / f"{name}_io.npz")
   with torch.no_grad():
-    got = model(input_ids=torch.from_numpy(want["text"]).long(),
-                pixel_values=torch.from_numpy(
-                    want["image"].transpose(0, 3, 1, 2)), return_loss=True)
+    got = model(
+      input_ids=torch.from_numpy(want["text"]).long(),
+      pixel_values=torch.from_numpy(want["image"].transpose(0, 3, 1, 2)),
+      return_loss=True,
+    )
   for key, value in dict(
-      zimg=got.image_embeds, ztxt=got.text_embeds, loss=got.loss,
-      logits=got.logits_per_image).items():
+    zimg=got.image_embeds,
+    ztxt=got.text_embeds,
+    loss=got.loss,
+    logits=got.logits_per_image,
+  ).items():
     np.testing.assert_allclose(value, want[key], atol=1e-4, err_msg=key)
 
   notes = convert_from_hf.convert(tmp_path / "hf", tmp_path / "back", scan)
   assert not notes
   hf_case.same_arrays(
-      tmp_path / "back/params.npz", np.load(hf_case.GOLDEN / f"{name}.npz"))
+    tmp_path / "back/params.npz", np.load(hf_case.GOLDEN / f"{name}.npz")
+  )
   back = json.loads((tmp_path / "back/config.json").read_text())
   two_towers.TwoTowers(**back["model"])
   tokenizer = tokenizer_lib.Tokenizer(tmp_path / "back/tokenizer.model")
   for key, value in ("image", hf_case.png(0, 40, 50)), ("text", "A Photo."):
-    np.testing.assert_array_equal(*(
+    np.testing.assert_array_equal(
+      *(
         hf_case.ours(pp[f"pp_{key}"], key, [value], tokenizer)
-        for pp in (back, config)))
+        for pp in (back, config)
+      )
+    )
 
 
 def test_unequal_towers_from_pixels_and_words_to_logits(hf, tmp_path):
   torch, transformers = hf
   config = hf_case.write_config(
-      tmp_path, dict(width=24, depth=3, num_heads=2, mlp_dim=40, patch_size=7),
-      dict(width=36, depth=1, num_heads=4, mlp_dim=50, vocab_size=111),
-      res=30, length=9, out_dim=[None, 24])  # 30 // 7: the rest is not seen
+    tmp_path,
+    dict(width=24, depth=3, num_heads=2, mlp_dim=40, patch_size=7),
+    dict(width=36, depth=1, num_heads=4, mlp_dim=50, vocab_size=111),
+    res=30,
+    length=9,
+    out_dim=[None, 24],
+  )  # 30 // 7: the rest is not seen
   model = two_towers.TwoTowers(**config["model"])
   params = hf_case.random_params(model, 30, 9)
-  load.save_params(tmp_path / "w.npz", params)
+  npz.save_params(tmp_path / "w.npz", params)
   convert_to_hf.convert(tmp_path / "w.npz", tmp_path / "hf")
   theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf")
   processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
   assert type(theirs).__name__ == "SiglipModel"
-  pngs = [hf_case.png(i, *size)
-          for i, size in enumerate(((30, 30), (20, 61), (77, 9)))]
+  pngs = [
+    hf_case.png(i, *size)
+    for i, size in enumerate(((30, 30), (20, 61), (77, 9)))
+  ]
   inputs = processor(
-      text=hf_case.TEXTS, images=hf_case.pictures(pngs), padding="max_length",
-      truncation=True, return_tensors="pt")
+    text=hf_case.TEXTS,
+    images=hf_case.pictures(pngs),
+    padding="max_length",
+    truncation=True,
+    return_tensors="pt",
+  )
   with torch.no_grad():
     got = theirs(**inputs)
 
@@ -81,31 +100,41 @@ def test_unequal_towers_from_pixels_and_words_to_logits(hf, tmp_path):
   text = hf_case.ours(config["pp_text"], "text", hf_case.TEXTS, tokenizer)
   np.testing.assert_array_equal(inputs["input_ids"], text)
   np.testing.assert_allclose(
-      inputs["pixel_values"], image.transpose(0, 3, 1, 2), atol=1e-5)
+    inputs["pixel_values"], image.transpose(0, 3, 1, 2), atol=1e-5
+  )
   zimg, ztxt, out = model.apply({"params": params}, image, text)
   assert np.ptp(zimg @ ztxt.T) > 0.1  # texts and images are told apart
   np.testing.assert_allclose(got.image_embeds, zimg, atol=1e-4)
   np.testing.assert_allclose(got.text_embeds, ztxt, atol=1e-4)
   np.testing.assert_allclose(
-      got.logits_per_image, zimg @ ztxt.T * out["t"][0] + out["b"][0],
-      atol=1e-4)
+    got.logits_per_image, zimg @ ztxt.T * out["t"][0] + out["b"][0], atol=1e-4
+  )
   convert_from_hf.convert(tmp_path / "hf", tmp_path / "back")
   hf_case.same_arrays(tmp_path / "back/params.npz", np.load(tmp_path / "w.npz"))
 
 
-@pytest.mark.parametrize("pp", [
+@pytest.mark.parametrize(
+  "pp",
+  [
     "decode|resize(32,method='bicubic')|value_range(-1,1)|keep('image')",
     "decode|resize(32,32,'lanczos')|value_range(0,1)",
     "decode|resize(32,method='nearest')|value_range(-0.5,2.0)",
-    "decode|resize(32,method='area')"])
+    "decode|resize(32,method='area')",
+  ],
+)
 def test_pixels(hf, tmp_path, pp):
   _, transformers = hf
   hf_case.write_config(tmp_path, pp_image=pp)
   hf_case.convert_golden(tmp_path)
-  pngs = [hf_case.png(i, *args) for i, args in enumerate((
-      (32, 32), (100, 37), (9, 20), (50, 50, "L"), (50, 50, "P")))]
+  pngs = [
+    hf_case.png(i, *args)
+    for i, args in enumerate(
+      ((32, 32), (100, 37), (9, 20), (50, 50, "L"), (50, 50, "P"))
+    )
+  ]
   got = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")(
-      images=hf_case.pictures(pngs), return_tensors="np")["pixel_values"]
+    images=hf_case.pictures(pngs), return_tensors="np"
+  )["pixel_values"]
   want = hf_case.ours(pp, "image", pngs)
   if want.dtype == np.uint8:  # what the model does with bytes
     want = (want / 127.5 - 1).astype(np.float32)
@@ -117,29 +146,43 @@ def test_pixels(hf, tmp_path, pp):
 
 def test_a_run_is_as_good_as_a_file(tmp_path):
   config = hf_case.write_config(
-      tmp_path, image=dict(scan=True), text=dict(scan=True))
+    tmp_path, image=dict(scan=True), text=dict(scan=True)
+  )
   params = hf_case.random_params(
-      two_towers.TwoTowers(**config["model"]), 32, 12)
-  checkpoints = checkpoint.Checkpoints(tmp_path)
+    two_towers.TwoTowers(**config["model"]), 32, 12
+  )
+  checkpoints = restore.Checkpoints(tmp_path)
   for step, extra in (2, 0), (4, 1):
-    checkpoints.save(step, types.SimpleNamespace(
+    checkpoints.save(
+      step,
+      types.SimpleNamespace(
         params=jax.tree.map(lambda x, extra=extra: x + extra, params),
-        step=np.int32(step), opt_state={}), {})
+        step=np.int32(step),
+        opt_state={},
+      ),
+      {},
+    )
   checkpoints.close()
-  load.save_params(tmp_path / "w.npz", params)
-  arrays = [convert_to_hf.convert(tmp_path / weights, tmp_path / str(i)) or
-            safetensors.numpy.load_file(tmp_path / f"{i}/model.safetensors")
-            for i, weights in enumerate((".", "checkpoints/2", "w.npz"))]
+  npz.save_params(tmp_path / "w.npz", params)
+  arrays = [
+    convert_to_hf.convert(tmp_path / weights, tmp_path / str(i))
+    or safetensors.numpy.load_file(tmp_path / f"{i}/model.safetensors")
+    for i, weights in enumerate((".", "checkpoints/2", "w.npz"))
+  ]
   assert set(arrays[0]) == set(arrays[1]) == set(arrays[2])
   for name, value in arrays[2].items():
     np.testing.assert_array_equal(arrays[1][name], value)
     np.testing.assert_array_equal(arrays[0][name], value + 1)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(image=dict(pool_type="gap"), text=dict(pool_type="map")),
-     "SiglipModel cannot express model.image.pool_type 'gap' (it has 'map'); "
-     "model.text.pool_type 'map' (it has 'last')"),
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (
+      dict(image=dict(pool_type="gap"), text=dict(pool_type="map")),
+      "SiglipModel cannot express model.image.pool_type 'gap' (it has 'map'); "
+      "model.text.pool_type 'map' (it has 'last')",
+    ),
     (dict(text=dict(embed_rank=7)), "embed_rank 7"),
     (dict(image=dict(posemb="sincos2d")), "posemb 'sincos2d'"),
     (dict(out_dim=[48, 48]), "an image head"),
@@ -152,15 +195,19 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
     (dict(image=dict(depth=3)), "missing img/Transformer/encoderblock_2/"),
     (dict(text=dict(vocab_size=20)), "pieces, but model.text.vocab_size is 20"),
     (dict(pp_text="tokenize(12, pad=5)"), "pads with 5, which is a piece"),
-    (dict(pp_image="decode|resize(32)|central_crop(32)|value_range(-1,1)"),
-     "cannot be expressed by transformers' SiglipProcessor, only: decode|res"),
+    (
+      dict(pp_image="decode|resize(32)|central_crop(32)|value_range(-1,1)"),
+      "cannot be expressed by transformers' SiglipProcessor, only: decode|res",
+    ),
     (dict(pp_image="decode|resize(32,40)|value_range(-1,1)"), "no square"),
     (dict(pp_image="decode|resize(32)|value_range(1,1)"), "no range from 1 to"),
     (dict(pp_text=None), 'config.json has no "pp_text"'),
     (dict(pp_text="choice('a')|tokenize(12)"), "cannot be expressed"),
     (dict(pp_text="lower|tokenise(12)"), 'did you mean "tokenize"'),
     (dict(pp_text="tokenize(12)|lower"), "cannot be expressed"),
-    ], ids=str)
+  ],
+  ids=str,
+)
 def test_what_cannot_be_expressed_is_refused(tmp_path, change, message):
   hf_case.write_config(tmp_path, **change)
   with pytest.raises(errors.UserError) as e:
@@ -180,8 +227,10 @@ def test_precomputed_images_are_refused(tmp_path):
 def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
   hf_case.write_config(tmp_path)
   with monkeypatch.context() as patch:
+
     def full(*_):
       raise OSError("disk full")
+
     patch.setattr(convert_to_hf.shutil, "copyfile", full)
     with pytest.raises(errors.UserError, match="cannot write .*hf: disk full"):
       hf_case.convert_golden(tmp_path)
@@ -198,8 +247,10 @@ def test_without_the_packages(tmp_path, monkeypatch, package):
   hf_case.write_config(tmp_path)
   for name in package, f"{package}.numpy":
     monkeypatch.setitem(sys.modules, name, None)
-  message = (f"{package} is not installed; it comes with transformers: "
-             r"pip install 'sigjax\[hf\]'$")
+  message = (
+    f"{package} is not installed; it comes with transformers: "
+    r"pip install 'sigjax\[hf\]'$"
+  )
   with pytest.raises(errors.UserError, match=message):
     hf_case.convert_golden(tmp_path)
   if package == "safetensors":
@@ -210,21 +261,45 @@ def test_without_the_packages(tmp_path, monkeypatch, package):
 def test_commands(tmp_path):
   hf_case.write_config(tmp_path)
   (tmp_path / "w.npz").write_bytes(
-      (hf_case.GOLDEN / "siglip_tiny.npz").read_bytes())
+    (hf_case.GOLDEN / "siglip_tiny.npz").read_bytes()
+  )
   ask = lambda *args: subprocess.run(
-      [sys.executable, "-m", *args], cwd=hf_case.ROOT, text=True, check=False,
-      capture_output=True, env={**os.environ, "XLA_FLAGS": ""})
-  done = ask("tools.convert_to_hf", "--weights", f"{tmp_path}/w.npz",
-             "--out", f"{tmp_path}/hf")
+    [sys.executable, "-m", *args],
+    cwd=hf_case.ROOT,
+    text=True,
+    check=False,
+    capture_output=True,
+    env={**os.environ, "XLA_FLAGS": ""},
+  )
+  done = ask(
+    "tools.convert_to_hf",
+    "--weights",
+    f"{tmp_path}/w.npz",
+    "--out",
+    f"{tmp_path}/hf",
+  )
   assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path}/hf\n"), (
-      done.stderr)
-  done = ask("tools.convert_from_hf", "--folder", f"{tmp_path}/hf",
-             "--out", f"{tmp_path}/back", "--scan")
+    done.stderr
+  )
+  done = ask(
+    "tools.convert_from_hf",
+    "--folder",
+    f"{tmp_path}/hf",
+    "--out",
+    f"{tmp_path}/back",
+    "--scan",
+  )
   assert done.returncode == 0 and '"patch_size": 8' in done.stdout, done.stderr
   assert "params/img/Transformer/encoderblock/LayerNorm_0/bias" in np.load(
-      tmp_path / "back/params.npz")
+    tmp_path / "back/params.npz"
+  )
   for tool, flag in ("to", "weights"), ("from", "folder"):
-    done = ask(f"tools.convert_{tool}_hf", f"--{flag}", f"{tmp_path}/none",
-               "--out", f"{tmp_path}/out")
+    done = ask(
+      f"tools.convert_{tool}_hf",
+      f"--{flag}",
+      f"{tmp_path}/none",
+      "--out",
+      f"{tmp_path}/out",
+    )
     assert done.returncode == 1 and f"{tmp_path}/none" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

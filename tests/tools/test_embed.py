@@ -13,17 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from sigjax import errors
-from sigjax import sharding
+from sigjax import errors, sharding, train, trees
 from sigjax import step as step_lib
-from sigjax import train
-from sigjax import trees
-from sigjax.data import preprocess
-from sigjax.data import sources
-from sigjax.models import load
+from sigjax.data import kinds
+from sigjax.data.example import preprocess
 from sigjax.models import two_towers
-from tools import embed
-from tools import predict
+from sigjax.weights import npz
+from tools import embed, predict
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -34,40 +30,52 @@ def fixture_config(tiny_config, tmp_path):
   del tiny_config["data"]["group_by"]
   tower = two_towers.image_tower(two_towers.TwoTowers(**tiny_config["model"]))
   params = jax.jit(tower.init)(
-      jax.random.key(1), np.zeros((1, 16, 16, 3), np.float32))["params"]
-  load.save_params(tmp_path / "tower.npz", params)
-  return dict(tiny_config, init=dict(
-      path=str(tmp_path / "tower.npz"), into="img"), lock=("img",))
+    jax.random.key(1), np.zeros((1, 16, 16, 3), np.float32)
+  )["params"]
+  npz.save_params(tmp_path / "tower.npz", params)
+  return dict(
+    tiny_config,
+    init=dict(path=str(tmp_path / "tower.npz"), into="img"),
+    lock=("img",),
+  )
 
 
 def precomputed(config, out, width=32):
   """The config that trains on what was embedded."""
-  of = lambda section: dict(kind="embeddings",
-                            path=str(out / section["split"]),
-                            pp_image=config["pp_image"])
+  of = lambda section: dict(
+    kind="embeddings",
+    path=str(out / section["split"]),
+    pp_image=config["pp_image"],
+  )
   config = {k: v for k, v in config.items() if k not in ("init", "lock")}
   return dict(
-      config, data=of(config["data"]), pp_image="keep('image')",
-      pp=config["pp"].replace("decode|value_range(-1,1)|", ""),
-      model=dict(config["model"], image=dict(kind="precomputed", width=width)),
-      evals={k: dict(v, data=of(v["data"]))
-             for k, v in config["evals"].items()})
+    config,
+    data=of(config["data"]),
+    pp_image="keep('image')",
+    pp=config["pp"].replace("decode|value_range(-1,1)|", ""),
+    model=dict(config["model"], image=dict(kind="precomputed", width=width)),
+    evals={k: dict(v, data=of(v["data"])) for k, v in config["evals"].items()},
+  )
 
 
-@pytest.mark.parametrize("dtype, atol", [("float32", 1e-6), ("float16", 3e-4),
-                                         ("bfloat16", 2e-3)])
+@pytest.mark.parametrize(
+  "dtype, atol", [("float32", 1e-6), ("float16", 3e-4), ("bfloat16", 2e-3)]
+)
 def test_embeddings_are_the_towers(config, tmp_path, dtype, atol, capsys):
   out = tmp_path / "out"
   embed.main(config, out, dtype=dtype, part_size=50, batch_size=16)
   assert "192 embeddings of 32" in capsys.readouterr().out
   model = two_towers.TwoTowers(**config["model"])
-  params = {"img": load.load_params(config["init"]["path"]), "t": np.zeros(1),
-            "b": np.zeros(1)}
+  params = {
+    "img": npz.load_params(config["init"]["path"]),
+    "t": np.zeros(1),
+    "b": np.zeros(1),
+  }
   run = step_lib.make_embed(model, sharding.make_mesh())
   pp = preprocess.parse(config["pp_image"])
   for split, count in ("train", 192), ("test", 48):
-    source = sources.open_source(**dict(config["data"], split=split))
-    found = sources.open_source("embeddings", path=str(out / split))
+    source = kinds.open_source(**dict(config["data"], split=split))
+    found = kinds.open_source("embeddings", path=str(out / split))
     assert len(found) == len(source) == count
     assert found.label_names == source.label_names
     images = np.stack([pp(source[i], None)["image"] for i in range(count)])
@@ -75,8 +83,9 @@ def test_embeddings_are_the_towers(config, tmp_path, dtype, atol, capsys):
     for i, example in enumerate(found[i] for i in range(count)):
       assert str(example["image"].dtype) == dtype
       np.testing.assert_allclose(
-          example["image"].astype(np.float32), want[i], atol=atol)
-      assert example["captions"] == sources.captions(source[i], "captions")
+        example["image"].astype(np.float32), want[i], atol=atol
+      )
+      assert example["captions"] == kinds.captions(source[i], "captions")
       assert example["label"] == source[i]["label"]
 
 
@@ -86,30 +95,38 @@ def test_training_on_them_is_training_on_the_tower(config, tmp_path):
   embed.main(config, out, dtype="float32")
   rows = train.main(tmp_path / "a", **config)
   assert train.main(tmp_path / "b", **precomputed(config, out)) == rows
-  lines = [list(map(json.loads, (
-      tmp_path / w / "metrics.jsonl").read_text().splitlines())) for w in "ab"]
+  lines = [
+    list(
+      map(json.loads, (tmp_path / w / "metrics.jsonl").read_text().splitlines())
+    )
+    for w in "ab"
+  ]
   for a, b in zip(*lines):
     if "loss" in a:
       assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
 def test_predictions_with_the_tower(config, tmp_path):
-  out, run = tmp_path / "out", precomputed(dict(config, evals={}),
-                                           tmp_path / "out")
+  out, run = (
+    tmp_path / "out",
+    precomputed(dict(config, evals={}), tmp_path / "out"),
+  )
   embed.main(dict(config, evals={}), out, dtype="float32")
   for name, section in ("a", dict(config, evals={})), ("b", run):
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps(section))
     train.main(tmp_path / name, **section)
-  source = sources.open_source(**config["data"])
+  source = kinds.open_source(**config["data"])
   images, texts = [source[i]["image"] for i in (0, 9)], ["red disc", "a bar"]
   want = predict.Predictor(tmp_path / "a")(images, texts)
   got = predict.Predictor(tmp_path / "b", config)(images, texts)
   np.testing.assert_allclose(got, want, rtol=1e-4)
   with pytest.raises(errors.UserError, match="give --tower"):
     predict.Predictor(tmp_path / "b")
-  load.save_params(config["init"]["path"], jax.tree.map(
-      lambda x: x + 1, load.load_params(config["init"]["path"])))
+  npz.save_params(
+    config["init"]["path"],
+    jax.tree.map(lambda x: x + 1, npz.load_params(config["init"]["path"])),
+  )
   with pytest.raises(errors.UserError, match="is not the one of"):
     predict.Predictor(tmp_path / "b", config)
 
@@ -117,12 +134,23 @@ def test_predictions_with_the_tower(config, tmp_path):
 def test_a_killed_run_goes_on(config, tmp_path):
   """Killed between parts, nothing whole is computed again; two share it."""
   (tmp_path / "c.py").write_text(
-      "from ml_collections import ConfigDict\n"
-      f"get_config = lambda: ConfigDict({config!r})\n")
+    "from ml_collections import ConfigDict\n"
+    f"get_config = lambda: ConfigDict({config!r})\n"
+  )
   out = tmp_path / "out"
-  command = [sys.executable, "-m", "tools.embed", "--config",
-             str(tmp_path / "c.py"), "--out", str(out), "--part_size", "8",
-             "--batch_size", "8"]
+  command = [
+    sys.executable,
+    "-m",
+    "tools.embed",
+    "--config",
+    str(tmp_path / "c.py"),
+    "--out",
+    str(out),
+    "--part_size",
+    "8",
+    "--batch_size",
+    "8",
+  ]
   with subprocess.Popen(command, cwd=ROOT) as process:
     while not list(out.glob("train/*-of-*.array_record")):
       assert process.poll() is None
@@ -130,16 +158,17 @@ def test_a_killed_run_goes_on(config, tmp_path):
     process.send_signal(signal.SIGKILL)
   assert not (out / "train" / "index.json").exists()
   with pytest.raises(errors.UserError, match="still being written"):
-    sources.open_source("embeddings", path=str(out / "train"))
+    kinds.open_source("embeddings", path=str(out / "train"))
   done = {p: p.stat().st_ino for p in out.glob("train/*-of-*.array_record")}
   # As the kill may have left it: a part cut short under its final name is what
   # a copy would make; it is computed again.
   cut = sorted(done)[0]
   os.truncate(cut, cut.stat().st_size // 2)
   for i in (1, 0):
-    embed.main(config, out, part_size=8, batch_size=8, process_id=i,
-               num_processes=2)
-  assert len(sources.open_source("embeddings", path=str(out / "train"))) == 192
+    embed.main(
+      config, out, part_size=8, batch_size=8, process_id=i, num_processes=2
+    )
+  assert len(kinds.open_source("embeddings", path=str(out / "train"))) == 192
   for path, inode in done.items():
     assert (path.stat().st_ino == inode) == (path != cut), path
   embed.main(config, tmp_path / "new", part_size=8, batch_size=8)
@@ -152,40 +181,48 @@ def test_what_changed_is_refused(config, tmp_path):
   out = tmp_path / "out"
   small = dict(config, evals={})
   embed.main(small, out)
-  before = sources.open_source("embeddings", path=str(out / "train")).tower
+  before = kinds.open_source("embeddings", path=str(out / "train")).tower
 
   def message(config, **options):
     with pytest.raises(errors.UserError) as e:
       embed.main(config, out, **options)
     assert "\n" not in str(e.value)
     return str(e.value)
+
   assert "with pp_image" in message(
-      dict(small, pp_image=config["pp_image"].replace("(-1,1)", "(0,1)")))
+    dict(small, pp_image=config["pp_image"].replace("(-1,1)", "(0,1)"))
+  )
   assert "with part_size" in message(small, part_size=3)
   assert "with dtype" in message(small, dtype="bfloat16")
-  params = trees.flatten(load.load_params(config["init"]["path"]))
+  params = trees.flatten(npz.load_params(config["init"]["path"]))
   params["embedding/bias"][0] += 1e-3
-  load.save_params(config["init"]["path"], trees.unflatten(params))
+  npz.save_params(config["init"]["path"], trees.unflatten(params))
   assert "with tower" in message(small)
   embed.main(small, tmp_path / "other")
-  other = sources.open_source("embeddings", path=str(tmp_path / "other/train"))
+  other = kinds.open_source("embeddings", path=str(tmp_path / "other/train"))
   assert other.tower != before
 
   # Training and evaluation of different towers, and another tower afterwards.
   mixed = precomputed(small, out)
-  mixed["evals"] = {"zeroshot": dict(type="zeroshot", data=dict(
-      kind="embeddings", path=str(tmp_path / "other/train")))}
+  mixed["evals"] = {
+    "zeroshot": dict(
+      type="zeroshot",
+      data=dict(kind="embeddings", path=str(tmp_path / "other/train")),
+    )
+  }
   with pytest.raises(errors.UserError, match="all have to be of the same"):
     train.main(tmp_path / "a", **mixed)
   train.main(tmp_path / "b", **precomputed(small, out))
-  with pytest.raises(errors.UserError, match="the run until now has embeddings"):
+  with pytest.raises(
+    errors.UserError, match="the run until now has embeddings"
+  ):
     train.main(tmp_path / "b", **precomputed(small, tmp_path / "other"))
 
 
 def test_bad_examples_are_left_out(config, tmp_path, capsys):
   folder = tmp_path / "pictures"
   folder.mkdir()
-  source = sources.open_source(**config["data"])
+  source = kinds.open_source(**config["data"])
   rows = ["file,caption"]
   for i in range(20):
     data = source[i]["image"]
@@ -195,10 +232,12 @@ def test_bad_examples_are_left_out(config, tmp_path, capsys):
   config = dict(config, evals={}, data=dict(kind="folder", path=str(folder)))
   embed.main(config, tmp_path / "out", part_size=8, batch_size=8)
   assert "3 examples were left out: {'truncated image': 3}" in (
-      capsys.readouterr().out)
-  found = sources.open_source("embeddings", path=str(tmp_path / "out/folder"))
+    capsys.readouterr().out
+  )
+  found = kinds.open_source("embeddings", path=str(tmp_path / "out/folder"))
   assert [found[i]["captions"] for i in range(len(found))] == [
-      [f"number {i}"] for i in range(20) if i not in (0, 3, 19)]
+    [f"number {i}"] for i in range(20) if i not in (0, 3, 19)
+  ]
   with pytest.raises(errors.UserError, match="1 x truncated image"):
     embed.main(dict(config, bad_fraction=0.0), tmp_path / "new")
 
@@ -207,7 +246,7 @@ def test_damaged_shards(config, tmp_path):
   out = tmp_path / "out"
   embed.main(dict(config, evals={}), out, part_size=100)
   first, second = sorted(out.glob("train/*.array_record"))
-  open_it = lambda: sources.open_source("embeddings", path=str(out / "train"))
+  open_it = lambda: kinds.open_source("embeddings", path=str(out / "train"))
   shutil.copy(first, tmp_path / "whole")
   os.truncate(first, first.stat().st_size - 1)
   with pytest.raises(errors.UserError, match="bytes, but .* were written"):
@@ -219,23 +258,41 @@ def test_damaged_shards(config, tmp_path):
     open_it()
 
 
-@pytest.mark.parametrize("change, text", [
+@pytest.mark.parametrize(
+  "change, text",
+  [
     (dict(init=None), "names no weights"),
     (dict(init=dict(path="x", into="txt")), "names no weights"),
     (dict(init=dict(path="none.npz", into="img")), "none.npz"),
-    (dict(model=dict(image=dict(kind="precomputed", width=3),
-                     text={})), "precomputed")])
+    (
+      dict(model=dict(image=dict(kind="precomputed", width=3), text={})),
+      "precomputed",
+    ),
+  ],
+)
 def test_configs_without_a_tower(config, tmp_path, change, text):
   with pytest.raises(errors.UserError, match=text):
     embed.main({**config, **change}, tmp_path / "out")
 
 
 def test_sections(config):
-  found = embed.sections(dict(config, evals=dict(
-      a=dict(data=dict(config["data"], group_by="concept")),
-      b=dict(data=dict(config["data"], split="test"), pp_image="x"))))
+  found = embed.sections(
+    dict(
+      config,
+      evals=dict(
+        a=dict(data=dict(config["data"], group_by="concept")),
+        b=dict(data=dict(config["data"], split="test"), pp_image="x"),
+      ),
+    )
+  )
   assert {k: v[1] for k, v in found.items()} == {
-      "train": config["pp_image"], "test": "x"}
+    "train": config["pp_image"],
+    "test": "x",
+  }
   with pytest.raises(errors.UserError, match='both be "train"'):
-    embed.sections(dict(config, evals=dict(a=dict(data=dict(
-        config["data"], data_dir="/elsewhere")))))
+    embed.sections(
+      dict(
+        config,
+        evals=dict(a=dict(data=dict(config["data"], data_dir="/elsewhere"))),
+      )
+    )

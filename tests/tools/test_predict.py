@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from sigjax import checkpoint
-from sigjax import errors
-from sigjax import train
-from sigjax.data import tokenizer as tokenizer_lib
+from sigjax import errors, train
+from sigjax.checkpoints import restore
+from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
 from tools import predict
 
@@ -33,6 +32,7 @@ def workdir(tmp_path_factory, shapes_dir):
 @pytest.fixture
 def trained(workdir, tiny_config):
   import json  # pylint: disable=g-import-not-at-top
+
   if not (workdir / "config.json").exists():
     config = dict(tiny_config, total_steps=4, evals={})
     errors.call(train.main, config, "config", workdir)
@@ -51,12 +51,13 @@ def test_probabilities_are_pairwise_sigmoids(trained, tiny_config):
   got = predict.Predictor(trained)(images, TEXTS)
   # By hand, from the saved parameters.
   model = two_towers.TwoTowers(**tiny_config["model"])
-  params = checkpoint.read_params(
-      trained, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-  pixels = np.stack([np.full((16, 16, 3), c) for c in (
-      (1, -1, -1), (-1, -1, 1))]).astype(np.float32)
-  tokens = tokenizer_lib.Tokenizer(
-      trained / "tokenizer.model").batch(TEXTS, 8)
+  params = restore.read_params(
+    trained, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  )
+  pixels = np.stack(
+    [np.full((16, 16, 3), c) for c in ((1, -1, -1), (-1, -1, 1))]
+  ).astype(np.float32)
+  tokens = tokenizer_lib.Tokenizer(trained / "tokenizer.model").batch(TEXTS, 8)
   zimg, ztxt, out = model.apply({"params": params}, pixels, tokens)
   logits = np.asarray(zimg, np.float64) @ np.asarray(ztxt, np.float64).T
   logits = logits * float(out["t"][0]) + float(out["b"][0])
@@ -67,11 +68,21 @@ def test_command(trained, tmp_path):
   (tmp_path / "a.png").write_bytes(png("red", (16, 16)))
   (tmp_path / "b.png").write_bytes(png("green", (9, 9)))
   ask = lambda *args: subprocess.run(
-      [sys.executable, "-m", "tools.predict", *args], cwd=ROOT, text=True,
-      capture_output=True, check=False, env={**os.environ, "XLA_FLAGS": ""})
-  done = ask("--workdir", str(trained), "--texts",
-             'red disc,"a cross, that is green"',
-             "--image", f"{tmp_path}/a.png,{tmp_path}/b.png")
+    [sys.executable, "-m", "tools.predict", *args],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
+    env={**os.environ, "XLA_FLAGS": ""},
+  )
+  done = ask(
+    "--workdir",
+    str(trained),
+    "--texts",
+    'red disc,"a cross, that is green"',
+    "--image",
+    f"{tmp_path}/a.png,{tmp_path}/b.png",
+  )
   assert done.returncode == 0, done.stderr
   head, _, first, second = done.stdout.splitlines()
   assert head.split("  ")[-1] == "a cross, that is green"

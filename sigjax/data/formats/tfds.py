@@ -1,0 +1,103 @@
+"""TFDS datasets by name, from ArrayRecord or TFRecord, without TensorFlow."""
+
+import os
+
+from sigjax import errors
+from sigjax.data import source as source_lib
+from sigjax.data.formats import tfrecord
+
+_PREPARE = (
+  'python -c "import tensorflow_datasets as tfds; tfds.builder({args}, '
+  "file_format='array_record').download_and_prepare()\" "
+  "(many of TFDS's own builders need TensorFlow for this one step)"
+)
+
+
+def from_builder(builder, split):
+  """Opens a split of a prepared TFDS dataset, its images left encoded.
+
+  Raises:
+    UserError: no such split.
+  """
+  import tensorflow_datasets as tf_datasets
+
+  def skip_images(features):
+    # Images within a Sequence are left out: TFDS cannot skip decoding those.
+    skips = {}
+    for key, feature in features.items():
+      if isinstance(feature, tf_datasets.features.Image):
+        skips[key] = tf_datasets.decode.SkipDecoding()
+      elif isinstance(feature, tf_datasets.features.FeaturesDict):
+        skips[key] = skip_images(feature)
+    return skips
+
+  decoders, faults = skip_images(builder.info.features), {}
+  name = f"{builder.info.name}[{split}]"
+  try:
+    if builder.info.file_format.value == "tfrecord":
+      records, faults = tfrecord.of_builder(builder, split, decoders)
+    else:
+      records = builder.as_data_source(split, decoders=decoders)
+      len(records)
+  except errors.UserError:
+    raise
+  except ValueError as e:
+    raise errors.UserError(
+      f"{builder.info.full_name} in {builder.data_dir} cannot read split "
+      f'"{split}"; it has: {", ".join(builder.info.splits)}, and parts such '
+      'as "train[:90%]"'
+    ) from e
+  return source_lib.Source(
+    name,
+    records,
+    faults=faults,
+    label_names={
+      key: feature.names
+      for key, feature in builder.info.features.items()
+      if isinstance(feature, tf_datasets.features.ClassLabel)
+    },
+  )
+
+
+def tfds(name, split, data_dir=None):
+  """A TFDS dataset that has been prepared, as ArrayRecord or TFRecord.
+
+  Args:
+    name: "name", "name/config", "name/config:version", or the directory that
+      holds a dataset's features.json.
+    split: "train", "validation[:1000]", "train+test", ...
+    data_dir: where datasets are; TFDS's own default if None.
+
+  Returns:
+    A Source named "name[split]".
+
+  Raises:
+    UserError: no such dataset there, in another file format, or no such split.
+  """
+  # Slow to import, so only where it is used.
+  from tensorflow_datasets.core import read_only_builder
+  from tensorflow_datasets.core.utils import file_utils
+
+  # From the files alone: a dataset's own code is not needed for reading it, and
+  # often imports TensorFlow.
+  try:
+    if os.path.exists(os.path.join(name, "features.json")):
+      builder = read_only_builder.builder_from_directory(name)
+    else:
+      builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
+  except ValueError as e:  # TFDS's DatasetNotFoundError is one
+    places = ", ".join(map(str, file_utils.list_data_dirs(data_dir)))
+    args = repr(name) + (f", data_dir={str(data_dir)!r}" if data_dir else "")
+    raise errors.UserError(
+      f'dataset "{name}" is not prepared in {places}; to prepare it: '
+      + _PREPARE.format(args=args)
+    ) from e
+  found = builder.info.file_format.value
+  if found not in ("array_record", "tfrecord"):
+    args = f"{name!r}, data_dir='NEW_DIR'"
+    raise errors.UserError(
+      f'dataset "{name}" in {builder.data_dir} is stored as {found}, which '
+      "has no random access; prepare it once more, elsewhere, and set "
+      "data_dir to that: " + _PREPARE.format(args=args)
+    )
+  return from_builder(builder, split)

@@ -1,0 +1,297 @@
+"""Files by URL: downloaded once into a cache, whole or not at all.
+
+    CACHE/HOST/PATH               a whole file; nothing else has such a name
+    CACHE/HOST/PATH.partial       what has come so far, locked while it grows
+    CACHE/HOST/PATH.partial.etag  which version of the file that is
+
+CACHE is $SIGJAX_CACHE, or ~/.cache/sigjax. No credentials are sent: only public
+files can be had.
+"""
+
+import base64
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import logging
+import os
+import re
+import shutil
+import time
+from typing import NamedTuple
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import tqdm
+
+from sigjax import errors
+
+log = logging.getLogger("sigjax")
+
+# Where the public files of a bucket are, over HTTP.
+ENDPOINTS = {
+  "gs": "https://storage.googleapis.com/{bucket}/{name}",
+  "s3": "https://{bucket}.s3.amazonaws.com/{name}",
+}
+ATTEMPTS = 5  # requests in a row that bring nothing new
+PAUSE = 1.0  # seconds between them
+TIMEOUT = 60.0  # seconds without an answer
+CHUNK = 1 << 20
+
+
+class _Answer(NamedTuple):
+  """What a server said of a file."""
+
+  whole: bool  # it has all come
+  total: int | None  # bytes
+  md5: str | None  # in hexadecimal
+
+
+def is_url(path):
+  """Whether a path is a URL that local() takes."""
+  return bool(re.match(r"(gs|s3|https?)://", str(path)))
+
+
+def local(url, missing=""):
+  """Returns the path of a URL's file in the cache, fetching it if need be.
+
+  Of processes that ask for the same file one fetches it, the others wait. A
+  download that was cut off goes on where it stopped, if the server allows it.
+
+  Args:
+    url: gs://BUCKET/NAME, s3://BUCKET/NAME, https://.. or http://..
+    missing: what to add to the error if the server has no such file.
+
+  Raises:
+    UserError: no such file, a private one, no network, no room, or what came
+      is not what the server says it should be. Then nothing is in the cache
+      under the file's name.
+  """
+  target = cached(url)
+  if not os.path.exists(target):
+    try:
+      os.makedirs(os.path.dirname(target), exist_ok=True)
+      with _locked(f"{target}.partial") as f:
+        if not os.path.exists(target):
+          log.info("fetching %s to %s", url, target)
+          _download(url, f, target, missing)
+        else:  # While this process waited.
+          _remove(f"{target}.partial")
+    except OSError as e:  # Those of the network are UserErrors by now.
+      raise errors.UserError(
+        f"cannot write {target}: {e.strerror or e}; make room, or name "
+        "another folder in SIGJAX_CACHE"
+      ) from e
+  return target
+
+
+def cached(url):
+  """Returns the path that a URL's file has, or would have, in the cache."""
+  parts = urllib.parse.urlsplit(_web(url))
+  names = parts.path.removeprefix("/").split("/")
+  if parts.query:
+    names[-1] += "?" + urllib.parse.quote(parts.query, safe="=&")
+  if not parts.netloc or {".", "..", ""} & set(names):
+    raise errors.UserError(f"{url} names no file")
+  cache = os.environ.get("SIGJAX_CACHE") or "~/.cache/sigjax"
+  return os.path.join(os.path.expanduser(cache), parts.netloc, *names)
+
+
+def _web(url):
+  """Returns the http(s) form of a URL."""
+  scheme, _, rest = str(url).partition("://")
+  if scheme not in ENDPOINTS:
+    return str(url)
+  bucket, _, name = rest.partition("/")
+  return ENDPOINTS[scheme].format(bucket=bucket, name=urllib.parse.quote(name))
+
+
+def _remove(path):
+  with contextlib.suppress(FileNotFoundError):
+    os.remove(path)
+
+
+@contextlib.contextmanager
+def _locked(path):
+  """Opens a file to append to, once no other process has it open so."""
+  while True:
+    with open(path, "ab") as f:
+      try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        log.info("another process is fetching %s; waiting", path)
+        fcntl.flock(f, fcntl.LOCK_EX)
+      # Whoever had the lock may have renamed or deleted the file meanwhile.
+      if not _still_there(path, f):
+        continue
+      try:
+        yield f
+      finally:
+        if not os.fstat(f.fileno()).st_size:  # Nothing came: nothing is left.
+          _remove(path)
+          _remove(f"{path}.etag")
+      return
+
+
+def _still_there(path, f):
+  """Whether f is the file at path, or has been renamed: then it is whole."""
+  try:
+    return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
+  except FileNotFoundError:
+    return os.path.exists(path.removesuffix(".partial"))
+
+
+def _download(url, f, target, missing):
+  """Fills f, the file TARGET.partial, and renames it to target."""
+  partial, etag = f"{target}.partial", f"{target}.partial.etag"
+  best = tries = 0
+  while True:
+    answer = _fill(url, f, target, missing)
+    have = f.seek(0, os.SEEK_END)
+    if answer.whole:
+      break
+    tries = 0 if have > best else tries + 1
+    best = max(best, have)
+    if tries == ATTEMPTS:
+      raise errors.UserError(
+        f"{url} was cut off again and again, at last after {have} of "
+        f"{answer.total} bytes; run again to go on from there"
+      )
+    time.sleep(PAUSE)
+
+  os.fsync(f.fileno())
+  if answer.md5:
+    with open(partial, "rb") as whole:
+      md5 = hashlib.file_digest(whole, "md5").hexdigest()
+    if md5 != answer.md5:
+      _remove(etag)
+      _remove(partial)
+      raise errors.UserError(
+        f"{url} arrived damaged and was deleted: its MD5 is {md5}, not "
+        f"{answer.md5} as the server says; run again to fetch it again"
+      )
+  os.replace(partial, target)
+  _remove(etag)
+
+
+def _fill(url, f, target, missing):
+  """Appends to f what one request brings. Returns an _Answer."""
+  have = f.seek(0, os.SEEK_END)
+  with _request(url, _resume(target, have), target, missing) as response:
+    got = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    if response.status != 206 or not got or int(got[1]) != have:
+      # All of it, whatever was asked for; or another part than that.
+      f.truncate(0)
+      have = 0
+      _note_version(response.headers, target)
+      if response.status != 200:
+        _remove(f"{target}.partial.etag")
+        return _Answer(False, None, None)
+    length = response.headers.get("Content-Length")
+    if length is None and not response.chunked:
+      raise errors.UserError(
+        f"the server does not say how long {url} is, so that half of it "
+        f"would look like all; {_by_hand(target)}"
+      )
+    total = None if length is None else have + int(length)
+    room = shutil.disk_usage(os.path.dirname(target)).free
+    if total and total - have > room:
+      raise errors.UserError(
+        f"no room for {url}: it needs {(total - have) / 1e9:.3f} GB, "
+        f"{os.path.dirname(target)} has {room / 1e9:.3f}; make room, or name "
+        "another folder in SIGJAX_CACHE"
+      )
+    broken = False
+    with tqdm.tqdm(
+      total=total,
+      initial=have,
+      unit="B",
+      unit_scale=True,
+      disable=None,
+      desc=os.path.basename(target),
+    ) as bar:
+      while True:
+        try:
+          chunk = response.read(CHUNK)
+        except (OSError, http.client.HTTPException):
+          broken = True
+          break
+        if not chunk:
+          break
+        f.write(chunk)
+        bar.update(len(chunk))
+    whole = not broken and f.seek(0, os.SEEK_END) == (total or f.tell())
+    return _Answer(whole, total, _md5(url, response.headers))
+
+
+def _resume(target, have):
+  """Returns the headers that ask for what is still missing."""
+  # Only of the same version: two halves of different files would make a whole.
+  etag = ""
+  with contextlib.suppress(FileNotFoundError):
+    with open(f"{target}.partial.etag", encoding="utf-8") as f:
+      etag = f.read()
+  return {"Range": f"bytes={have}-", "If-Range": etag} if have and etag else {}
+
+
+def _note_version(headers, target):
+  """Notes the version of what is about to come."""
+  etag = headers.get("ETag", "")
+  _remove(f"{target}.partial.etag")
+  if etag and not etag.startswith("W/"):  # "Weak" ones are not of bytes.
+    with open(f"{target}.partial.etag", "w", encoding="utf-8") as f:
+      f.write(etag)
+
+
+def _md5(url, headers):
+  """Returns the MD5 that a server gives for the file, or None."""
+  goog = re.search(
+    r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash") or [])
+  )
+  stored = headers.get("x-goog-stored-content-encoding", "identity")
+  if goog and stored == "identity":  # Else it is that of the compressed file.
+    return base64.b64decode(goog[1]).hex()
+  # S3: the ETag, unless in parts ("..-8") or encrypted with a key of its own.
+  etag = re.fullmatch(r'"([0-9a-f]{32})"', headers.get("ETag", ""))
+  kms = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+  if str(url).startswith("s3://") and etag and not kms:
+    return etag[1]
+  return None
+
+
+def _by_hand(target):
+  return f"fetch it by hand and put it at {target}"
+
+
+def _request(url, headers, target, missing):
+  """Opens a URL; see local for the errors."""
+  request = urllib.request.Request(_web(url), headers=headers)
+  try:
+    return urllib.request.urlopen(request, timeout=TIMEOUT)
+  except urllib.error.HTTPError as e:
+    e.close()
+    if e.code == 416:  # Nothing is left to come: the file is another by now.
+      _remove(f"{target}.partial.etag")
+      return _request(url, {}, target, missing)
+    if e.code in (404, 410):
+      raise errors.UserError(
+        f"there is no {url} (the server says {e.code})"
+        + (f"; {missing}" if missing else "")
+      ) from None
+    if e.code in (401, 403):
+      # Google's buckets that may not be listed say so of absent files, too.
+      raise errors.UserError(
+        f"{url} is private, or does not exist (the server says {e.code}): "
+        "copy it by hand and give the path of the copy"
+        + (f"; {missing}" if missing else "")
+      ) from None
+    raise errors.UserError(
+      f"{url} cannot be fetched now (the server says {e.code} {e.reason}): "
+      f"try again, or {_by_hand(target)}"
+    ) from None
+  except (OSError, http.client.HTTPException) as e:
+    reason = getattr(e, "reason", e)
+    raise errors.UserError(
+      f"{url} cannot be reached ({reason}): {_by_hand(target)}"
+    ) from None

@@ -1,0 +1,282 @@
+"""The released checkpoints by name: where they are and what they are.
+
+Names, sizes and scores are those of the models' own publications: SigLIP (arXiv
+2303.15343), SigLIP 2 (arXiv 2502.14786), AugReg (arXiv 2106.10270).
+
+All take images as squares of `resolution` pixels in [-1, 1], and lower-cased
+texts.
+"""
+
+import os
+import re
+from typing import Any, NamedTuple
+
+from sigjax import errors
+
+
+class Known(NamedTuple):
+  """A released checkpoint.
+
+  Attributes:
+    url: of the .npz file.
+    model: keyword arguments of two_towers.TwoTowers, in the form (unrolled or
+      scan) that the file has. Of AugReg models `image` alone. None: there is no
+      such model here.
+    resolution: H and W of images, pixels.
+    text_length: L, tokens; None without a text tower.
+    tokenizer: a name in data.tokenizer.NAMES; None without a text tower.
+    scores: published ones in percent: ImageNet zero-shot accuracy "imagenet",
+      COCO recall@1 "i2t" (of texts, given an image) and "t2i"; None if none.
+  """
+
+  url: str
+  model: dict[str, Any] | None
+  resolution: int | None
+  text_length: int | None
+  tokenizer: str | None
+  scores: dict[str, float] | None
+
+
+# Width of a tower, which is the size of the embeddings.
+WIDTH = {"B": 768, "L": 1024, "So400m": 1152, "g-opt": 1536}
+
+
+def _scores(imagenet, i2t, t2i):
+  return dict(imagenet=imagenet, i2t=i2t, t2i=t2i)
+
+
+def _siglip(file, variant, resolution, scores=None, text_length=64):
+  """SigLIP: English, unrolled."""
+  size = variant.partition("/")[0]
+  return Known(
+    f"gs://big_vision/siglip/webli_en_{file}.npz",
+    dict(
+      image=dict(variant=variant, pool_type="map"),
+      text=dict(variant=size, vocab_size=32_000),
+      out_dim=(None, WIDTH[size]),
+    ),
+    resolution,
+    text_length,
+    "c4_en",
+    scores and _scores(*scores),
+  )
+
+
+def _siglip2(variant, resolution, scores):
+  """SigLIP 2: 256k vocabulary, stacked blocks. Scores: ImageNet, T->I, I->T."""
+  size, patch = variant.split("/")
+  imagenet, t2i, i2t = scores
+  return Known(
+    f"gs://big_vision/siglip2/siglip2_{size.lower()}{patch}_{resolution}.npz",
+    dict(
+      image=dict(variant=variant, pool_type="map", scan=True),
+      # The g-opt image tower has the text tower of So400m.
+      text=dict(
+        variant="So400m" if size == "g-opt" else size,
+        vocab_size=256_000,
+        scan=True,
+      ),
+      out_dim=(None, WIDTH[size]),
+    ),
+    resolution,
+    64,
+    "gemma",
+    _scores(imagenet, i2t, t2i),
+  )
+
+
+def _naflex(file, scores):
+  """SigLIP 2 in the native aspect ratio: another image tower. 256 patches."""
+  imagenet, t2i, i2t = scores
+  return Known(
+    f"gs://big_vision/siglip2/siglip2_{file}.npz",
+    None,
+    None,
+    64,
+    "gemma",
+    _scores(imagenet, i2t, t2i),
+  )
+
+
+def _augreg(variant, recipe):
+  """An AugReg ViT, trained on ImageNet-21k at 224 pixels."""
+  file = f"{variant.replace('/', '_')}-i21k-300ep-lr_0.001-{recipe}"
+  return Known(
+    f"gs://vit_models/augreg/{file}-do_0.0-sd_0.0.npz",
+    dict(image=dict(variant=variant, pool_type="tok")),
+    224,
+    None,
+    None,
+    None,
+  )
+
+
+KNOWN = {
+  "siglip/b16_224": _siglip(
+    "b16_224_63724782", "B/16", 224, (76.2, 64.4, 47.2)
+  ),
+  "siglip/b16_256": _siglip(
+    "b16_256_60500360", "B/16", 256, (76.7, 65.1, 47.4)
+  ),
+  "siglip/b16_384": _siglip(
+    "b16_384_68578854", "B/16", 384, (78.6, 67.5, 49.7)
+  ),
+  "siglip/b16_512": _siglip(
+    "b16_512_68580893", "B/16", 512, (79.2, 67.6, 50.4)
+  ),
+  "siglip/l16_256": _siglip(
+    "l16_256_60552751", "L/16", 256, (80.5, 69.5, 51.1)
+  ),
+  "siglip/l16_384": _siglip(
+    "l16_384_63634585", "L/16", 384, (82.1, 70.6, 52.7)
+  ),
+  "siglip/so400m14_224": _siglip(
+    "so400m_224_57633886", "So400m/14", 224, text_length=16
+  ),
+  "siglip/so400m14_384": _siglip(
+    "so400m_384_58765454", "So400m/14", 384, (83.2, 70.2, 52.0)
+  ),
+  "siglip/b16_256_i18n": Known(
+    "gs://big_vision/siglip/webli_i18n_b16_256_66117334.npz",
+    dict(
+      image=dict(variant="B/16", pool_type="map"),
+      text=dict(variant="B", vocab_size=250_000),
+      out_dim=(None, 768),
+    ),
+    256,
+    64,
+    "mc4",
+    None,
+  ),
+  # More rows than its vocabulary has pieces, and no text head.
+  "siglip/so400m16_256_i18n": Known(
+    "gs://big_vision/siglip/webli_i18n_so400m_16_256_78061115.npz",
+    dict(
+      image=dict(variant="So400m/16", pool_type="map"),
+      text=dict(variant="So400m", vocab_size=256_000),
+      out_dim=(None, None),
+    ),
+    256,
+    64,
+    "mc4",
+    None,
+  ),
+  "siglip2/b32_256": _siglip2("B/32", 256, (74.0, 47.2, 63.7)),
+  "siglip2/b16_224": _siglip2("B/16", 224, (78.2, 52.1, 68.9)),
+  "siglip2/b16_256": _siglip2("B/16", 256, (79.1, 53.2, 69.7)),
+  "siglip2/b16_384": _siglip2("B/16", 384, (80.6, 54.6, 71.4)),
+  "siglip2/b16_512": _siglip2("B/16", 512, (81.2, 55.2, 71.2)),
+  "siglip2/b16_naflex": _naflex("b16_naflex", (78.5, 51.1, 67.3)),
+  "siglip2/l16_256": _siglip2("L/16", 256, (82.5, 54.7, 71.5)),
+  "siglip2/l16_384": _siglip2("L/16", 384, (83.1, 55.3, 71.4)),
+  "siglip2/l16_512": _siglip2("L/16", 512, (83.5, 55.2, 72.1)),
+  "siglip2/so400m14_224": _siglip2("So400m/14", 224, (83.2, 55.1, 71.5)),
+  "siglip2/so400m14_384": _siglip2("So400m/14", 384, (84.1, 55.8, 71.7)),
+  "siglip2/so400m16_256": _siglip2("So400m/16", 256, (83.4, 55.4, 71.5)),
+  "siglip2/so400m16_384": _siglip2("So400m/16", 384, (84.1, 56.0, 71.2)),
+  "siglip2/so400m16_512": _siglip2("So400m/16", 512, (84.3, 56.0, 71.3)),
+  "siglip2/so400m16_naflex": _naflex("so400m16_naflex", (83.5, 55.1, 71.2)),
+  "siglip2/g-opt16_256": _siglip2("g-opt/16", 256, (84.5, 55.7, 72.5)),
+  "siglip2/g-opt16_384": _siglip2("g-opt/16", 384, (85.0, 56.1, 72.8)),
+  "augreg/Ti_16": _augreg("Ti/16", "aug_none-wd_0.03"),
+  "augreg/S_32": _augreg("S/32", "aug_none-wd_0.1"),
+  "augreg/S_16": _augreg("S/16", "aug_light1-wd_0.03"),
+  "augreg/B_32": _augreg("B/32", "aug_light1-wd_0.1"),
+  "augreg/B_16": _augreg("B/16", "aug_medium1-wd_0.1"),
+  "augreg/B_8": _augreg("B/8", "aug_medium2-wd_0.1"),
+  "augreg/L_16": _augreg("L/16", "aug_strong1-wd_0.1"),
+}
+
+
+def get(name):
+  """Returns the Known of a name.
+
+  Raises:
+    UserError: there is none, or its model is not supported.
+  """
+  found = errors.pick(KNOWN, name, "checkpoint")
+  if found.model is None:
+    raise errors.UserError(
+      f'"{name}" is a NaFlex model, whose image tower is not supported; '
+      f"take {name.replace('naflex', '256')}, of the same size"
+    )
+  return found
+
+
+def split(path):
+  """Returns (path or URL, part or "") of what a user calls weights.
+
+  Args:
+    path: a path, URL or name in KNOWN, with or without ":img" at its end.
+
+  Raises:
+    UserError: the name of a model that is not supported.
+  """
+  path, _, part = re.fullmatch(r"(.*?)(:([A-Za-z_][\w/]*))?", str(path)).groups(
+    default=""
+  )
+  return get(path).url if path in KNOWN else path, part
+
+
+def names():
+  """Returns one line that lists KNOWN."""
+  return f"known are: {', '.join(n for n, k in KNOWN.items() if k.model)}"
+
+
+def no_file(path):
+  """Returns the message for a path where there is nothing."""
+  by_file = {os.path.basename(known.url): n for n, known in KNOWN.items()}
+  name = by_file.get(os.path.basename(path))
+  if name:
+    return f'there is no file {path}; the name "{name}" would fetch it'
+  if path.endswith(".npz"):
+    return (
+      f"there is no file {path}; give that of a file that is there, or "
+      "the name of a released checkpoint, such as siglip/b16_256"
+    )
+  return (
+    f'there is no file "{path}", nor is that the name of a released '
+    f"checkpoint{errors.closest(path, KNOWN)}; {names()}"
+  )
+
+
+def table():
+  """Returns rows (tuples of str) about KNOWN, the first one a heading."""
+  rows = [
+    (
+      "name",
+      "image",
+      "text",
+      "pixels",
+      "tokens",
+      "tokenizer",
+      "ImageNet",
+      "COCO I->T",
+      "COCO T->I",
+    )
+  ]
+  for name, known in KNOWN.items():
+    model = known.model or {}
+    scores = known.scores or {}
+    rows.append(
+      tuple(
+        str(value or "")
+        for value in (
+          name,
+          model.get("image", {}).get("variant", "not supported"),
+          model.get("text", {}).get("variant"),
+          known.resolution,
+          known.text_length,
+          known.tokenizer,
+          *(scores.get(key) for key in ("imagenet", "i2t", "t2i")),
+        )
+      )
+    )
+  return rows
+
+
+def markdown():
+  """Returns table() in Markdown."""
+  lines = ["| " + " | ".join(row) + " |" for row in table()]
+  lines.insert(1, "|---" * len(table()[0]) + "|")
+  return "\n".join(lines) + "\n"

@@ -1,0 +1,359 @@
+"""Preprocessing ops, against images whose pixels are known by construction."""
+
+import io
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from sigjax import errors
+from sigjax.data.example import preprocess
+
+
+def encode(image, **kwargs):
+  data = io.BytesIO()
+  image.save(data, **{"format": "PNG", **kwargs})
+  return data.getvalue()
+
+
+def apply(string, seed=0, **example):
+  return preprocess.parse(string)(example, np.random.default_rng(seed))
+
+
+def on_image(string, image, seed=0):
+  return apply(string, seed, image=image)["image"]
+
+
+def noise(*shape):
+  return np.random.default_rng(7).integers(0, 256, shape, np.uint8)
+
+
+# Decoding.
+
+GREY = noise(5, 7)
+RGB = noise(5, 7, 3)
+
+
+def test_decode_rgb_and_grey():
+  image = on_image("decode", encode(Image.fromarray(RGB)))
+  assert image.dtype == np.uint8
+  np.testing.assert_array_equal(image, RGB)
+  image = on_image("decode", encode(Image.fromarray(GREY)))
+  np.testing.assert_array_equal(image, GREY[..., None].repeat(3, -1))
+  bits = GREY > 99
+  image = on_image("decode", encode(Image.fromarray(bits)))
+  np.testing.assert_array_equal(image[..., 1], bits * 255)
+
+
+def test_decode_puts_transparent_pixels_on_white():
+  rgba = np.concatenate([RGB, np.full((5, 7, 1), 255, np.uint8)], -1)
+  rgba[0, 0, 3] = 0
+  rgba[1, 1] = 0, 100, 200, 102  # 0.4 of it, 0.6 of white
+  image = on_image("decode", encode(Image.fromarray(rgba)))
+  want = RGB.copy()
+  want[0, 0] = 255
+  want[1, 1] = 153, 193, 233
+  np.testing.assert_array_equal(image, want)
+  grey = np.stack([GREY, np.full_like(GREY, 255)], -1)
+  grey[2, 3, 1] = 0
+  image = on_image("decode", encode(Image.fromarray(grey)))
+  want = GREY.copy()
+  want[2, 3] = 255
+  np.testing.assert_array_equal(image[..., 0], want)
+
+
+def test_decode_palette():
+  colors = [(10, 20, 30), (200, 100, 0), (1, 2, 3)]
+  indices = GREY % 3
+  image = Image.fromarray(indices)
+  image.putpalette(sum(colors, ()))
+  got = on_image("decode", encode(image))
+  np.testing.assert_array_equal(got, np.array(colors, np.uint8)[indices])
+  got = on_image("decode", encode(image, transparency=1))
+  colors[1] = (255, 255, 255)
+  np.testing.assert_array_equal(got, np.array(colors, np.uint8)[indices])
+  got = on_image("decode", encode(image, transparency=b"\xff\x00\xff"))
+  np.testing.assert_array_equal(got, np.array(colors, np.uint8)[indices])
+
+
+def test_decode_16_bits_is_scaled_not_clipped():
+  deep = GREY.astype(np.uint16) * 257
+  data = encode(Image.fromarray(deep))
+  assert Image.open(io.BytesIO(data)).mode == "I;16"
+  np.testing.assert_array_equal(
+    on_image("decode", data), GREY[..., None].repeat(3, -1)
+  )
+
+
+def test_decode_cmyk_and_exif_rotation():
+  white = Image.new("CMYK", (4, 3))
+  assert (on_image("decode", encode(white, format="TIFF")) == 255).all()
+  exif = Image.Exif()
+  exif[0x0112] = 6  # "turn me by 90 degrees"
+  data = encode(Image.fromarray(RGB), exif=exif)
+  np.testing.assert_array_equal(on_image("decode", data), RGB)
+
+
+def test_decode_refuses_damaged_images():
+  whole = encode(Image.fromarray(noise(64, 64, 3)))
+  flipped = bytearray(whole)
+  flipped[len(whole) // 2] ^= 0xFF
+  jpeg = encode(Image.fromarray(noise(64, 64, 3)), format="JPEG")
+  huge = bytearray(encode(Image.fromarray(RGB), format="BMP"))
+  huge[20] = huge[24] = 1  # 65,536 pixels more on each side, says the header
+  for data in (
+    b"",
+    b"text",
+    whole[:40],
+    whole[: len(whole) // 2],
+    bytes(flipped),
+    jpeg[: len(jpeg) // 2],
+    bytes(huge),
+  ):
+    with pytest.raises(preprocess.BadExample, match="cannot be decoded"):
+      on_image("decode", data)
+  with pytest.raises(errors.UserError, match="needs an encoded") as e:
+    on_image("decode|decode", whole)
+  assert not isinstance(e.value, preprocess.BadExample)  # but a bad pipe
+
+
+# Sizes.
+
+
+def test_resize_area_is_the_mean_and_nearest_repeats():
+  image = noise(8, 6, 3)
+  blocks = image.reshape(4, 2, 3, 2, 3).astype(float).mean((1, 3))
+  got = on_image("resize(4, 3, 'area')", image)
+  np.testing.assert_allclose(got, blocks, atol=1.01)  # rounded per axis
+  got = on_image("resize(16, 12, method='nearest')", image)
+  np.testing.assert_array_equal(got, image.repeat(2, 0).repeat(2, 1))
+  assert on_image("resize(5)", image).shape == (5, 5, 3)
+  assert on_image("resize(6, 8)", image).shape == (6, 8, 3)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic", "lanczos", "area"])
+def test_shrinking_is_antialiased(method):
+  checks = np.indices((64, 64)).sum(0)[..., None].repeat(3, -1) % 2 * 255
+  got = on_image(f"resize(16, method={method!r})", checks.astype(np.uint8))
+  assert got.min() >= 120 and got.max() <= 135
+
+
+def test_resize_small_keeps_the_aspect():
+  assert on_image("resize_small(20)", noise(40, 60, 3)).shape == (20, 30, 3)
+  assert on_image("resize_small(20)", noise(10, 5, 3)).shape == (40, 20, 3)
+  assert on_image("resize_small(20)", noise(20, 20, 3)).shape == (20, 20, 3)
+
+
+PLACES = np.stack([*np.indices((9, 7)), np.zeros((9, 7))], -1).astype(np.uint8)
+
+
+def test_central_crop():
+  got = on_image("central_crop(5, 3)", PLACES)
+  np.testing.assert_array_equal(got, PLACES[2:7, 2:5])
+
+
+def test_random_crop_is_contiguous_and_goes_everywhere():
+  corners = set()
+  for seed in range(200):
+    got = on_image("random_crop(7, 4)", PLACES, seed)
+    top, left, _ = map(int, got[0, 0])
+    np.testing.assert_array_equal(got, PLACES[top : top + 7, left : left + 4])
+    corners.add((top, left))
+  assert corners == {(t, l) for t in range(3) for l in range(4)}
+  np.testing.assert_array_equal(on_image("random_crop(9, 7)", PLACES), PLACES)
+
+
+@pytest.mark.parametrize("op", ["random_crop(8)", "central_crop(8)"])
+def test_crop_larger_than_the_image(op):
+  with pytest.raises(preprocess.BadExample, match="8x8 fits an image of 9x7"):
+    on_image(op, PLACES)
+
+
+# Augmentation.
+
+
+def test_flip_lr():
+  np.testing.assert_array_equal(on_image("flip_lr(1.0)", RGB), RGB[:, ::-1])
+  np.testing.assert_array_equal(on_image("flip_lr(0.0)", RGB), RGB)
+  flips = sum(
+    (on_image("flip_lr", RGB, seed) != RGB).any() for seed in range(400)
+  )
+  assert 150 < flips < 250
+
+
+def test_random_affine_zooms_about_the_centre():
+  np.testing.assert_array_equal(
+    on_image("random_affine((1, 1), 0)", noise(16, 16, 3)), noise(16, 16, 3)
+  )
+  black = np.zeros((16, 16, 3), np.uint8)
+  want = np.full((16, 16), 200)
+  want[4:12, 4:12] = 0
+  got = on_image("random_affine((0.5, 0.5), 0.0, fill=200)", black)
+  assert got.shape == black.shape
+  np.testing.assert_array_equal(got[..., 1], want)
+  blocks = noise(2, 2, 3).repeat(8, 0).repeat(8, 1)
+  got = on_image("random_affine((2, 2), 0)", blocks)
+  # Twice as large, the seams of the blocks are still in the middle.
+  for rows in (slice(0, 6), slice(10, 16)):
+    for cols in (slice(0, 6), slice(10, 16)):
+      np.testing.assert_array_equal(got[rows, cols], blocks[rows, cols])
+
+
+def test_random_affine_shifts_up_to_its_fraction():
+  image = np.full((40, 40, 3), 255, np.uint8)
+  image[18:22, 18:22] = 0
+  moves = []
+  for seed in range(200):
+    got = 255 - on_image("random_affine((1, 1), 0.25)", image, seed)[..., 0]
+    weight = got / got.sum()
+    y, x = np.indices(got.shape)
+    moves.append([(weight * y).sum() - 19.5, (weight * x).sum() - 19.5])
+  moves = np.array(moves)
+  assert np.abs(moves).max() <= 10.1
+  assert (moves.max(0) > 8).all() and (moves.min(0) < -8).all()
+  assert np.abs(moves.mean(0)).max() < 1.5
+
+
+def test_color_gain():
+  np.testing.assert_array_equal(on_image("color_gain(0.0)", RGB), RGB)
+  image = np.full((2, 2, 3), 100, np.uint8)
+  gains = (
+    np.array(
+      [on_image("color_gain(0.5)", image, seed)[0, 0] for seed in range(100)]
+    )
+    / 100
+  )
+  assert 0.5 <= gains.min() < 0.55 and 1.45 < gains.max() <= 1.5
+  assert np.corrcoef(gains.T)[0, 1] < 0.5  # the channels are independent
+  bright = on_image("color_gain(0.9)", np.full((2, 2, 3), 250, np.uint8))
+  assert bright.max() == 255  # stops at the top, and does not start anew
+
+
+def test_random_grey_and_invert():
+  luma = RGB @ np.array([0.299, 0.587, 0.114])
+  got = on_image("random_grey(1.0)", RGB)
+  assert got.shape == RGB.shape and got.dtype == np.uint8
+  np.testing.assert_allclose(got, luma[..., None].repeat(3, -1), atol=1)
+  np.testing.assert_array_equal(on_image("random_invert(1.0)", RGB), 255 - RGB)
+  for op in ("random_grey", "random_invert"):
+    np.testing.assert_array_equal(on_image(f"{op}(0.0)", RGB), RGB)
+    hits = sum(
+      (on_image(f"{op}(0.25)", RGB, s) != RGB).any() for s in range(400)
+    )
+    assert 70 < hits < 130
+
+
+def test_value_range():
+  image = np.array([[[0, 51, 255]]], np.uint8)
+  got = on_image("value_range(-1, 1)", image)
+  assert got.dtype == np.float32
+  np.testing.assert_allclose(got, [[[-1, -0.6, 1]]], atol=1e-6)
+  np.testing.assert_allclose(
+    on_image("value_range(0, 1.0)", image), [[[0, 0.2, 1]]], atol=1e-6
+  )
+
+
+# Text.
+
+
+@pytest.mark.parametrize(
+  "captions",
+  [
+    ["a", "é", "c"],
+    [b"a", "é".encode(), b"c"],
+    np.array([b"a", "é".encode(), b"c"], object),
+    {"text": [b"a", "é".encode(), b"c"], "id": [1, 2, 3]},
+  ],
+)
+def test_choice_takes_any_caption(captions):
+  seen = [
+    apply("choice('captions')", seed, captions=captions)["text"]
+    for seed in range(60)
+  ]
+  assert {text: seen.count(text) > 8 for text in set(seen)} == {
+    "a": True,
+    "é": True,
+    "c": True,
+  }
+  assert apply("first('captions', 'name')", captions=captions)["name"] == "a"
+
+
+@pytest.mark.parametrize("op", ["choice", "first"])
+def test_one_caption_or_none(op):
+  assert apply(f"{op}('c')", c=b"one")["text"] == "one"
+  assert apply(f"{op}('c')", c="one")["text"] == "one"
+  for empty in ([], {"text": []}, ""):
+    assert apply(f"{op}('c')", c=empty)["text"] == ""
+
+
+def test_lower_tokenize_keep():
+  tokenizer = lambda text, length, pad: np.array(
+    [ord(c) for c in text][:length]
+  )
+  fn = preprocess.parse(
+    "first('a|b')|lower|tokenize(3)|keep('text','image')", tokenizer=tokenizer
+  )
+  out = fn({"image": 1, "other": 2, "a|b": "XYZÉ"}, None)
+  assert list(out) == ["text", "image"]
+  assert out["text"].tolist() == [ord(c) for c in "xyz"]
+
+
+# Pipe strings.
+
+ALL = (
+  "decode|resize(20)|random_crop(16)|random_affine|flip_lr"
+  "|color_gain(0.5)|random_grey(0.5)|random_invert(0.5)|value_range(-1,1)"
+  "|choice('captions')|keep('image','text')"
+)
+
+
+def test_only_rng_is_random_and_the_example_is_left_alone():
+  example = {
+    "image": encode(Image.fromarray(noise(24, 24, 3))),
+    "captions": list("abcdefgh"),
+    "name": "x",
+  }
+  before = dict(example)
+  fn = preprocess.parse(ALL)
+  outs = []
+  for seed in (0, 0, 1):
+    np.random.seed(len(outs))
+    outs.append(fn(example, np.random.default_rng(seed)))
+  assert example == before
+  assert outs[0]["image"].shape == (16, 16, 3)
+  np.testing.assert_array_equal(outs[0]["image"], outs[1]["image"])
+  assert outs[0]["text"] == outs[1]["text"]
+  assert np.abs(outs[0]["image"] - outs[2]["image"]).mean() > 0.05
+
+
+@pytest.mark.parametrize(
+  "string, message",
+  [
+    ("decode|resise(64)", r'op "resise" is not known \(did you mean "resize"'),
+    ("resize", r"op resize\(height: int.*missing a required .* 'height'"),
+    ("resize(1, 2, 'area', 4)", r"op resize\(.*too many positional"),
+    ("resize(64, methd='area')", r"op resize\(.*unexpected.*'methd'"),
+    ("resize(64, method='cubic')", r'method "cubic" .*did you mean "bicubic"'),
+    ("resize('64')", r"op resize\(.*height cannot be '64'"),
+    ("resize_small(9, 'cubic')", 'method "cubic"'),
+    ("keep('image', 3)", r"op keep\(.*cannot be 3"),
+    ("resize(size)", r'"resize\(size\)" have to be plain values'),
+    ("tokenize(16)", 'op "tokenize" needs a tokenizer'),
+    ("tokenize(16, tokenizer=3)", 'op "tokenize" needs a tokenizer'),
+    ("decode||flip_lr", r"not of the form op\|op"),
+    ("", r"not of the form op\|op"),
+    ("decode|64", '"64" in "decode|64" is not an op'),
+    ("decode + lower", "is not an op"),
+    ("__import__('os').system('x')", "is not an op"),
+  ],
+)
+def test_mistakes_in_pipe_strings(string, message):
+  with pytest.raises(errors.UserError, match=message) as e:
+    preprocess.parse(string)
+  assert "\n" not in str(e.value)
+
+
+def test_missing_feature_is_named():
+  for op in ("choice('caption')", "first('caption')", "keep('caption')"):
+    with pytest.raises(errors.UserError, match='"caption".*"captions"'):
+      apply(op, captions=["a"])

@@ -1,0 +1,210 @@
+"""TFDS datasets in real TFRecord files, beside ArrayRecord copies of them."""
+
+import concurrent.futures
+import json
+import shutil
+import struct
+
+from array_record.python import array_record_module
+import numpy as np
+import pytest
+
+from sigjax import errors
+from sigjax.data import faults, kinds
+from sigjax.data.formats import tfrecord
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+  monkeypatch.setenv("SIGJAX_CACHE", str(tmp_path / "cache"))
+
+
+def crc(data):
+  """Masked CRC-32C, bit by bit."""
+  value = 0xFFFFFFFF
+  for byte in data:
+    value ^= byte
+    for _ in range(8):
+      value = value >> 1 ^ 0x82F63B78 * (value & 1)
+  value ^= 0xFFFFFFFF
+  return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def write(path, records):
+  with open(path, "wb") as f:
+    for data in records:
+      length = struct.pack("<Q", len(data))
+      f.write(
+        length
+        + struct.pack("<I", crc(length))
+        + data
+        + struct.pack("<I", crc(data))
+      )
+
+
+@pytest.fixture(scope="module")
+def copy(shapes_dir, tmp_path_factory):
+  """The data_dir of "shapes" as TFRecord: train in three files, test in one."""
+  old = shapes_dir / "shapes" / "1.0.0"
+  path = tmp_path_factory.mktemp("tfrecord")
+  new = path / "shapes" / "1.0.0"
+  new.mkdir(parents=True)
+  for file in old.glob("*.[tj]*"):
+    if "array_record" not in file.name:
+      shutil.copy(file, new)
+  info = json.loads((new / "dataset_info.json").read_text())
+  info["fileFormat"] = "tfrecord"
+  for split in info["splits"]:
+    name = split["name"]
+    split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    records = []
+    for file in sorted(old.glob(f"shapes-{name}.array_record*")):
+      reader = array_record_module.ArrayRecordReader(str(file))
+      records += [reader.read([i])[0] for i in range(reader.num_records())]
+      reader.close()
+    cuts = [0, 50, 120, len(records)] if name == "train" else [0, len(records)]
+    split["shardLengths"] = [str(b - a) for a, b in zip(cuts, cuts[1:])]
+    for n, (a, b) in enumerate(zip(cuts, cuts[1:])):
+      write(
+        new / f"shapes-{name}.tfrecord-{n:05d}-of-{len(cuts) - 1:05d}",
+        records[a:b],
+      )
+  (new / "dataset_info.json").write_text(json.dumps(info))
+  return path
+
+
+def assert_same(a, b):
+  assert list(a) == list(b)
+  for key, value in a.items():
+    assert type(value) is type(b[key]), key
+    np.testing.assert_array_equal(value, b[key])
+
+
+def test_checksum():
+  # The published check value of CRC-32C is 0xe3069283, before masking.
+  want = ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) & 0xFFFFFFFF
+  assert tfrecord.checksum(b"123456789") == want == crc(b"123456789")
+
+
+@pytest.mark.parametrize(
+  "split",
+  [
+    "train",
+    "test",
+    "train[:60]",
+    "train[49:51]",
+    "train[-10%:]",
+    "test+train[100:]",
+    "train[:5]+train[2:3]",
+  ],
+)
+def test_equals_the_array_record_copy(shapes_dir, copy, split):
+  a = kinds.tfds("shapes", split, shapes_dir)
+  b = kinds.tfds("shapes", split, copy)
+  assert len(a) == len(b) and a.name == b.name and not b.faults
+  assert a.label_names == b.label_names and len(b.label_names["label"]) == 24
+  for i in range(len(a)):
+    assert_same(a[i], b[i])
+  for i in (-1, len(b)):
+    with pytest.raises(IndexError):
+      b.records[i]
+
+
+def test_images_stay_encoded(copy):
+  example = kinds.tfds("shapes", "train", copy)[3]
+  assert example["image"].startswith(b"\x89PNG")
+  assert isinstance(example["concept"], bytes)
+
+
+@pytest.mark.parametrize("split", ["val", "train[", "train[5:5]"])
+def test_missing_split(copy, split):
+  with pytest.raises(errors.UserError, match="it has: ") as e:
+    kinds.tfds("shapes", split, copy)
+  assert f'split "{split}"' in str(e.value)
+
+
+def test_filters_and_groups(shapes_dir, copy):
+  only = dict(concept=["red disc", "blue bar"])
+  a, b = (
+    kinds.open_source(
+      "tfds",
+      name="shapes",
+      split="train",
+      data_dir=d,
+      only=only,
+      group_by="concept",
+    )
+    for d in (shapes_dir, copy)
+  )
+  assert len(b) == 2
+  assert [m.tolist() for m in a.members] == [m.tolist() for m in b.members]
+
+
+def test_many_threads_read_at_once(shapes_dir, copy):
+  a = kinds.tfds("shapes", "train", shapes_dir)
+  b = kinds.tfds("shapes", "train", copy)
+  order = np.random.default_rng(0).integers(len(a), size=1000).tolist()
+  with concurrent.futures.ThreadPoolExecutor(16) as threads:
+    for i, example in zip(order, threads.map(b.records.__getitem__, order)):
+      assert_same(example, a[i])
+
+
+@pytest.fixture
+def damaged(copy, tmp_path):
+  """A copy to be damaged, and its three files."""
+  shutil.copytree(
+    copy, tmp_path / "copy", ignore=shutil.ignore_patterns("*.npz")
+  )
+  folder = tmp_path / "copy" / "shapes" / "1.0.0"
+  return tmp_path / "copy", sorted(folder.glob("*train.tfrecord*"))
+
+
+def names(source):
+  return [bytes(source[i]["image"]) for i in range(len(source))]
+
+
+def test_a_cut_file_is_used_as_far_as_it_goes(copy, damaged):
+  want = names(kinds.tfds("shapes", "train", copy))
+  path, (_, second, _) = damaged
+  second.write_bytes(second.read_bytes()[:-3])
+  source = kinds.tfds("shapes", "train", path)
+  assert source.faults == {"truncated shard": 1}
+  assert names(source) == want[:119] + want[120:]
+  assert len(kinds.tfds("shapes", "train[100:130]", path)) == 29
+
+
+def test_a_damaged_length_ends_a_file(copy, damaged):
+  want = names(kinds.tfds("shapes", "train", copy))
+  path, (first, *_) = damaged
+  data = bytearray(first.read_bytes())
+  (length,) = struct.unpack("<Q", data[:8])
+  data[12 + length + 4] ^= 1  # the length of the second record
+  first.write_bytes(data)
+  source = kinds.tfds("shapes", "train", path)
+  assert source.faults == {"damaged shard": 1}
+  assert names(source) == want[:1] + want[50:]
+
+
+def test_a_file_that_is_gone(copy, damaged):
+  want = names(kinds.tfds("shapes", "train", copy))
+  path, (first, *others) = damaged
+  first.unlink()
+  source = kinds.tfds("shapes", "train", path)
+  assert source.faults == {"vanished shard": 1}
+  assert names(source) == want[50:]
+  for file in others:
+    file.unlink()
+  with pytest.raises(errors.UserError, match="none of 3 TFRecord files"):
+    kinds.tfds("shapes", "train", path)
+
+
+def test_a_record_that_does_not_parse(damaged):
+  path, (first, *_) = damaged
+  data = bytearray(first.read_bytes())
+  data[12:60] = b"\xff" * 48
+  first.write_bytes(data)
+  source = kinds.tfds("shapes", "train", path)
+  with pytest.raises(faults.BadExample, match="at byte 12 cannot") as e:
+    source.records[0]
+  assert e.value.kind == "damaged record"
+  assert source.records[1]

@@ -1,0 +1,451 @@
+"""Reading and writing the layouts of released files."""
+
+import difflib
+import pathlib
+import zipfile
+
+from absl import logging
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sigjax import errors, trees
+from sigjax.models import text as text_lib
+from sigjax.models import vit
+from sigjax.weights import npz
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+
+
+def tower(pos=4, cls=False, layers=2, scan=False, prefix="", seed=0):
+  """Returns flat parameters of a small image tower, of random numbers."""
+  names = {
+    "embedding/kernel": (2, 2, 3, 6),
+    "pos_embedding": (1, pos, 6),
+    "Transformer/encoder_norm/scale": (6,),
+  }
+  if cls:
+    names["cls"] = (1, 1, 6)
+  for i in range(layers):
+    names[f"Transformer/encoderblock_{i}/LayerNorm_1/scale"] = (6,)
+    names[f"Transformer/encoderblock_{i}/MlpBlock_0/Dense_0/kernel"] = (6, 9)
+  rng = np.random.default_rng(seed)
+  flat = {
+    prefix + k: rng.normal(size=s).astype(np.float32) for k, s in names.items()
+  }
+  if scan:
+    for tail in "LayerNorm_1/scale", "MlpBlock_0/Dense_0/kernel":
+      block = f"{prefix}Transformer/encoderblock"
+      flat[f"{block}/{tail}"] = np.stack(
+        [flat.pop(f"{block}_{i}/{tail}") for i in range(layers)]
+      )
+  return flat
+
+
+def write(path, flat):
+  np.savez(path, **flat)
+  return str(path)
+
+
+def same(tree, flat):
+  got = trees.flatten(tree)
+  assert set(got) == set(flat)
+  for name, value in flat.items():
+    assert got[name].dtype == np.float32, name
+    assert got[name].tobytes() == value.tobytes(), name
+
+
+@pytest.mark.parametrize("before", ["", "params/"])
+@pytest.mark.parametrize("of_file", [False, True])
+@pytest.mark.parametrize("of_model", [False, True])
+def test_either_form_into_either_form(tmp_path, before, of_file, of_model):
+  # Eleven layers: "10" must come after "9", not after "1".
+  towers = [
+    tower(layers=11, scan=of_file, prefix=f"{before}{n}/", seed=i)
+    for i, n in enumerate(("img", "txt"))
+  ]
+  path = write(tmp_path / "a.npz", towers[0] | towers[1])
+  want = {
+    **tower(layers=11, scan=of_model, prefix="img/"),
+    **tower(layers=11, scan=False, prefix="txt/", seed=1),
+  }
+  same(npz.load_params(path, trees.unflatten(want)), want)
+  part = tower(layers=11, scan=of_model)
+  same(npz.load_params(path + ":img", trees.unflatten(part)), part)
+
+
+def test_without_a_model_names_stay(tmp_path):
+  flat = tower(scan=True)
+  flat["embedding/kernel"] = flat["embedding/kernel"].astype(ml_dtypes.bfloat16)
+  got = npz.load_params(write(tmp_path / "a.npz", flat))
+  same(got, {k: v.astype(np.float32) for k, v in flat.items()})
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_saved_is_what_is_loaded(tmp_path, scan):
+  path = tmp_path / "new" / "a.npz"
+  flat = tower(layers=11, scan=not scan)
+  npz.save_params(path, trees.unflatten(flat), scan=scan)
+  first = path.read_bytes()
+  same(npz.load_params(path, trees.unflatten(flat)), flat)
+  with np.load(path) as stored:
+    names = set(stored.files)
+  assert names == {"params/" + name for name in tower(layers=11, scan=scan)}
+  npz.save_params(path, npz.load_params(path), scan=scan)
+  assert path.read_bytes() == first
+  assert [p.name for p in path.parent.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize("name", ["siglip_tiny", "siglip2_tiny_scan"])
+def test_a_released_file_is_written_as_it_was(tmp_path, name):
+  scan = name.endswith("scan")
+  with np.load(GOLDEN / f"{name}.npz") as f:
+    want = dict(f)
+  params = npz.load_params(GOLDEN / f"{name}.npz")
+  for i, tree in enumerate((params, jax.tree.map(jax.numpy.asarray, params))):
+    npz.save_params(tmp_path / f"{i}.npz", tree, scan=scan)
+    with np.load(tmp_path / f"{i}.npz", allow_pickle=False) as f:
+      got = dict(f)
+    assert set(got) == set(want)
+    for key, value in want.items():
+      assert key.startswith("params/")
+      assert got[key].dtype == value.dtype and got[key].shape == value.shape
+      assert got[key].tobytes() == value.tobytes(), key
+  # And by way of the other form.
+  npz.save_params(tmp_path / "other.npz", params, scan=not scan)
+  with np.load(tmp_path / "other.npz") as f:
+    assert not set(f.files) & {k for k in want if "encoderblock" in k}
+  npz.save_params(
+    tmp_path / "back.npz", npz.load_params(tmp_path / "other.npz"), scan=scan
+  )
+  assert (tmp_path / "back.npz").read_bytes() == (
+    tmp_path / "0.npz"
+  ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["siglip_tiny", "siglip2_tiny_scan"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_released_tower_alone(name, scan):
+  io = np.load(GOLDEN / f"{name}_io.npz")
+  sizes = dict(width=48, depth=2, mlp_dim=96, num_heads=3, scan=scan)
+  for part, tower_of, inputs, want in (
+    ("img", vit.ViT(patch_size=8, **sizes), io["image"], io["zimg"]),
+    (
+      "txt",
+      text_lib.TextTransformer(vocab_size=97, out_dim=48, **sizes),
+      io["text"],
+      io["ztxt"],
+    ),
+  ):
+    like = jax.eval_shape(tower_of.init, jax.random.key(0), inputs)["params"]
+    params = npz.load_params(GOLDEN / f"{name}.npz:{part}", like)
+    z, _ = jax.jit(tower_of.apply)({"params": params}, inputs)
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    np.testing.assert_allclose(z, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "a.npz"
+  npz.save_params(path, trees.unflatten(tower()))
+  before = path.read_bytes()
+
+  def fail(f, **arrays):
+    f.write(b"half")
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(np, "savez", fail)
+  with pytest.raises(errors.UserError, match="cannot write .*a.npz: No space"):
+    npz.save_params(path, trees.unflatten(tower(seed=1)))
+  assert path.read_bytes() == before
+  assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_old_vit_file(tmp_path):
+  # A file as AugReg's: counters over all layers of a block, positions in a
+  # module of their own, a first position row that belongs to cls, and a head.
+  want = tower(pos=4, cls=True)
+  row = np.full((1, 1, 6), 2, np.float32)
+  old = {
+    name.replace("LayerNorm_1", "LayerNorm_2").replace(
+      "MlpBlock_0", "MlpBlock_3"
+    ): value
+    for name, value in want.items()
+  }
+  old["Transformer/posembed_input/pos_embedding"] = np.concatenate(
+    [row, old.pop("pos_embedding")], axis=1
+  )
+  old["cls"] = want["cls"] - row
+  old["head/kernel"] = np.ones((6, 7), np.float32)
+  path = write(tmp_path / "a.npz", old)
+  got = trees.flatten(
+    npz.load_params(path, trees.unflatten(want), dont_load=["head/.*"])
+  )
+  np.testing.assert_allclose(got.pop("cls"), want.pop("cls"), atol=1e-6)
+  same(got, want)
+  # A model with another pooling has no cls.
+  got = npz.load_params(
+    path, trees.unflatten(want), dont_load=["head/.*", "cls"]
+  )
+  same(got, want)
+
+
+def test_positions_at_another_resolution(tmp_path):
+  # A plane is what bilinear interpolation reproduces, inside of the borders.
+  def plane(side):
+    centre = (np.arange(side) + 0.5) / side
+    y, x = np.meshgrid(centre, centre, indexing="ij")
+    return np.stack([x, y, x + y, 1 + 0 * x, x - y, 2 * y], -1)
+
+  flat = tower(pos=64)
+  flat["pos_embedding"] = plane(8).reshape(1, 64, 6).astype(np.float32)
+  path = write(tmp_path / "a.npz", flat)
+  for side in 4, 12, 16:
+    got = npz.load_params(path, trees.unflatten(tower(pos=side**2)))
+    got = got["pos_embedding"].reshape(side, side, 6)
+    np.testing.assert_allclose(
+      got[2:-2, 2:-2], plane(side)[2:-2, 2:-2], atol=1e-6
+    )
+    np.testing.assert_allclose(
+      got.mean((0, 1)), plane(side).mean((0, 1)), atol=1e-6
+    )
+  with pytest.raises(errors.UserError, match="shape of pos_embedding"):
+    npz.load_params(path, trees.unflatten(tower(pos=15)))
+  # NaFlex tables are 2-D: a height is not a number of patches.
+  flat["pos_embedding"] = flat["pos_embedding"].reshape(4, 16, 6)
+  path = write(tmp_path / "naflex.npz", flat)
+  with pytest.raises(errors.UserError, match=r"is \(4, 16, 6\), not \(1, 64"):
+    npz.load_params(path, trees.unflatten(tower(pos=64)))
+
+
+@pytest.mark.parametrize("part", ["", ":txt"])
+def test_texts_of_another_length(tmp_path, monkeypatch, part):
+  def text(length, width=6):
+    prefix = "" if part else "txt/"
+    return {
+      f"{prefix}Embed_0/embedding": np.ones((9, width), np.float32),
+      f"{prefix}pos_embedding": np.arange(
+        length * width, dtype=np.float32
+      ).reshape(1, length, width),
+    }
+
+  said = []
+  monkeypatch.setattr(
+    logging, "info", lambda fmt, *args: said.append(fmt % args)
+  )
+  full = {f"txt/{k.removeprefix('txt/')}": v for k, v in text(9).items()}
+  path = write(tmp_path / "a.npz", full)
+  name = f"{'' if part else 'txt/'}pos_embedding"
+  # 4 and 16 are squares: no grid of patches is made of them.
+  same(npz.load_params(path + part, trees.unflatten(text(4))), text(4))
+  assert said == [f"{name}: the first 4 of 9 positions"]
+  with pytest.raises(errors.UserError) as e:
+    npz.load_params(path + part, trees.unflatten(text(16)))
+  assert "is for texts of 9 tokens, the model for 16" in str(e.value)
+  assert "\n" not in str(e.value)
+  got = npz.load_params(path + part, trees.unflatten(text(16)), [name])
+  same(got, text(16))
+  with pytest.raises(errors.UserError, match=r"is \(1, 9, 6\), not \(1, 4, 7"):
+    npz.load_params(path + part, trees.unflatten(text(4, width=7)))
+
+
+def test_dont_load_keeps_what_the_model_has(tmp_path):
+  flat = tower(scan=True)
+  path = write(tmp_path / "a.npz", tower(seed=1))
+  like = trees.unflatten(flat)
+  got = npz.load_params(
+    path, like, dont_load=["Transformer/encoderblock/.*", "pos_emb.*"]
+  )
+  assert got["pos_embedding"] is like["pos_embedding"]
+  got = trees.flatten(got)
+  want = flat | {
+    k: v
+    for k, v in tower(seed=1).items()
+    if k in ("embedding/kernel", "Transformer/encoder_norm/scale")
+  }
+  same(got, want)
+  # With shapes alone, what is not loaded stays a shape.
+  like = jax.eval_shape(lambda: like)
+  got = npz.load_params(path, like, dont_load=["Transformer/.*"])
+  assert got["Transformer"] == like["Transformer"]
+
+
+def test_everything_that_does_not_fit_is_listed(tmp_path):
+  want = tower()
+  flat = dict(want)
+  flat["embeding/kernel"] = flat.pop("embedding/kernel")
+  flat["pos_embedding"] = flat["pos_embedding"][..., :5]
+  del flat["Transformer/encoderblock_1/LayerNorm_1/scale"]
+  path = write(tmp_path / "a.npz", flat)
+  with pytest.raises(errors.UserError) as e:
+    npz.load_params(path, trees.unflatten(want))
+  first, *rest = str(e.value).splitlines()
+  assert first.startswith(f"{path} does not fit the model in 4 arrays: ")
+  lines = "\n".join([first] + rest)
+  for line in (
+    'missing embedding/kernel (2, 2, 3, 6) (did you mean "embeding/kernel"?)',
+    "missing Transformer/encoderblock_1/LayerNorm_1/scale (6,)",
+    "shape of pos_embedding is (1, 4, 5), not (1, 4, 6)",
+    "left over embeding/kernel (2, 2, 3, 6)",
+  ):
+    assert line in lines
+
+
+def test_a_thousand_foreign_names(monkeypatch):
+  layers = [
+    f"{i}/{layer}/{key}"
+    for i in range(50)
+    for key in ("kernel", "b")
+    for layer in (
+      "ln0",
+      "ln1",
+      "query",
+      "key",
+      "value",
+      "out",
+      "MlpBlock_0/Dense_0",
+      "MlpBlock_0/Dense_1",
+      "gate",
+      "norm",
+    )
+  ]
+  one = np.ones(1, np.float32)
+  want = {f"img/Transformer/encoderblock_{name}": one for name in layers}
+  compared = []
+  plain = difflib.get_close_matches
+  monkeypatch.setattr(
+    difflib,
+    "get_close_matches",
+    lambda name, names, *args: (
+      compared.append(len(names)) or plain(name, names, *args)
+    ),
+  )
+
+  def listed(prefix):
+    compared.clear()
+    with pytest.raises(errors.UserError, match="in 2000 arrays") as e:
+      npz.fit(
+        {prefix + name: one for name in layers},
+        trees.unflatten(want),
+        (),
+        "x.npz",
+      )
+    # Of a million pairs.
+    assert len(compared) == 1000 and sum(compared) <= 10_000
+    lines = (
+      str(e.value)
+      .removeprefix("x.npz does not fit the model in 2000 arrays: ")
+      .split("\n  ")
+    )
+    assert len(lines) == 2001
+    assert sum(f"left over {prefix}" in line for line in lines) == 1000
+    return sorted(line for line in lines if line.startswith("missing"))
+
+  # The right one of a thousand, each time; and none where there is none.
+  assert listed("vit/deep/encoder/layers_") == sorted(
+    f"missing img/Transformer/encoderblock_{name} (1,) (did you mean "
+    f'"vit/deep/encoder/layers_{name}"?)'
+    for name in layers
+  )
+  layers = [f"{i:04x}" for i in range(1000)]
+  assert listed("#") == sorted(f"missing {name} (1,)" for name in want)
+
+
+def test_one_that_does_not_fit(tmp_path):
+  flat = tower() | {"head/kernel": np.ones(1)}
+  path = write(tmp_path / "a.npz", flat)
+  with pytest.raises(errors.UserError, match="in 1 array: left over head/kern"):
+    npz.load_params(path, trees.unflatten(tower()))
+
+
+def test_a_layer_too_few_or_of_another_shape(tmp_path):
+  like = trees.unflatten(tower(layers=3, scan=True))
+  path = write(tmp_path / "a.npz", tower(layers=2))
+  with pytest.raises(errors.UserError, match=r"is \(2, 6\), not \(3, 6\)"):
+    npz.load_params(path, like)
+  flat = tower(layers=3)
+  flat["Transformer/encoderblock_1/LayerNorm_1/scale"] = np.ones(5)
+  path = write(tmp_path / "b.npz", flat)
+  with pytest.raises(errors.UserError, match="the layers of Transformer/enc"):
+    npz.load_params(path, like)
+  # As many as there have to be, but not the first ones.
+  flat = {
+    k.replace("block_2", "block_3"): v for k, v in tower(layers=3).items()
+  }
+  path = write(tmp_path / "c.npz", flat)
+  with pytest.raises(errors.UserError, match="there are layers 0, 1, 3 alone"):
+    npz.load_params(path, like)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+  def message(path):
+    with pytest.raises(errors.UserError) as e:
+      npz.load_params(path, {"a": np.ones(1)})
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+  assert 'the name "siglip2/b16_224" would fetch it' in message(
+    tmp_path / "siglip2_b16_224.npz:img"
+  )
+  assert "there is no file" in message(tmp_path / "x.npz")
+  assert '(did you mean "siglip/b16_256"?); known are: siglip/b16_224, ' in (
+    message("siglip/b16_265:img")
+  )
+  assert "is a NaFlex model" in message("siglip2/b16_naflex")
+  path = write(tmp_path / "a.npz", tower())
+  whole = (tmp_path / "a.npz").read_bytes()
+  assert 'has no part "imgg"' in message(path + ":imgg")
+  # Cut short, damaged inside, empty, of another kind.
+  damaged = whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]
+  for content in whole[:-40], whole[:100], damaged, b"", b"some text":
+    (tmp_path / "a.npz").write_bytes(content)
+    assert "is not a .npz file, or not a whole one" in message(path)
+  with zipfile.ZipFile(tmp_path / "a.npz", "w") as f:
+    f.writestr("img/x.txt", "some text")  # As PyTorch's files, for one.
+  assert "is not a .npz file" in message(path + ":img")
+  np.save(tmp_path / "b.npy", np.ones(3))
+  assert "is not a .npz file" in message(tmp_path / "b.npy")
+  assert "cannot read" in message(tmp_path)
+
+
+@pytest.mark.parametrize("before", ["", "params/"])
+def test_of_a_part_nothing_else_is_read(tmp_path, before):
+  path = write(
+    tmp_path / "a.npz",
+    tower(prefix=f"{before}img/")
+    | {f"{before}txt/kernel": np.full(9, 7, np.float32)},
+  )
+  whole = (tmp_path / "a.npz").read_bytes()
+  values = np.full(9, 7, np.float32).tobytes()
+  assert whole.count(values) == 1
+  (tmp_path / "a.npz").write_bytes(whole.replace(values, values[::-1]))
+  same(npz.load_params(path + ":img"), tower())
+  for part in "", ":txt":
+    with pytest.raises(errors.UserError, match="not a whole one"):
+      npz.load_params(path + part)
+
+
+def test_no_damaged_byte_is_loaded(tmp_path):
+  flat = {
+    "img/kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "t": np.ones(1, np.float32),
+  }
+  like = trees.unflatten(flat)
+  path = write(tmp_path / "a.npz", flat)
+  whole = (tmp_path / "a.npz").read_bytes()
+  refused = 0
+  for i in range(len(whole)):
+    (tmp_path / "a.npz").write_bytes(
+      whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :]
+    )
+    try:
+      same(npz.load_params(path, like), flat)  # Of dates, for one.
+    except errors.UserError:
+      refused += 1
+  assert refused > len(whole) / 2
+
+
+def test_a_foreign_file(tmp_path):
+  path = write(tmp_path / "a.npz", {"names": np.array(["x", "y"])})
+  with pytest.raises(errors.UserError, match="left over names"):
+    npz.load_params(path, trees.unflatten(tower()))

@@ -1,0 +1,362 @@
+"""What tools.aot_compile compiles, and for which chips."""
+
+import importlib.util
+import io
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.interpreters import partial_eval
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+from PIL import Image
+
+from sigjax import build, errors, losses
+from sigjax import config as config_lib
+from sigjax import sharding as sharding_lib
+from sigjax.data.example import preprocess
+from sigjax.models import two_towers
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """What is known of a kind of chip; its FLOP/s are in metrics.PEAK_FLOPS."""
+
+  link: float  # bytes/s over one link one way (data sheets, headers taken off)
+  clock: float  # Hz: the peak FLOP/s over the multipliers of the data sheet
+  env: str  # TPU_ACCELERATOR_TYPE of a host; libtpu wants to see some
+  options: dict  # for get_topology_desc
+
+
+# A v4 and a v5p chip is one device of two cores.
+MEGACORE = dict(
+  chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1
+)
+CHIPS = {
+  "v4": Chip(45e9, 1.05e9, "v4-8", MEGACORE),
+  "v5e": Chip(45e9, 1.5e9, "v5litepod-8", {}),
+  "v5p": Chip(90e9, 1.75e9, "v5p-8", MEGACORE),
+  "v6e": Chip(90e9, 1.75e9, "v6e-8", {}),
+}
+
+
+class DoesNotFit(errors.UserError):
+  """The program needs more memory than a chip has; both in bytes."""
+
+  def __init__(self, needed, available):
+    super().__init__(
+      f"out of memory: the program needs {needed / GIB:.2f} GiB a chip, of "
+      f"{available / GIB:.2f} there are; try more --microbatches"
+    )
+    self.needed, self.available = needed, available
+
+
+class Job(NamedTuple):
+  """What is to be compiled."""
+
+  title: str
+  traced: Any  # jax.jit(fn).trace(arguments)
+  arguments: dict  # {what: bytes a chip}
+  flops: float  # a chip, by formula
+
+
+def open_topology(name):
+  """Returns the devices of a topology such as "v4:2x2x1", and its Chip."""
+  kind, _, shape = name.partition(":")
+  chip = errors.pick(CHIPS, kind, f"the chip of --topology {name},")
+  if not re.fullmatch(r"\d+(x\d+)+", shape):
+    raise errors.UserError(
+      f'--topology is "{name}"; write one as v4:2x2x1, v5e:2x4, v5p:2x2x1 or '
+      "v6e:2x4"
+    )
+  if importlib.util.find_spec("libtpu") is None:
+    raise errors.UserError(
+      "the TPU compiler is not installed: pip install 'sigjax[aot]'"
+    )
+  # libtpu is to ask nobody which TPU it is on, and need not have it alone.
+  for key, value in dict(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE=chip.env,
+    TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+  ).items():
+    os.environ.setdefault(key, value)
+  try:
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=name, **chip.options
+    )
+  except Exception as e:  # of several types
+    raise errors.UserError(
+      f"--topology {name}: {str(e).splitlines()[0]}"
+    ) from e
+  return list(found.devices), chip
+
+
+def example_of(model, pp_image, pp_text):
+  """An example as a config's preprocessing makes it, for its shapes.
+
+  Args:
+    model: the config's section; precomputed embeddings are taken as bfloat16.
+    pp_image, pp_text: as in the config.
+  """
+  data = io.BytesIO()
+  Image.new("RGB", (256, 256)).save(data, "PNG")
+  image = data.getvalue()
+  if model["image"].get("kind") == "precomputed":
+    image = np.zeros(model["image"]["width"], jnp.bfloat16)
+  # Any tokenizer will do, for its length is all that counts.
+  tokenizer = lambda text, length, pad: np.zeros(length, np.int32)
+  return {
+    key: preprocess.parse(pp, tokenizer=tokenizer)(
+      {key: value}, np.random.default_rng(0)
+    )[key]
+    for key, pp, value in (
+      ("image", pp_image, image),
+      ("text", pp_text, "a cat"),
+    )
+  }
+
+
+def share(*trees):
+  """Bytes that one device holds of trees of ShapeDtypeStructs."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(trees)
+  )
+
+
+def step_job(
+  mesh,
+  *,
+  batch_size,
+  microbatches=1,
+  model,
+  optim,
+  seed=0,
+  loss=None,
+  sharding=((".*", "replicate"),),
+  lock=(),
+  total_steps=None,
+  total_epochs=None,
+  total_examples=None,
+  feed="device",
+  pp_image,
+  pp_text,
+):
+  """The train step as train.main builds it, of a config's sections."""
+  if feed != "device":
+    raise errors.UserError(
+      f'config.feed is "{feed}", which makes the step several programs; only '
+      '"device" can be compiled ahead'
+    )
+  example = example_of(model, pp_image, pp_text)
+  times = config_lib.Durations(
+    batch_size,
+    1_000_000,
+    total_steps=total_steps,  # of any dataset
+    total_epochs=total_epochs,
+    total_examples=total_examples,
+  )
+  run = build.build(
+    mesh,
+    example,
+    times.total_steps,
+    batch_size=batch_size,
+    model=model,
+    optim=times.resolve(optim, "config.optim"),
+    loss=loss,
+    sharding=sharding,
+    lock=lock,
+    microbatches=microbatches,
+    seed=seed,
+  )
+  batch = {
+    key: jax.ShapeDtypeStruct(
+      (batch_size, *x.shape),
+      x.dtype,
+      sharding=sharding_lib.batch_sharding(mesh),
+    )
+    for key, x in example.items()
+  }
+  count = sum(x.size for x in jax.tree.leaves(run.shapes))
+  E = jax.eval_shape(
+    run.model.apply, {"params": run.shapes}, None, batch["text"]
+  )[1]
+  flops = batch_size * run.flops + loss_flops(
+    batch_size, E.shape[1], **(loss or {})
+  )
+  return Job(
+    f"train step, batch {batch_size:,} in {microbatches} piece(s)",
+    run.train_step.program.trace(run.state, batch),
+    {
+      f"parameters ({count / 1e6:.1f} M)": share(run.state.params),
+      "optimizer state": share(run.state.opt_state),
+      "batch: images": share(batch["image"]),
+      "batch: texts": share(batch["text"]),
+    },
+    flops / mesh.size,
+  )
+
+
+def loss_job(mesh, *, batch_size, model, loss=None, pp_image, pp_text):
+  """The loss and its gradients by all four arguments."""
+  example = example_of(model, pp_image, pp_text)
+  sharding_lib.check_batch_size(batch_size, mesh)
+  model = errors.call(two_towers.TwoTowers, model, "config.model")
+  batch = {key: jnp.zeros((1, *x.shape), x.dtype) for key, x in example.items()}
+  zimg, ztxt, _ = jax.eval_shape(
+    model.init_with_output, jax.random.key(0), **batch
+  )[0]
+  loss = loss or {}
+  fn = jax.value_and_grad(
+    losses.make(mesh, sharding_lib.AXES, **loss), (0, 1, 2, 3)
+  )
+  z = [
+    jax.ShapeDtypeStruct(
+      (batch_size, x.shape[1]),
+      loss.get("dtype", "float32"),
+      sharding=sharding_lib.batch_sharding(mesh),
+    )
+    for x in (zimg, ztxt)
+  ]
+  scalar = jax.ShapeDtypeStruct(
+    (), jnp.float32, sharding=NamedSharding(mesh, P())
+  )
+  return Job(
+    f"loss and gradients, batch {batch_size:,}, E {zimg.shape[1]}",
+    jax.jit(fn).trace(*z, scalar, scalar),
+    {"embeddings": share(z)},
+    loss_flops(batch_size, zimg.shape[1], **loss) / mesh.size,
+  )
+
+
+def loss_flops(B, E, name="sigmoid", **_):
+  """Logits (twice if softmax), image gradient, text gradient."""
+  return (8 if name == "softmax" else 6) * B * B * E
+
+
+def traced_flops(job, devices):
+  """FLOPs a device of the products in a job's program, loops multiplied.
+
+  Counts what is computed twice (rematerialised, a second forward pass), too,
+  but, like XLA, nothing of which no result is used.
+  """
+  jaxpr = job.traced.jaxpr.jaxpr
+  used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return jaxpr_flops(used, devices) / devices
+
+
+def jaxpr_flops(jaxpr, devices, times=1):
+  """FLOPs of matrix products and convolutions, of all devices together."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      contracted = eqn.params["dimension_numbers"][0][0]
+      x = eqn.invars[0].aval.shape
+      total += (
+        2 * eqn.outvars[0].aval.size * math.prod(x[i] for i in contracted)
+      )
+    elif eqn.primitive.name == "conv_general_dilated":
+      kernel = eqn.invars[1].aval
+      out_dim = eqn.params["dimension_numbers"].rhs_spec[0]
+      total += (
+        2 * eqn.outvars[0].aval.size * (kernel.size // kernel.shape[out_dim])
+      )
+    # The inside of a shard_map is what one device does.
+    inner = {"scan": eqn.params.get("length"), "shard_map": devices}.get(
+      eqn.primitive.name, 1
+    )
+    found = [
+      sub
+      for value in eqn.params.values()
+      for sub in (value if isinstance(value, tuple) else (value,))
+    ]
+    found = [getattr(sub, "jaxpr", sub) for sub in found]
+    found = [sub for sub in found if hasattr(sub, "eqns")]
+    parts = [jaxpr_flops(sub, devices, inner) for sub in found]
+    total += (max if eqn.primitive.name == "cond" else sum)(parts or [0])
+  return total * times
+
+
+def memory_of(device):
+  """Bytes that a program may take on a device."""
+  far_too_large = jax.ShapeDtypeStruct(
+    (2**22, 2**22),
+    jnp.float32,
+    sharding=jax.sharding.SingleDeviceSharding(device),
+  )
+  try:
+    compile_job(Job("", jax.jit(jnp.cos).trace(far_too_large), {}, 0))
+  except DoesNotFit as e:
+    return e.available
+  raise errors.UserError("the compiler does not say how much memory there is")
+
+
+def compile_job(job):
+  """Returns the compiled program; DoesNotFit if it does not."""
+  try:
+    return job.traced.lower().compile()
+  except jax.errors.JaxRuntimeError as e:
+    sizes = re.findall(r"\(([\d.]+)([KMGT])\)", str(e))
+    if "RESOURCE_EXHAUSTED" not in str(e) or len(sizes) != 2:
+      raise errors.UserError(
+        f"the compiler says: {str(e).splitlines()[0]}"
+      ) from e
+    raise DoesNotFit(
+      *(float(n) * 1024 ** (1 + "KMGT".index(unit)) for n, unit in sizes)
+    ) from e
+
+
+def find_batch(build, batch_size, smallest, report):
+  """Returns the largest batch that fits, to an eighth, and what it compiled to.
+
+  Doubles or halves the batch until one fits and its double does not, then
+  bisects.
+
+  Args:
+    build: build(batch_size) -> Job.
+    batch_size: to begin with.
+    smallest: batches are multiples of it.
+    report: report(batch_size, compiled or DoesNotFit), after each try.
+
+  Returns:
+    (batch_size, Job, compiled).
+
+  Raises:
+    DoesNotFit: not even the smallest does.
+  """
+  best = None
+
+  def fits(n):
+    nonlocal best
+    job = build(n)
+    try:
+      compiled = compile_job(job)
+    except DoesNotFit as e:
+      report(n, e)
+      if n == smallest:
+        raise
+      return False
+    report(n, compiled)
+    best = n, job, compiled
+    return True
+
+  multiple = lambda n: max(round(n / smallest), 1) * smallest
+  low = high = multiple(batch_size)
+  if fits(low):
+    while fits(high := 2 * high):
+      low = high
+  else:
+    while not fits(low := multiple(low // 2)):
+      high = low
+  step = max((high - low) // 8 // smallest, 1) * smallest
+  while high - low > step:
+    middle = low + (high - low) // 2 // step * step
+    low, high = (middle, high) if fits(middle) else (low, middle)
+  return best

@@ -1,0 +1,240 @@
+"""Reads what XLA compiled for a TPU: loops, collectives, the schedule.
+
+`compiled.as_text()` lists every computation in the order in which the chip
+works it off. XLA's own cost analysis counts the body of a loop once; here it
+counts as often as it runs.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+BITS = dict(
+  pred=8,
+  s4=4,
+  u4=4,
+  s8=8,
+  u8=8,
+  s16=16,
+  u16=16,
+  bf16=16,
+  f16=16,
+  s32=32,
+  u32=32,
+  f32=32,
+  s64=64,
+  u64=64,
+  f64=64,
+)
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "collective-permute",
+  "reduce-scatter",
+)
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+class Op(NamedTuple):
+  """One line of a computation."""
+
+  name: str
+  type: str  # "f32[8,128]{1,0:T(8,128)}", or several in brackets
+  op: str  # "fusion"
+  rest: str  # operands and attributes
+  root: bool
+
+
+class Collective(NamedTuple):
+  """A collective of the program."""
+
+  kind: str  # of KINDS
+  array: str  # what is sent: "bf16[8192,768]", or "24 arrays"
+  sent: int  # bytes that a device sends, each time
+  times: int  # how often it runs in one call of the program
+  hidden: int | None  # cycles of computation while it is under way; None if
+  #   the program stands still until it is done
+
+
+def arrays(type_text):
+  """Yields ("f32[8,128]", bytes) for each array of a type, without padding."""
+  for dtype, dims in _ARRAY.findall(type_text):
+    if dtype in BITS:
+      size = math.prod(int(n) for n in dims.split(",") if n)
+      yield f"{dtype}[{dims}]", size * BITS[dtype] // 8
+
+
+class Program:
+  """A compiled program.
+
+  Args:
+    text: of compiled.as_text(), of a program compiled for TPU.
+
+  Attributes:
+    computations: {name: list of Op in the order of the schedule}.
+    times: {name: how often that computation runs in one call}, for those that
+      are scheduled: the entry, loop bodies, branches.
+    uncounted: number of loops whose trips are not known: they count once.
+  """
+
+  def __init__(self, text):
+    self.computations, self._entry, ops = {}, None, None
+    for line in text.splitlines():
+      head = _HEAD.match(line)
+      if head:
+        ops = self.computations[head[2]] = []
+        self._entry = head[2] if head[1] else self._entry
+      elif ops is not None and (found := _LINE.match(line)):
+        root, name, type_text, op, rest = found.groups()
+        ops.append(Op(name, type_text, op, rest, bool(root)))
+    found = re.search(r"num_partitions=(\d+)", text)
+    self._devices = int(found[1]) if found else 1
+    self.times, self.uncounted = {}, 0
+    self._visit(self._entry, 1)
+
+  def _visit(self, name, times):
+    self.times[name] = self.times.get(name, 0) + times
+    for op in self.computations[name]:
+      if op.op == "while":
+        trips = self._trips(op)
+        self.uncounted += trips is None
+        self._visit(_attribute(op, "body"), times * (trips or 1))
+      elif op.op == "conditional":
+        for branch in _branches(op):
+          self._visit(branch, times)
+
+  def _trips(self, loop):
+    """How often a loop counted from 0, as lax.scan makes it, runs, or None."""
+    known = re.search(r"known_trip_count[^\d]*(\d+)", loop.rest)
+    if known:
+      return int(known[1])
+    condition = self.computations[_attribute(loop, "condition")]
+    limits = {
+      op.name: int(op.rest.split(")")[0])
+      for op in condition
+      if op.op == "constant" and op.type.startswith("s32[]")
+    }
+    for op in condition:
+      if op.root and "direction=LT" in op.rest:
+        for operand in _operands(op):
+          if operand in limits:
+            return limits[operand]
+    return None
+
+  def cycles(self, name=None):
+    """The compiler's estimate of cycles of one run, without collectives."""
+    return sum(map(self._cycles, self.computations[name or self._entry]))
+
+  def _cycles(self, op):
+    if op.op == "while":
+      return (self._trips(op) or 1) * self.cycles(_attribute(op, "body"))
+    if op.op == "conditional":
+      return max(map(self.cycles, _branches(op)))
+    found = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
+    return int(found[1]) if found and not self._kind(op) else 0
+
+  def collectives(self):
+    """Returns the list of all Collectives."""
+    return [
+      self._collective(name, i, *found)
+      for name in self.times
+      for i, op in enumerate(self.computations[name])
+      if not op.op.endswith("-done") and (found := self._kind(op))
+    ]
+
+  def _kind(self, op):
+    """(kind, the op that says what is sent), or None if op is no collective."""
+    kind = op.op.removesuffix("-start").removesuffix("-done")
+    if kind in KINDS:
+      return kind, op
+    if op.op not in ("fusion", "async-start"):
+      return None
+    inner = _attribute(op, "calls")
+    for part in self.computations.get(inner, ()):
+      if part.op in KINDS:
+        # On TPU a reduce-scatter is an all-reduce fused with a slice.
+        scatter = part.op == "all-reduce" and "scatter" in inner + op.name
+        return "reduce-scatter" if scatter else part.op, part
+    return None
+
+  def _collective(self, name, i, kind, inner):
+    ops = self.computations[name]
+    found = list(arrays(inner.type))
+    if kind == "collective-permute":
+      found = found[:1]  # the rest of a start's type is where it arrives
+    n = self._group_size(inner)
+    size = sum(nbytes for _, nbytes in found)
+    if inner.op == "all-gather-start":
+      size = size * n // (n + 1)  # its type has the parts as well
+    if kind == "reduce-scatter" and inner.op == kind:
+      size *= n  # its type is what remains
+    factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(
+      kind, (n - 1) / n
+    )
+    done = next(
+      (
+        j
+        for j in range(i + 1, len(ops))
+        if ops[j].op.endswith("-done") and ops[i].name in _operands(ops[j])
+      ),
+      None,
+    )
+    hidden = None if done is None else sum(map(self._cycles, ops[i + 1 : done]))
+    array = found[0][0] if len(found) == 1 else f"{len(found)} arrays"
+    return Collective(
+      kind, array, round(size * factor), self.times[name], hidden
+    )
+
+  def _group_size(self, op):
+    """Over how many devices a collective goes: three ways to write it."""
+    groups = op.rest.partition("replica_groups=")[2]
+    if found := re.match(r"\{\{([\d,]+)\}", groups):
+      return found[1].count(",") + 1
+    if found := re.match(r"\[\d+,(\d+)\]", groups):
+      return int(found[1])
+    if found := re.match(r"mesh\[(.*?)\] \{(.*?)\}", groups):
+      sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+      return math.prod(int(sizes[a]) for a in re.findall(r"\w+", found[2]))
+    return self._devices
+
+  def largest(self, n):
+    """The n largest arrays that it makes: (array, bytes, made by)."""
+    sizes = {}
+    for name in self.times:
+      for op in self.computations[name]:
+        if op.op in (
+          "parameter",
+          "get-tuple-element",
+          "tuple",
+          "while",
+          "bitcast",
+        ) or op.op.endswith(("-start", "-done")):
+          continue
+        made_by = re.search(r'op_name="([^"]*)"', op.rest)
+        for array, size in arrays(op.type):
+          sizes.setdefault(array, (size, made_by[1] if made_by else ""))
+    rows = [(array, *rest) for array, rest in sizes.items()]
+    return sorted(rows, key=lambda row: -row[1])[:n]
+
+
+def _attribute(op, name):
+  found = re.search(rf"\b{name}=%?([\w.-]+)", op.rest)
+  return found[1] if found else ""
+
+
+def _branches(op):
+  found = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
+  names = (
+    found[1].split(",")
+    if found
+    else [_attribute(op, f"{value}_computation") for value in ("true", "false")]
+  )
+  return [name.strip().lstrip("%") for name in names]
+
+
+def _operands(op):
+  return re.findall(r"%([\w.-]+)", op.rest.partition("), ")[0])

@@ -1,0 +1,206 @@
+"""What Hugging Face's SigLIP files and ours call the same arrays.
+
+transformers' SiglipModel keeps dense weights as (out, in), merges the heads of
+attention into that, and has query, key and value of the pooling head in one
+array. Only numpy is needed for all this.
+"""
+
+import math
+
+import jax
+import numpy as np
+
+from sigjax import errors, trees
+
+# A row is (ours, theirs, kind), see _to_theirs for the kinds; rows with
+# the same `theirs` are its parts, one below the other.
+
+
+def _dense(ours, theirs, inputs=1):
+  return [
+    (f"{ours}/kernel", f"{theirs}.weight", inputs),
+    (f"{ours}/bias", f"{theirs}.bias", "vector"),
+  ]
+
+
+def _norm(ours, theirs):
+  return [
+    (f"{ours}/scale", f"{theirs}.weight", "vector"),
+    (f"{ours}/bias", f"{theirs}.bias", "vector"),
+  ]
+
+
+def _mlp(ours, theirs):
+  return _dense(f"{ours}/MlpBlock_0/Dense_0", f"{theirs}.mlp.fc1") + _dense(
+    f"{ours}/MlpBlock_0/Dense_1", f"{theirs}.mlp.fc2"
+  )
+
+
+def _encoder(ours, theirs, depth, last):
+  rows = _norm(f"{ours}/encoder_norm", f"{theirs}.{last}")
+  for i in range(depth):
+    block, layer = f"{ours}/encoderblock_{i}", f"{theirs}.encoder.layers.{i}"
+    attention = f"{block}/MultiHeadDotProductAttention_0"
+    rows += _norm(f"{block}/LayerNorm_0", f"{layer}.layer_norm1")
+    for part in "query", "key", "value":
+      rows += _dense(f"{attention}/{part}", f"{layer}.self_attn.{part[0]}_proj")
+    rows += _dense(f"{attention}/out", f"{layer}.self_attn.out_proj", 2)
+    rows += _norm(f"{block}/LayerNorm_1", f"{layer}.layer_norm2")
+    rows += _mlp(block, layer)
+  return rows
+
+
+def _pooling(ours, theirs):
+  attention = f"{ours}/MultiHeadDotProductAttention_0"
+  rows = [(f"{ours}/probe", f"{theirs}.probe", "same")]
+  for part in "query", "key", "value":
+    rows += [
+      (f"{attention}/{part}/kernel", f"{theirs}.attention.in_proj_weight", 1),
+      (
+        f"{attention}/{part}/bias",
+        f"{theirs}.attention.in_proj_bias",
+        "vector",
+      ),
+    ]
+  rows += _dense(f"{attention}/out", f"{theirs}.attention.out_proj", 2)
+  return (
+    rows
+    + _norm(f"{ours}/LayerNorm_0", f"{theirs}.layernorm")
+    + _mlp(ours, theirs)
+  )
+
+
+def _rows(image_depth, text_depth):
+  """Returns (ours, theirs, kind) of every array of a model."""
+  image, text = "vision_model", "text_model"
+  return [
+    ("t", "logit_scale", "same"),
+    ("b", "logit_bias", "same"),
+    (
+      "img/embedding/kernel",
+      f"{image}.embeddings.patch_embedding.weight",
+      "conv",
+    ),
+    (
+      "img/embedding/bias",
+      f"{image}.embeddings.patch_embedding.bias",
+      "vector",
+    ),
+    (
+      "img/pos_embedding",
+      f"{image}.embeddings.position_embedding.weight",
+      "table",
+    ),
+    *_encoder("img/Transformer", image, image_depth, "post_layernorm"),
+    *_pooling("img/MAPHead_0", f"{image}.head"),
+    (
+      "txt/Embed_0/embedding",
+      f"{text}.embeddings.token_embedding.weight",
+      "table",
+    ),
+    (
+      "txt/pos_embedding",
+      f"{text}.embeddings.position_embedding.weight",
+      "table",
+    ),
+    *_encoder("txt/Encoder_0", text, text_depth, "final_layer_norm"),
+    *_dense("txt/head", f"{text}.head"),
+  ]
+
+
+def _to_theirs(kind, x):
+  """Returns our array as theirs, or as a part of it."""
+  if kind == "same":
+    return x
+  if kind == "vector":  # (heads, hd) or (W,) -> (W,)
+    return x.reshape(-1)
+  if kind == "table":  # (1, P, W) or (V, W) -> rows
+    return x.reshape(-1, x.shape[-1])
+  if kind == "conv":  # (p, p, 3, W) -> (W, 3, p, p)
+    return x.transpose(3, 2, 0, 1)
+  # A dense kernel whose first `kind` axes are the inputs -> (out, in).
+  return x.reshape(math.prod(x.shape[:kind]), -1).T
+
+
+def _to_ours(kind, y, shape):
+  """Returns their array, or a part of it, as ours: _to_theirs backwards."""
+  if kind == "conv":
+    return y.transpose(2, 3, 1, 0)
+  return (y.T if isinstance(kind, int) else y).reshape(shape)
+
+
+def to_theirs(ours):
+  """Returns {their name: array} from {our name: array}, all float32.
+
+  Raises:
+    UserError: there are arrays that SiglipModel has no place for, or too few.
+  """
+  rows = _rows(*(depth(ours, tower) for tower in ("img", "txt")))
+  names = {row[0]: ours.get(row[0]) for row in rows}
+  wrong = sorted(set(names) ^ set(ours))
+  if wrong:
+    raise errors.UserError(
+      f"transformers' SiglipModel differs in {len(wrong)} arrays: "
+      f"{', '.join(wrong)}"
+    )
+  parts = {}
+  for name, theirs, kind in rows:
+    parts.setdefault(theirs, []).append(_to_theirs(kind, ours[name]))
+  # safetensors writes the memory of an array whatever its strides say.
+  return {
+    name: np.ascontiguousarray(np.concatenate(x)) for name, x in parts.items()
+  }
+
+
+def to_ours(theirs, like, what):
+  """Returns {our name: array} from {their name: array}.
+
+  Args:
+    theirs: arrays of any float type.
+    like: our {name: ShapeDtypeStruct}, unrolled.
+    what: where the arrays come from, for errors.
+
+  Returns:
+    float32 arrays.
+
+  Raises:
+    UserError: all arrays that are missing, left over or of another shape.
+  """
+  rows = _rows(*(depth(like, tower) for tower in ("img", "txt")))
+  parts = {}
+  for name, their, kind in rows:
+    parts.setdefault(their, []).append((name, kind))
+  want = {}
+  for their, group in parts.items():
+    # Zeros without memory, to see what becomes of the shape.
+    blocks = [
+      jax.eval_shape(lambda x, k=kind: _to_theirs(k, x), like[name])
+      for name, kind in group
+    ]
+    rest = blocks[0].shape[1:]
+    want[their] = jax.ShapeDtypeStruct(
+      (sum(block.shape[0] for block in blocks), *rest), np.float32
+    )
+  # Old versions stored the numbers 0, 1, .. as well.
+  theirs = {k: v for k, v in theirs.items() if not k.endswith(".position_ids")}
+  lines = trees.difference(want, theirs)
+  if lines:
+    lines[0] = (
+      f"{what} does not fit its config.json in {len(lines)} arrays: {lines[0]}"
+    )
+    raise errors.UserError("\n  ".join(lines))
+  return {
+    name: np.asarray(_to_ours(kind, part, like[name].shape), np.float32)
+    for their, group in parts.items()
+    for (name, kind), part in zip(group, np.split(theirs[their], len(group)))
+  }
+
+
+def depth(names, tower):
+  """Returns the number of blocks of a tower, "img" or "txt", unrolled."""
+  blocks = [
+    name.split("/encoderblock_")[1]
+    for name in names
+    if name.startswith(f"{tower}/") and "/encoderblock_" in name
+  ]
+  return 1 + max((int(block.split("/")[0]) for block in blocks), default=-1)

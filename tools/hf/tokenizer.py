@@ -1,0 +1,374 @@
+"""SentencePiece models as the tokenizer.json of Hugging Face's tokenizers.
+
+Both of SentencePiece's kinds: unigram (SigLIP) and BPE (SigLIP 2, Gemma). The
+ids are the same but for:
+
+- a run of one repeated part ("-----"), which has ways of equal score to be cut
+  in pieces: float32 and float64 may break the tie differently;
+- rare sequences of combining marks, and letters whose lower case is newer than
+  Python's Unicode or the tokenizers package's;
+- "<0x41>" or "</s>" written out in a text, if the model is unigram with bytes
+  for unknown characters and "<" is one of them.
+
+check() looks at every piece of the vocabulary before anything is written.
+"""
+
+import base64
+import json
+import math
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from sigjax import errors
+from sigjax.data.example import tokenizer as tokenizer_lib
+from tools.hf import config
+
+# SentencePieceProto.Type and TrainerSpec.ModelType.
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
+_UNIGRAM, _BPE = 1, 2
+
+SPACE = "▁"  # what stands for a space in pieces
+TEXTS = [
+  "",
+  " ",
+  "A photo of a cat.",
+  "  two  spaces ",
+  "line\nbreak\ttab",
+  "ΟΔΟΣ",
+  "İstanbul",
+  "Straße",
+  "½ ﬁne ™",
+  "e\u0301",
+  "\u1100\u1161\u11a8",
+  "ｶﾞ",
+  "A～B",
+  "猫の写真",
+  "👩‍👩‍👧 🏳️‍🌈",
+  "a\u200bb\u00a0c\u3000d",
+  "x" * 300,
+]
+
+
+def convert(path, lower, rows):
+  """Returns what is written to tokenizer.json, a dict.
+
+  Args:
+    path: a SentencePiece model whose end token is 1.
+    lower: whether texts are made lower case before.
+    rows: V, rows of the embedding table. Symbols that ordinary texts do not
+      have may be beyond it, as in the vocabulary of the i18n models.
+
+  Raises:
+    UserError: the model does what tokenizers cannot.
+  """
+  tokenizer_lib.Tokenizer(path)  # refuses what is no such model
+  proto = sentencepiece_model_pb2.ModelProto()
+  with open(path, "rb") as f:
+    proto.ParseFromString(f.read())
+  _refuse(proto, path, rows)
+  spec = proto.normalizer_spec
+  end = proto.pieces[tokenizer_lib.EOS].piece
+  sequence = [
+    {"Sequence": {"id": "A", "type_id": 0}},
+    {"SpecialToken": {"id": end, "type_id": 0}},
+  ]
+  return dict(
+    version="1.0",
+    truncation=None,
+    padding=None,
+    added_tokens=[
+      dict(
+        id=i,
+        content=p.piece,
+        single_word=False,
+        lstrip=False,
+        rstrip=False,
+        normalized=p.type == _USER,
+        special=p.type != _USER,
+      )
+      for i, p in enumerate(proto.pieces)
+      if p.type in (_UNKNOWN, _CONTROL)
+      or (
+        p.type == _USER
+        and proto.trainer_spec.model_type == _BPE
+        # Never found in a lower-case text; tokenizers would lower it.
+        and (p.piece == p.piece.lower() or not lower)
+      )
+    ],
+    normalizer=dict(
+      type="Sequence",
+      normalizers=(_normalizers(spec, lower) + _disguises(proto)),
+    ),
+    pre_tokenizer=None,
+    post_processor=dict(
+      type="TemplateProcessing",
+      single=sequence,
+      pair=sequence
+      + [
+        {"Sequence": {"id": "B", "type_id": 0}},
+        {"SpecialToken": {"id": end, "type_id": 0}},
+      ],
+      special_tokens={end: dict(id=end, ids=[tokenizer_lib.EOS], tokens=[end])},
+    ),
+    decoder=dict(
+      type="Sequence",
+      decoders=[
+        dict(type="Replace", pattern=dict(String=SPACE), content=" "),
+        dict(type="ByteFallback"),
+        dict(type="Fuse"),
+        *(
+          [dict(type="Strip", content=" ", start=1, stop=0)]
+          if spec.add_dummy_prefix
+          else []
+        ),
+      ],
+    ),
+    model=_KINDS[proto.trainer_spec.model_type](proto),
+  )
+
+
+def _refuse(proto, path, rows):
+  """Raises a UserError if the model does what tokenizers cannot."""
+  spec, trainer = proto.normalizer_spec, proto.trainer_spec
+  is_bpe = trainer.model_type == _BPE
+  user = [p.piece for p in proto.pieces if p.type == _USER]
+  unused = any(p.type == _UNUSED for p in proto.pieces)
+  needed = 1 + max(
+    i for i, p in enumerate(proto.pieces) if p.type in (_NORMAL, _BYTE)
+  )
+  for what, is_so in [
+    ("is neither unigram nor BPE", trainer.model_type not in _KINDS),
+    ("puts spaces behind words", trainer.treat_whitespace_as_suffix),
+    ("keeps spaces as they are", not spec.escape_whitespaces),
+    ("has pieces that are not used", unused),
+    (
+      f"has symbols of its own ({', '.join(user[:3])}) and normalises texts",
+      is_bpe
+      and user
+      and (
+        spec.precompiled_charsmap
+        or spec.add_dummy_prefix
+        or spec.remove_extra_whitespaces
+      ),
+    ),
+  ]:
+    if is_so:
+      raise errors.UserError(
+        f"SentencePiece model {path} {what}, which tokenizer.json cannot "
+        "express"
+      )
+  if needed > rows:
+    raise errors.UserError(
+      f"SentencePiece model {path} has {needed} pieces, but "
+      f"model.text.vocab_size is {rows}"
+    )
+
+
+def _replace(content, **pattern):
+  return dict(type="Replace", pattern=pattern, content=content)
+
+
+def _normalizers(spec, lower):
+  """What SentencePiece does to a text before it looks for pieces."""
+  steps = []
+  if lower:
+    # Python knows the sigma at the end of a word, tokenizers does not.
+    steps += [
+      _replace(
+        "ς",
+        Regex=r"(?<=\p{Cased}\p{Case_Ignorable}*)Σ"
+        r"(?!\p{Case_Ignorable}*\p{Cased})",
+      ),
+      dict(type="Lowercase"),
+    ]
+  if spec.precompiled_charsmap:
+    if "nfkc" in spec.name:
+      # Precompiled does not compose what takes more than five bytes, such as
+      # Hangul letters. Of all of NFKC only "～" is not in SentencePiece's; it
+      # gets by as a private character.
+      steps += [
+        _replace("\ue000", String="～"),
+        dict(type="NFKC"),
+        _replace("～", String="\ue000"),
+      ]
+    steps.append(
+      dict(
+        type="Precompiled",
+        precompiled_charsmap=base64.b64encode(
+          spec.precompiled_charsmap
+        ).decode(),
+      )
+    )
+  if spec.remove_extra_whitespaces:
+    steps += [_replace("", Regex=r"\A +|[ ▁]+\z"), _replace(" ", Regex=" +")]
+  if spec.add_dummy_prefix:
+    # Not by a Metaspace pre-tokenizer, which leaves it out before a "▁".
+    steps.append(dict(type="Prepend", prepend=" "))
+  return steps + [_replace(SPACE, String=" ")]
+
+
+def _disguises(proto):
+  """Keeps a "</s>" in a text from being read as the end of it.
+
+  A unigram model of tokenizers would take its characters instead (see
+  _unigram) if it knew them all. If not, another unknown character in the place
+  of the first unknown one makes it another text with the same ids.
+  """
+  if proto.trainer_spec.model_type != _UNIGRAM or (
+    proto.trainer_spec.byte_fallback
+  ):
+    return []
+  pieces = {p.piece for p in proto.pieces}
+  steps = []
+  for p in proto.pieces:
+    unknown = [c for c in p.piece if c not in pieces]
+    if p.type in (_CONTROL, _UNKNOWN) and unknown:
+      steps.append(
+        _replace(p.piece.replace(unknown[0], "\ue001"), String=p.piece)
+      )
+  return steps
+
+
+def _unigram(proto):
+  """The model of most probable pieces."""
+  normal = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
+  lowest = min(normal.values())
+  letters = {c for piece in normal for c in piece}
+  if not letters <= set(normal):
+    raise errors.UserError(
+      f"the SentencePiece model has pieces of characters that are no "
+      f"pieces, such as {min(letters - set(normal))!r}: tokenizer.json "
+      "cannot express its penalty for unknown characters"
+    )
+  # "</s>" is a piece like all others here. At this price its characters are
+  # taken instead. It makes unknown characters as expensive; since none of
+  # them is in any piece, there is no choice to be changed.
+  never = 100 * (lowest - 10)
+
+  def score(p):
+    if p.type == _USER:  # Better than any pieces that it might be cut in.
+      return len(p.piece.encode()) * max(normal.values()) - 0.1
+    return p.score if p.type == _NORMAL else never
+
+  return dict(
+    type="Unigram",
+    byte_fallback=proto.trainer_spec.byte_fallback,
+    unk_id=_unknown(proto),
+    vocab=[[p.piece, score(p)] for p in proto.pieces],
+  )
+
+
+def _bpe(proto):
+  """The model that merges the pair of the highest score until none is left."""
+  normal = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
+  merges = []
+  for piece, score in normal.items():
+    pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+    merges += [
+      (-score, pair)
+      for pair in pairs
+      if pair[0] in normal and pair[1] in normal
+    ]
+  merges.sort(key=lambda merge: merge[0])
+  return dict(
+    type="BPE",
+    dropout=None,
+    continuing_subword_prefix=None,
+    end_of_word_suffix=None,
+    fuse_unk=True,
+    ignore_merges=False,
+    byte_fallback=proto.trainer_spec.byte_fallback,
+    unk_token=proto.pieces[_unknown(proto)].piece,
+    vocab={p.piece: i for i, p in enumerate(proto.pieces)},
+    merges=[list(pair) for _, pair in merges],
+  )
+
+
+def _unknown(proto):
+  return next(i for i, p in enumerate(proto.pieces) if p.type == _UNKNOWN)
+
+
+_KINDS = {_UNIGRAM: _unigram, _BPE: _bpe}
+
+
+def files(path, lower, rows, length, pad):
+  """Returns {file name: dict} of what AutoTokenizer reads; checks it.
+
+  Args:
+    path, lower, rows: as of convert.
+    length: L, tokens.
+    pad: the id that fills a row.
+
+  Raises:
+    UserError: tokenizer.json would not give the ids of Tokenizer.
+  """
+  tokenizer = convert(path, lower, rows)
+  check(tokenizer, path, lower)
+  special = {
+    token["id"]: token["content"]
+    for token in tokenizer["added_tokens"]
+    if token["special"]
+  }
+  if pad not in special:
+    raise errors.UserError(
+      f"pp_text pads with {pad}, which is a piece of text in {path}; "
+      f"choose from: {', '.join(map(str, sorted(special)))}"
+    )
+  model = tokenizer["model"]
+  names = dict(
+    eos_token=special[tokenizer_lib.EOS],
+    pad_token=special[pad],
+    unk_token=(
+      model["vocab"][model["unk_id"]][0]
+      if "unk_id" in model
+      else model["unk_token"]
+    ),
+  )
+  return {
+    "tokenizer.json": tokenizer,
+    "tokenizer_config.json": dict(
+      names,
+      tokenizer_class="PreTrainedTokenizerFast",
+      processor_class="SiglipProcessor",
+      model_max_length=length,
+      padding_side="right",
+      truncation_side="right",
+      clean_up_tokenization_spaces=False,
+      # No attention_mask: the text tower sees its padding.
+      model_input_names=["input_ids"],
+      # "</s>" in a text are its characters, as for SentencePiece.
+      split_special_tokens=True,
+    ),
+    "special_tokens_map.json": names,
+  }
+
+
+def check(tokenizer, path, lower):
+  """Compares a tokenizer.json with SentencePiece on every piece.
+
+  Raises:
+    UserError: the first text with other ids.
+  """
+  fast = config.need("tokenizers").Tokenizer.from_str(json.dumps(tokenizer))
+  fast.encode_special_tokens = True
+  slow = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  pieces = [
+    slow.id_to_piece(i).replace(SPACE, " ")
+    for i in range(len(slow))
+    if not (slow.is_control(i) or slow.is_unknown(i) or slow.is_byte(i))
+  ]
+  price = lambda ids: sum(map(slow.get_score, ids))
+  texts = TEXTS + ["".join(pieces[i : i + 8]) for i in range(0, len(pieces), 8)]
+  for text in texts:
+    want = slow.encode(text.lower() if lower else text)
+    got = fast.encode(text, add_special_tokens=False).ids
+    tie = sorted(want) == sorted(got) or (
+      tokenizer["model"]["type"] == "Unigram"
+      and math.isclose(price(want), price(got), rel_tol=1e-5)
+    )
+    if not tie:
+      raise errors.UserError(
+        f"SentencePiece model {path} gives {want[:20]} for {text[:60]!r}, "
+        f"but tokenizer.json would give {got[:20]}"
+      )
