@@ -1,32 +1,39 @@
 """The losses: SigLIP's sigmoid loss, CLIP's softmax loss, each twice.
 
-`sigmoid_loss` is Algorithm 1 of the SigLIP paper, as plain as it is printed.
-`ring_sigmoid_loss` gives the same value and the same gradients for a batch
-split over devices, and never holds more than one tile of its B x B pairs.
-docs/loss.md derives why one pass is enough; ring.py is how devices do it.
+`sigmoid_loss` is Algorithm 1 of the SigLIP paper, as printed there.
+`ring_sigmoid_loss` gives the same value and gradients for a batch that is split
+over devices, and never holds more than one tile of its B x B logits.
+docs/loss.md shows why one pass is enough; ring.py moves the texts.
 
-Throughout: zimg, ztxt are (B, E) embeddings with L2-normalised rows, t is the
-temperature, already exponentiated, and b the bias, both scalars. bfloat16
-embeddings are multiplied in bfloat16, float32 ones in full float32 on every
-platform; sums are always float32.
+In all functions zimg and ztxt are embeddings with L2-normalised rows, t is the
+temperature (already exponentiated) and b the bias. bfloat16 embeddings are
+multiplied in bfloat16, float32 ones in full float32 on every platform. Sums are
+float32.
 """
 
+from collections.abc import Callable
 import functools
 import math
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
+from jaxtyping import Array, Float
 
 from sigjax import errors
-from sigjax import ring as ring_lib
+from sigjax.ring import Ring
 
 F32 = jnp.float32
+Scalar = Float[Array, ""] | float
+Loss = Callable[..., Float[Array, ""]]
 
 
-def sigmoid_loss(zimg, ztxt, t, b):
-  """Algorithm 1 of the SigLIP paper: the reference, B x B logits at once.
+def sigmoid_loss(
+  zimg: Float[Array, "B E"], ztxt: Float[Array, "B E"], t: Scalar, b: Scalar
+) -> Float[Array, ""]:
+  """Algorithm 1 of the SigLIP paper: the reference, with B x B logits at once.
 
   Args:
     zimg: (B, E) image embeddings.
@@ -42,35 +49,40 @@ def sigmoid_loss(zimg, ztxt, t, b):
   return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / len(zimg)
 
 
-def softmax_loss(zimg, ztxt, t, b=0.0):
-  """CLIP's symmetric loss: the reference; arguments as sigmoid_loss.
+def softmax_loss(
+  zimg: Float[Array, "B E"],
+  ztxt: Float[Array, "B E"],
+  t: Scalar,
+  b: Scalar = 0.0,
+) -> Float[Array, ""]:
+  """CLIP's symmetric loss: the reference; arguments as in sigmoid_loss.
 
-  The mean of two cross-entropies: each image picks its text out of all texts,
-  and each text its image. A bias cancels in a softmax, so b is not used.
+  The mean of two cross-entropies: of each image over all texts, and of each
+  text over all images. A bias cancels in a softmax, so b is not used.
   """
   del b
   logits = _dot(zimg, ztxt.T) * t
-  of_texts = jax.nn.log_softmax(logits, axis=1)
-  of_images = jax.nn.log_softmax(logits, axis=0)
-  return -jnp.mean(jnp.diag(of_texts) + jnp.diag(of_images)) / 2
+  over_texts = jax.nn.log_softmax(logits, axis=1)
+  over_images = jax.nn.log_softmax(logits, axis=0)
+  return -jnp.mean(jnp.diag(over_texts) + jnp.diag(over_images)) / 2
 
 
 def ring_sigmoid_loss(
-  zimg,
-  ztxt,
-  t,
-  b,
+  zimg: Float[Array, "B E"],
+  ztxt: Float[Array, "B E"],
+  t: Scalar,
+  b: Scalar,
   *,
-  mesh,
-  axes=("data",),
-  tile=1024,
-  direction="forward",
-  comm="ring",
-):
+  mesh: Mesh,
+  axes: str | tuple[str, ...] = ("data",),
+  tile: int = 1024,
+  direction: str = "forward",
+  comm: str = "ring",
+) -> Float[Array, ""]:
   """sigmoid_loss of a batch split over D devices (SigLIP, section 3.3).
 
-  One trip of the texts round the ring gives the value and, if it is to be
-  differentiated, all four gradients as well.
+  One trip of the texts round the ring gives the value and, if it is
+  differentiated, all four gradients.
 
   Args:
     zimg: (B, E) image embeddings, bfloat16 or float32, rows split over axes.
@@ -78,84 +90,97 @@ def ring_sigmoid_loss(
     t: () temperature.
     b: () bias.
     mesh: the mesh of devices.
-    axes: the mesh axes that split the batch, together one ring.
-    tile: pairs are worked through in tiles of at most tile x tile.
-    direction: "forward", or "both": half the texts go round each way, so that
-      both directions of every link carry some.
+    axes: the mesh axes that split the batch; together they are one ring.
+    tile: logits are computed in tiles of at most tile x tile.
+    direction: "forward", or "both": half of the texts travel each way, which
+      uses both directions of every link.
     comm: "ring"; "all_gather": every device gets all texts at once, which waits
-      once instead of D times but takes memory for B texts and their gradients;
-      "auto": "all_gather" if a device has fewer than 256 texts, whose block
-      takes no longer than a permute takes to begin, else "ring".
+      once instead of D times but holds B texts and their gradients; "auto":
+      "all_gather" below 256 texts a device, where a block takes less time than
+      a permute needs to start, else "ring".
 
   Returns:
     () float32, the same on every device.
 
   Raises:
-    UserError (a ValueError), while tracing: an argument is not as said here, or
-      D does not divide B.
+    UserError (a ValueError), while tracing: a wrong argument, or D does not
+      divide B.
   """
   ring = _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm)
-  return _run(_sigmoid_share, ring, mesh, zimg, ztxt, t, b)
+  return _on_all_devices(_sigmoid_share, ring, mesh, zimg, ztxt, t, b)
 
 
 def ring_softmax_loss(
-  zimg, ztxt, t, b=0.0, *, mesh, axes=("data",), tile=1024, direction="forward"
-):
-  """softmax_loss of a batch split over D devices; else as ring_sigmoid_loss.
+  zimg: Float[Array, "B E"],
+  ztxt: Float[Array, "B E"],
+  t: Scalar,
+  b: Scalar = 0.0,
+  *,
+  mesh: Mesh,
+  axes: str | tuple[str, ...] = ("data",),
+  tile: int = 1024,
+  direction: str = "forward",
+) -> Float[Array, ""]:
+  """softmax_loss of a batch split over D devices; see ring_sigmoid_loss.
 
-  The gradient of a pair needs the normalisers of its row and its column, which
-  need all pairs: one trip for the value, a second for the gradients.
+  A pair's gradient needs the normalisers of its row and column, which need all
+  pairs: one trip for the value, a second one for the gradients.
   """
   ring = _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, "ring")
-  return _run(_softmax_share, ring, mesh, zimg, ztxt, t, b)
+  return _on_all_devices(_softmax_share, ring, mesh, zimg, ztxt, t, b)
 
 
-# The choices of a config. Each is called as
-#   loss(zimg, ztxt, t, b, *, mesh, axes, **options) -> () float32
-LOSSES = {"sigmoid": ring_sigmoid_loss, "softmax": ring_softmax_loss}
+# The choices of config.loss.name.
+LOSSES: dict[str, Loss] = {
+  "sigmoid": ring_sigmoid_loss,
+  "softmax": ring_softmax_loss,
+}
 
 
-def make(mesh, axes, *, name="sigmoid", dtype="float32", **options):
-  """Returns fn(zimg, ztxt, t, b) -> () float32, as a config asks for it.
+def make(
+  mesh: Mesh,
+  axes: tuple[str, ...],
+  *,
+  name: str = "sigmoid",
+  dtype: str = "float32",
+  **options: Any,
+) -> Loss:
+  """Returns fn(zimg, ztxt, t, b) -> () float32 as a config describes it.
 
   Args:
     mesh, axes: see ring_sigmoid_loss.
     name: one of LOSSES.
-    dtype: the embeddings are rounded to it first; "bfloat16" on accelerators,
-      whose products of float32 are several times slower.
-    **options: of that loss, such as tile.
+    dtype: "float32" or "bfloat16"; embeddings are rounded to it first.
+      Accelerators multiply float32 several times more slowly.
+    **options: the loss's own, such as tile.
 
   Raises:
-    UserError: an unknown name, or an option that the loss does not take.
+    UserError: an unknown name, or an option or value the loss does not take.
   """
   fn = errors.pick(LOSSES, name, "config.loss.name")
-  dtype = jnp.dtype(
-    errors.pick(
-      {d: d for d in ("float32", "bfloat16")}, dtype, "config.loss.dtype"
-    )
-  )
+  dtypes = {"float32": F32, "bfloat16": jnp.bfloat16}
+  to = errors.pick(dtypes, dtype, "config.loss.dtype")
+
+  four = (None,) * 4
+  errors.check(fn, options, "config.loss", *four, mesh=mesh, axes=axes)
 
   def loss(zimg, ztxt, t, b):
-    return errors.call(
-      fn,
-      options,
-      "config.loss",
-      zimg.astype(dtype),
-      ztxt.astype(dtype),
-      t,
-      b,
-      mesh=mesh,
-      axes=axes,
-    )
+    z = zimg.astype(to), ztxt.astype(to)
+    return fn(*z, t, b, mesh=mesh, axes=axes, **options)
 
+  # A trace on tiny shapes: a wrong value fails now, not at the first step.
+  z = jax.ShapeDtypeStruct((mesh.size, 1), F32)
+  jax.eval_shape(lambda x, y: loss(x, y, 1.0, 0.0), z, z)
   return loss
 
 
-def logit_stats(zimg, ztxt, t, b):
-  """Mean logit of the B positive and the B * (B - 1) negative pairs.
+def logit_stats(
+  zimg: Float[Array, "B E"], ztxt: Float[Array, "B E"], t: Scalar, b: Scalar
+) -> dict[str, Float[Array, ""]]:
+  """Mean logit of the B positive and of the B * (B - 1) negative pairs.
 
-  Exact in O(B E), for the sum of <zimg_i, ztxt_j> over all i and j is the inner
-  product of two sums. Arguments as sigmoid_loss; no gradient flows.
+  Exact in O(B E): the sum of <zimg_i, ztxt_j> over all i and j is the inner
+  product of two sums. No gradient flows. Arguments as in sigmoid_loss.
 
   Returns:
     {"pos": () float32, "neg": () float32}; neg is not finite if B is 1.
@@ -164,14 +189,14 @@ def logit_stats(zimg, ztxt, t, b):
   zimg, ztxt, B = zimg.astype(F32), ztxt.astype(F32), len(zimg)
   pos = jnp.sum(zimg * ztxt)
   neg = jnp.sum(jnp.sum(zimg, axis=0) * jnp.sum(ztxt, axis=0)) - pos
-  # Not by B * (B - 1), which is no int32 from B = 46,342.
+  # B * (B - 1) does not fit int32 from B = 46,342, so divide twice.
   return {"pos": pos / B * t + b, "neg": neg / B / (B - 1) * t + b}
 
 
-# --- One device's share: its b images, and the texts as they come by ----------
+# --- One device's share: its b images, and all texts as they pass ------------
 
 
-def _sigmoid_share(ring, zimg, ztxt, t, b, with_grads):
+def _sigmoid_share(ring: Ring, zimg, ztxt, t, b, with_grads: bool):
   """Returns the loss and, if with_grads, its gradients (else None)."""
 
   def pairs(positive, zi, zt, by_image, dzt):
@@ -183,8 +208,8 @@ def _sigmoid_share(ring, zimg, ztxt, t, b, with_grads):
     loss += jnp.sum(softplus, axis=1)
     if not with_grads:
       return (loss, None, None), None
-    slope = 1 / (1 + jnp.exp(-x))  # 0, as it should be, if exp overflows
-    slope = jnp.where(positive, -slope, slope)  # by the logit
+    slope = 1 / (1 + jnp.exp(-x))  # correctly 0 where exp overflows
+    slope = jnp.where(positive, -slope, slope)  # with respect to the logit
     db += jnp.sum(slope, axis=1)
     slope = slope.astype(zi.dtype)
     return (loss, db, dzi + _dot(slope, zt)), dzt + _dot(slope.T, zi)
@@ -197,60 +222,52 @@ def _sigmoid_share(ring, zimg, ztxt, t, b, with_grads):
   return ring.mean(loss), _gradients(ring, zimg, ztxt, t, dzimg, dztxt, db)
 
 
-def _softmax_share(ring, zimg, ztxt, t, b, with_grads):
+def _softmax_share(ring: Ring, zimg, ztxt, t, b, with_grads: bool):
   """Returns the loss and, if with_grads, its gradients (else None)."""
   del b
 
   def normalisers(positive, zi, zt, by_image, by_text):
     del positive
     logits = _dot(zi, zt.T) * t
-    return (
-      jnp.logaddexp(by_image, jax.nn.logsumexp(logits, axis=1)),
-      jnp.logaddexp(by_text, jax.nn.logsumexp(logits, axis=0)),
-    )
+    by_image = jnp.logaddexp(by_image, jax.nn.logsumexp(logits, axis=1))
+    return by_image, jnp.logaddexp(by_text, jax.nn.logsumexp(logits, axis=0))
 
   def pairs(positive, image, text, dzi, dzt):
     (zi, by_image), (zt, by_text) = image, text
     logits = _dot(zi, zt.T) * t
-    slope = (
-      jnp.exp(logits - by_image[:, None]) + jnp.exp(logits - by_text[None, :])
-    ) / 2 - positive.astype(F32)
+    over_texts = jnp.exp(logits - by_image[:, None])
+    over_images = jnp.exp(logits - by_text[None, :])
+    slope = (over_texts + over_images) / 2 - positive.astype(F32)
     slope = slope.astype(zi.dtype)
     return dzi + _dot(slope, zt), dzt + _dot(slope.T, zi)
 
   row, zero = ring.zeros(len(zimg)), ring.zeros(*zimg.shape)
-  by_image, by_text = ring.visit(
-    normalisers, zimg, ztxt, row - jnp.inf, row - jnp.inf
-  )
+  empty = row - jnp.inf  # the logarithm of no sum
+  by_image, by_text = ring.visit(normalisers, zimg, ztxt, empty, empty)
   positives = jnp.sum(zimg.astype(F32) * ztxt.astype(F32), axis=1) * t
   loss = ring.mean((by_image + by_text) / 2 - positives)
   if not with_grads:
     return loss, None
-  dzimg, dztxt = ring.visit(
-    pairs, (zimg, by_image), (ztxt, by_text), zero, zero
-  )
+  images, texts = (zimg, by_image), (ztxt, by_text)
+  dzimg, dztxt = ring.visit(pairs, images, texts, zero, zero)
   return loss, _gradients(ring, zimg, ztxt, t, dzimg, dztxt, row)
 
 
-def _gradients(ring, zimg, ztxt, t, dzimg, dztxt, db):
-  """Gradients of the mean, from each embedding's sum of slope * the other one.
+def _gradients(ring: Ring, zimg, ztxt, t, dzimg, dztxt, db):
+  """Gradients of the mean, from each row's sum of slope * the other embedding.
 
-  That of t needs no sum over pairs of its own: the sum of slope_ij * <zimg_i,
-  ztxt_j> over i and j is the sum of <zimg_i, dzimg_i> over i.
+  The gradient of t needs no sum over pairs of its own: the sum of slope_ij *
+  <zimg_i, ztxt_j> over i and j is the sum of <zimg_i, dzimg_i> over i.
   """
   dt = ring.mean(jnp.sum(zimg.astype(F32) * dzimg, axis=1))
-  scale = t / ring.batch
-  return (
-    (dzimg * scale).astype(zimg.dtype),
-    (dztxt * scale).astype(ztxt.dtype),
-    dt,
-    ring.mean(db),
-  )
+  dzimg, dztxt = dzimg * (t / ring.batch), dztxt * (t / ring.batch)
+  dtype = zimg.dtype
+  return dzimg.astype(dtype), dztxt.astype(dtype), dt, ring.mean(db)
 
 
-def _dot(x, y):
+def _dot(x: Array, y: Array) -> Array:
   """x @ y, multiplied in their own type, summed in float32."""
-  # Left to itself a TPU or GPU would round float32 to bfloat16 or TF32 first.
+  # By default TPUs and GPUs round float32 to bfloat16 or TF32 first.
   precision = lax.Precision.HIGHEST if x.dtype == F32 else None
   return jnp.dot(x, y, precision=precision, preferred_element_type=F32)
 
@@ -258,67 +275,64 @@ def _dot(x, y):
 # --- All devices --------------------------------------------------------------
 
 
-def _run(share, ring, mesh, zimg, ztxt, t, b):
-  """The loss, of which every device does a share.
+def _on_all_devices(share, ring: Ring, mesh: Mesh, zimg, ztxt, t, b):
+  """Returns the loss, each device computing its share.
 
-  Differentiated, it computes value and gradients in one go and keeps nothing
-  but the gradients, so the backward pass is a mere scaling.
+  If it is differentiated, the forward pass computes value and gradients and
+  keeps only the gradients; the backward pass scales them.
   """
 
   def run(with_grads, *args):
     split, whole = P(ring.axes), P()
+    grads = (split, split, whole, whole) if with_grads else None
     return jax.shard_map(
       functools.partial(share, ring, with_grads=with_grads),
       mesh=mesh,
       in_specs=(split, split, whole, whole),
-      out_specs=(whole, (split, split, whole, whole) if with_grads else None),
+      out_specs=(whole, grads),
     )(*args)
 
-  def scale(gradients, g):
-    return jax.tree.map(
-      lambda x: (x.astype(F32) * g).astype(x.dtype), gradients
-    )
+  def scale(grads, g):
+    return jax.tree.map(lambda x: (x.astype(F32) * g).astype(x.dtype), grads)
 
   loss = jax.custom_vjp(lambda *args: run(False, *args)[0])
   loss.defvjp(functools.partial(run, True), scale)
   return loss(zimg, ztxt, jnp.asarray(t, F32), jnp.asarray(b, F32))
 
 
-def _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm):
-  """Checks the arguments of a ring loss and returns the ring."""
+def _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm) -> Ring:
+  """Returns the ring, after a check of a ring loss's arguments."""
   axes = (axes,) if isinstance(axes, str) else tuple(axes)
   for axis in axes:
-    if axis not in mesh.shape:
-      raise errors.UserError(
-        f'axes: the mesh has no axis "{axis}"'
-        f"{errors.closest(axis, mesh.shape)}; it has: "
-        f"{', '.join(mesh.shape)}"
-      )
+    errors.pick(mesh.shape, axis, "axes: the mesh axis")
   devices = math.prod(mesh.shape[axis] for axis in axes)
+
+  def need(ok, message):
+    if not ok:
+      raise errors.UserError(message)
+
   for name, z in (("zimg", zimg), ("ztxt", ztxt)):
-    if z.ndim != 2:
-      raise errors.UserError(f"{name} has to be (B, E), not {z.shape}")
-    if z.dtype not in (jnp.bfloat16, F32):
-      raise errors.UserError(
-        f"{name} has to be bfloat16 or float32, not {z.dtype}"
-      )
-    if not len(z) or len(z) % devices:
-      raise errors.UserError(
-        f"{name}: {len(z)} rows do not divide over {devices} devices"
-      )
-  if zimg.shape != ztxt.shape or zimg.dtype != ztxt.dtype:
-    raise errors.UserError(
-      f"ztxt is {ztxt.dtype} {ztxt.shape}, "
-      f"but zimg is {zimg.dtype} {zimg.shape}"
+    need(z.ndim == 2, f"{name} has to be (B, E), not {z.shape}")
+    need(
+      z.dtype in (jnp.bfloat16, F32),
+      f"{name} has to be bfloat16 or float32, not {z.dtype}",
     )
+    need(
+      len(z) and len(z) % devices == 0,
+      f"{name}: {len(z)} rows do not divide over {devices} devices",
+    )
+  need(
+    zimg.shape == ztxt.shape and zimg.dtype == ztxt.dtype,
+    f"ztxt is {ztxt.dtype} {ztxt.shape}, but zimg is {zimg.dtype} {zimg.shape}",
+  )
   for name, x in (("t", t), ("b", b)):
-    if jnp.shape(x):
-      raise errors.UserError(f"{name} has to be a scalar, not {jnp.shape(x)}")
-  if not isinstance(tile, int) or tile < 1:
-    raise errors.UserError(f"tile has to be a whole number from 1, not {tile}")
+    need(jnp.shape(x) == (), f"{name} has to be a scalar, not {jnp.shape(x)}")
+  need(
+    isinstance(tile, int) and tile >= 1,
+    f"tile has to be a whole number from 1, not {tile}",
+  )
+  errors.pick({"forward": 1, "both": 2}, direction, "direction")
   auto = "all_gather" if len(zimg) // devices < 256 else "ring"
   ways = {"ring": "ring", "all_gather": "all_gather", "auto": auto}
-  errors.pick({"forward": 1, "both": 2}, direction, "direction")
-  return ring_lib.Ring(
-    len(zimg), devices, axes, tile, direction, errors.pick(ways, comm, "comm")
-  )
+  way = errors.pick(ways, comm, "comm")
+  return Ring(len(zimg), devices, axes, tile, direction, way)

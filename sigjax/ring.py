@@ -1,64 +1,82 @@
-"""How devices that share a batch visit all its pairs of image and text.
+"""How devices that share a batch visit all of its image-text pairs.
 
-Each of D devices holds b = B / D images and b texts. The images stay, the texts
-go round the ring, and with them the sums that belong to them; after D steps
-every pair has met and every sum is home. A block of b x b pairs is worked
-through in tiles, so no array has more than b x E or tile x tile numbers (with
-comm "all_gather", B x E).
+Each of D devices holds b = B / D images and b texts. Images stay. Texts travel
+round the ring, together with the accumulators that belong to them; after D
+steps every pair has met and every accumulator is home again. A block of b x b
+pairs is computed in tiles, so that no array is larger than b x E or tile x tile
+(with comm "all_gather": B x E).
 
-docs/loss.md draws it; SigLIP, section 3.3 and figure 1.
+docs/loss.md has a drawing; SigLIP, section 3.3 and figure 1.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Tree = Any  # an array, a tuple of arrays, or None
 
 
 class Ring(NamedTuple):
-  """The devices, and how they go about it. For use inside jax.shard_map."""
+  """Ring configuration, for use inside jax.shard_map.
 
-  batch: int  # B
-  devices: int  # D
-  axes: tuple  # of the mesh, together one ring
-  tile: int  # rows and columns of a tile, at most
-  direction: str = "forward"  # or "both": half the texts go each way
-  comm: str = "ring"  # or "all_gather": all texts on every device at once
+  Attributes:
+    batch: B.
+    devices: D.
+    axes: the mesh axes that form the ring.
+    tile: the largest number of rows and of columns of a tile.
+    direction: "forward", or "both": half of the texts travel each way.
+    comm: "ring", or "all_gather": every device gets all texts at once.
+  """
 
-  def zeros(self, *shape):
-    """Sums to begin with; every device has its own."""
+  batch: int
+  devices: int
+  axes: tuple[str, ...]
+  tile: int
+  direction: str = "forward"
+  comm: str = "ring"
+
+  def zeros(self, *shape: int) -> Float[Array, "..."]:
+    """Returns zero accumulators, float32, varying over the ring's axes."""
     return lax.pcast(jnp.zeros(shape, jnp.float32), self.axes, to="varying")
 
-  def mean(self, x):
-    """The sum of x, here and on all other devices, divided by B."""
+  def mean(self, x: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the sum of x over all elements and devices, divided by B."""
     return lax.psum(jnp.sum(x), self.axes) / self.batch
 
-  def visit(self, pairs, images, texts, by_image, by_text):
-    """Lets every text meet every image.
-
-    The last four arguments are each an array, a tuple of arrays or None.
+  def visit(
+    self,
+    pairs: Callable[..., tuple[Tree, Tree]],
+    images: Tree,
+    texts: Tree,
+    by_image: Tree,
+    by_text: Tree,
+  ) -> tuple[Tree, Tree]:
+    """Calls `pairs` on every tile of the B x B pairs.
 
     Args:
-      pairs: pairs(positive, images, texts, by_image, by_text) -> by_image,
-        by_text adds the pairs of one tile to its sums; it is given the rows of
-        that tile, and positive: (rows of images, rows of texts) bool, whether
-        text and image belong together.
-      images: (b, ...), stay.
-      texts: (b, ...), travel and are only read.
-      by_image: (b, ...) sums over all texts, stay.
-      by_text: (b, ...) sums over all images, travel; with comm "all_gather"
-        they have to begin at 0 and pairs has to add to them.
+      pairs: fn(positive, images, texts, by_image, by_text) -> (by_image,
+        by_text), which adds one tile to the accumulators of its rows; positive
+        is (rows of images, rows of texts) bool, True where both belong
+        together.
+      images: (b, ...) arrays that stay.
+      texts: (b, ...) arrays that travel and are only read.
+      by_image: (b, ...) accumulators over all texts; they stay.
+      by_text: (b, ...) accumulators over all images; they travel. With comm
+        "all_gather" they have to start at 0 and pairs has to add to them.
 
     Returns:
       by_image and by_text after all pairs.
     """
-    way = _gathered if self.comm == "all_gather" else _round
-    return way(self, pairs, images, texts, by_image, by_text)
+    visit = _all_gather if self.comm == "all_gather" else _ring
+    return visit(self, pairs, images, texts, by_image, by_text)
 
 
-def _round(ring, pairs, images, texts, by_image, by_text):
-  """Ring.visit: the texts go once round the ring."""
+def _ring(ring: Ring, pairs, images, texts, by_image, by_text):
+  """Ring.visit with texts that go once round the ring."""
   D = ring.devices
   b = ring.batch // D
   half = b // 2 if ring.direction == "both" else 0
@@ -72,36 +90,29 @@ def _round(ring, pairs, images, texts, by_image, by_text):
     by_image, travelling = state
     left = []
     for (start, _, way), (texts, by_text) in zip(lanes, travelling):
-      # The sums follow their texts, at the start of the next step: were they
-      # sent at the end of this one, XLA would hold the texts back until then.
+      # Accumulators are sent at the start of the next step, after their texts.
+      # Sent at the end of this step, XLA would hold the texts back until then.
       if not at_home:
         by_text = send(by_text, way)
-      ahead = send(texts, way)  # under way while the block is computed
+      ahead = send(texts, way)  # overlaps with the block
+      first = start if at_home else None
       by_image, by_text = _block(
-        ring.tile,
-        pairs,
-        start if at_home else None,
-        images,
-        texts,
-        by_image,
-        by_text,
+        ring.tile, pairs, first, images, texts, by_image, by_text
       )
       left.append((ahead, by_text))
     return by_image, left
 
-  state = (
-    by_image,
-    [_cut((texts, by_text), start, stop - start) for start, stop, _ in lanes],
-  )
-  by_image, travelled = lax.fori_loop(1, D, step, step(0, state, at_home=True))
-  home = [
-    send(by_text, way) for (_, _, way), (_, by_text) in zip(lanes, travelled)
+  travelling = [
+    _cut((texts, by_text), start, stop - start) for start, stop, _ in lanes
   ]
+  state = step(0, (by_image, travelling), at_home=True)
+  by_image, travelling = lax.fori_loop(1, D, step, state)
+  home = [send(x, way) for (_, _, way), (_, x) in zip(lanes, travelling)]
   return by_image, jax.tree.map(lambda *x: jnp.concatenate(x), *home)
 
 
-def _gathered(ring, pairs, images, texts, by_image, by_text):
-  """Ring.visit: every device gets all texts, and sums for all of them."""
+def _all_gather(ring: Ring, pairs, images, texts, by_image, by_text):
+  """Ring.visit with all texts, and accumulators for them, on every device."""
   texts = lax.all_gather(texts, ring.axes, tiled=True)
   by_text = jax.tree.map(
     lambda x: ring.zeros(ring.batch, *x.shape[1:]), by_text
@@ -116,10 +127,10 @@ def _gathered(ring, pairs, images, texts, by_image, by_text):
 
 
 def _block(tile, pairs, first, images, texts, by_image, by_text):
-  """by_image, by_text after these images have met these texts, tile by tile.
+  """Visits all pairs of these images and texts, tile by tile.
 
-  Text j belongs to image j + first, or to none of these if first is None; the
-  rest is as in Ring.visit.
+  Text j belongs to image j + first, or to none of these images if first is
+  None. The other arguments and the result are those of Ring.visit.
   """
 
   def rows(i, m, sums):
@@ -128,28 +139,25 @@ def _block(tile, pairs, first, images, texts, by_image, by_text):
 
     def columns(j, n, sums):
       mine, by_text = sums
-      positive = (
-        jnp.zeros((m, n), bool)
-        if first is None
-        else (
-          (i + jnp.arange(m))[:, None] == (first + j + jnp.arange(n))[None, :]
-        )
-      )
+      if first is None:
+        positive = jnp.zeros((m, n), bool)
+      else:
+        image, text = i + jnp.arange(m), first + j + jnp.arange(n)
+        positive = image[:, None] == text[None, :]
       mine, theirs = pairs(
         positive, some, _cut(texts, j, n), mine, _cut(by_text, j, n)
       )
       return mine, _put(by_text, theirs, j)
 
-    mine, by_text = _each(
-      _len(texts), tile, columns, (_cut(by_image, i, m), by_text)
-    )
+    start = _cut(by_image, i, m), by_text
+    mine, by_text = _each(_len(texts), tile, columns, start)
     return _put(by_image, mine, i), by_text
 
   return _each(_len(images), tile, rows, (by_image, by_text))
 
 
 def _each(n, tile, visit, state):
-  """state after state = visit(start, size, state) for the tiles of range(n)."""
+  """Applies state = visit(start, size, state) to each tile of range(n)."""
   tile = min(n, tile)
   whole, rest = divmod(n, tile)
   state = lax.fori_loop(0, whole, lambda i, s: visit(i * tile, tile, s), state)
@@ -161,10 +169,10 @@ def _len(tree):
 
 
 def _cut(tree, start, size):
-  return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
+  cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+  return jax.tree.map(cut, tree)
 
 
 def _put(tree, part, start):
-  return jax.tree.map(
-    lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part
-  )
+  put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0)
+  return jax.tree.map(put, tree, part)

@@ -1,13 +1,15 @@
 """The device mesh, how parameters are split over it, and batches onto it.
 
-The mesh has two axes: "data" x "fsdp". The batch is always split over both. The
-parameters are split over "fsdp" where the config's table says so, else each
-device holds them whole: plain data parallelism is fsdp=1.
+The mesh has two axes, "data" x "fsdp". A batch is always split over both. A
+parameter is split over "fsdp" if the config's table says so; otherwise each
+device holds all of it. Plain data parallelism is fsdp=1.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from sigjax import errors, trees
@@ -15,7 +17,12 @@ from sigjax import errors, trees
 AXES = ("data", "fsdp")
 
 
-def make_mesh(*, data=-1, fsdp=1, devices=None):
+REPLICATED = ((".*", "replicate"),)  # a table for shard_params
+
+
+def make_mesh(
+  *, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
   """Returns a mesh with axes ("data", "fsdp") over all devices.
 
   Args:
@@ -24,32 +31,25 @@ def make_mesh(*, data=-1, fsdp=1, devices=None):
   """
   devices = jax.devices() if devices is None else devices
   n = len(devices)
-  known = {"data": data, "fsdp": fsdp}
-  rest = [axis for axis, size in known.items() if size == -1]
-  if len(rest) == 1:
-    known[rest[0]] = n // (data * fsdp * -1)
-  if known["data"] * known["fsdp"] != n:
+  shape = [data, fsdp]
+  if shape.count(-1) == 1:
+    shape[shape.index(-1)] = n // -(data * fsdp)
+  if shape[0] * shape[1] != n:
     raise errors.UserError(
       f"config.mesh is data={data}, fsdp={fsdp}, which does not come to the "
       f"{n} devices there are; set one of them to -1"
     )
-  mesh = jax.make_mesh(
-    (known["data"], known["fsdp"]),
-    AXES,
-    devices=devices,
-    axis_types=(AxisType.Auto,) * 2,
-  )
-  return jax.sharding.Mesh(
-    by_process(mesh.devices), AXES, axis_types=mesh.axis_types
-  )
+  auto = (AxisType.Auto,) * 2
+  mesh = jax.make_mesh(shape, AXES, devices=devices, axis_types=auto)
+  return Mesh(by_process(mesh.devices), AXES, axis_types=auto)
 
 
-def by_process(devices):
-  """Returns an array of devices reordered, so that each process has a run.
+def by_process(devices: np.ndarray) -> np.ndarray:
+  """Returns devices reordered so that those of each process are consecutive.
 
-  JAX's order over a whole pod may take turns between processes; but process p
-  loads the p-th part of each batch, and its embeddings have to come back as the
-  p-th part of all.
+  Process p loads the p-th part of each batch, and its embeddings have to come
+  back as the p-th part of all. JAX's order over a pod may alternate between
+  processes.
   """
   ordered = sorted(devices.flat, key=lambda device: device.process_index)
   return np.array(ordered).reshape(devices.shape)
@@ -58,14 +58,14 @@ def by_process(devices):
 # How a parameter is split: fn(shape, devices along fsdp) -> PartitionSpec.
 
 
-def replicate(shape, fsdp):
+def replicate(shape: Sequence[int], fsdp: int) -> P:
   """Each device holds the whole array."""
   del shape, fsdp
   return P()
 
 
-def fsdp_largest(shape, fsdp):
-  """The largest dimension that fsdp divides is split; replicated if none is."""
+def fsdp_largest(shape: Sequence[int], fsdp: int) -> P:
+  """Splits the largest dimension that fsdp divides; replicates if none is."""
   sizes = [size if size % fsdp == 0 else 0 for size in shape]
   if fsdp == 1 or not any(sizes):
     return P()
@@ -76,33 +76,29 @@ def fsdp_largest(shape, fsdp):
 SPLITS = dict(replicate=replicate, fsdp=fsdp_largest)
 
 
-def shard_params(shapes, mesh, table=((".*", "replicate"),)):
-  """Returns the tree of NamedShardings of a parameter tree.
+def shard_params(shapes: Any, mesh: Mesh, table: Sequence = REPLICATED) -> Any:
+  """Returns the NamedShardings of a parameter tree.
 
   Args:
-    shapes: tree of arrays or ShapeDtypeStructs.
+    shapes: a tree of arrays or ShapeDtypeStructs.
     mesh: from make_mesh.
-    table: rows (regex, name in SPLITS); the first match counts, every
-      parameter has to be matched.
+    table: rows (regex, name in SPLITS); the first match counts, and each
+      parameter has to match a row.
   """
+
+  def sharding(leaf, name):
+    split = errors.pick(SPLITS, name, "the split in config.sharding")
+    return NamedSharding(mesh, split(leaf.shape, mesh.shape["fsdp"]))
+
   names = trees.first_match(table, shapes, "config.sharding")
-  return jax.tree.map(
-    lambda leaf, name: NamedSharding(
-      mesh,
-      errors.pick(SPLITS, name, "the split in config.sharding")(
-        leaf.shape, mesh.shape["fsdp"]
-      ),
-    ),
-    shapes,
-    names,
-  )
+  return jax.tree.map(sharding, shapes, names)
 
 
-def shard_like(shapes, params, shardings, mesh):
-  """Shardings for a tree that holds copies of the parameters (Adam's moments).
+def shard_like(shapes: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+  """Returns shardings for a tree with copies of parameters (Adam's moments).
 
-  A leaf whose name ends in a parameter's name and has its shape is split like
-  it; anything else (counters, factored moments) is replicated.
+  A leaf whose name ends in a parameter's name and that has its shape is split
+  like it; others (counters, factored moments) are replicated.
   """
   params, shardings = trees.flatten(params), trees.flatten(shardings)
 
@@ -117,13 +113,15 @@ def shard_like(shapes, params, shardings, mesh):
   return trees.map_named(find, shapes)
 
 
-def batch_sharding(mesh):
-  """The leading dimension split over all devices."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays split by rows over all devices."""
   return NamedSharding(mesh, P(AXES))
 
 
-def check_batch_size(batch_size, mesh, microbatches=1):
-  """A UserError unless each device gets as many examples in each microbatch."""
+def check_batch_size(
+  batch_size: int, mesh: Mesh, microbatches: int = 1
+) -> None:
+  """Raises UserError unless batch_size divides by devices x microbatches."""
   parts = mesh.size * microbatches
   if batch_size <= 0 or batch_size % parts:
     near = max(round(batch_size / parts), 1) * parts
@@ -134,9 +132,7 @@ def check_batch_size(batch_size, mesh, microbatches=1):
     )
 
 
-def put_batch(batch, mesh):
-  """Process-local numpy rows (B/processes, ...) -> global arrays (B, ...)."""
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-  )
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+  """Makes global arrays (B, ...) from each process's (B/processes, ...)."""
+  put = jax.make_array_from_process_local_data
+  return jax.tree.map(lambda x: put(batch_sharding(mesh), x), batch)

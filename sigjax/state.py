@@ -1,142 +1,174 @@
-"""The train state: the parameters, which of them are locked, the optimizer's.
+"""The train state: parameters that are trained or locked, optimizer state.
 
 Locked parts of the parameters (config.lock, such as ("img",)) get no gradients
-and have no optimizer state; they are stored once, in the compute dtype.
+and no optimizer state. They are stored once, in the compute dtype.
 """
 
-import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
 import optax
 
 from sigjax import sharding, trees
+from sigjax.models.two_towers import TwoTowers
 
 
-@flax.struct.dataclass
-class TrainState:
-  step: jax.Array  # int32 (), steps done
-  params: dict  # {"img": .., "txt": .., "t": (1,), "b": (1,)}, float32; what
-  # is locked is in the model's compute dtype
+class TrainState(flax.struct.PyTreeNode):
+  """What a step reads and replaces.
+
+  Attributes:
+    step: () int32, the number of steps done.
+    trained: float32 parameters that are trained, nested dicts, such as
+      {"txt": .., "t": (1,), "b": (1,)}.
+    locked: parameters that stay as they are, such as {"img": ..}.
+    opt_state: of the optimizer, over `trained`.
+  """
+
+  step: Any
+  trained: dict
+  locked: dict
   opt_state: optax.OptState
 
+  @property
+  def params(self) -> dict:
+    """All parameters, the tree that the model takes."""
+    return trees.join(self.trained, self.locked)
 
-def init_params(model, rng, example):
-  """Parameters from scratch, for examples like this dict(image=, text=)."""
-  batch = {k: jnp.asarray(example[k])[None] for k in ("image", "text")}
-  return model.init(rng, **batch)["params"]
+  def restored(
+    self, params: dict, step: Any, opt_state: optax.OptState
+  ) -> "TrainState":
+    """Returns the same kind of state with the values of a checkpoint."""
+    locked = trees.flatten(self.locked)
+    trained, locked = trees.split(params, lambda name: name in locked)
+    return TrainState(step, trained, locked, opt_state)
 
 
-def param_shapes(model, example, lock=()):
-  """The tree of ShapeDtypeStructs of a run's parameters.
+def split_params(params: dict, lock: Sequence[str]) -> tuple[dict, dict]:
+  """Returns (trained, locked) parts of parameters.
 
-  Those of init_params, but of a tower what is locked is stored in the compute
-  dtype.
+  Args:
+    params: nested dicts.
+    lock: names of what is locked, such as ("img",) or ("txt/Embed_0",).
+
+  Raises:
+    UserError: a name that is not in the parameters.
+  """
+  return trees.split_off(params, lock, "config.lock")
+
+
+def init_params(model: TwoTowers, rng: jax.Array, example: Mapping) -> dict:
+  """Returns parameters from scratch, for dict(image=, text=) like example."""
+  image, text = (jnp.asarray(example[k])[None] for k in ("image", "text"))
+  variables: Any = model.init(rng, image, text)
+  return variables["params"]
+
+
+def param_shapes(
+  model: TwoTowers, example: Mapping, lock: Sequence[str] = ()
+) -> dict:
+  """Returns the ShapeDtypeStructs of a run's parameters.
+
+  They are those of init_params, but locked parts of a tower are stored in the
+  compute dtype.
 
   Args:
     model: TwoTowers.
     example: as for init_params.
-    lock: names of locked parts, such as ("img",); see trees.split_off.
+    lock: see split_params.
   """
-  rest, locked = trees.split_off(
-    jax.eval_shape(
-      lambda rng: init_params(model, rng, example), jax.random.key(0)
-    ),
-    lock,
-    "config.lock",
+  params = jax.eval_shape(
+    lambda rng: init_params(model, rng, example), jax.random.key(0)
   )
-  return trees.join(
-    rest,
-    trees.map_named(
-      lambda name, x: (
-        x
-        if name in ("t", "b")
-        else jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.dtype))
-      ),
-      locked,
-    ),
-  )
+  trained, locked = split_params(params, lock)
+
+  def stored(name, x):
+    if name in ("t", "b"):
+      return x
+    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.dtype))
+
+  return trees.join(trained, trees.map_named(stored, locked))
 
 
-def trained_part(params, lock):
-  """The parameters without what is locked."""
-  return trees.split_off(params, lock, "config.lock")[0]
-
-
-def abstract_state(param_shapes, tx, mesh, table, lock=()):
-  """A TrainState of ShapeDtypeStructs with shardings: what a step works on.
+def abstract_state(
+  shapes: dict,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  table: Sequence,
+  lock: Sequence[str] = (),
+) -> TrainState:
+  """Returns the train state as ShapeDtypeStructs with shardings.
 
   Args:
-    param_shapes: from the function of this name.
+    shapes: from param_shapes.
     tx: the optimizer.
     mesh: from sharding.make_mesh.
-    table: rows (regex, split) for sharding.shard_params.
-    lock: as in param_shapes.
+    table: rows (regex, split), see sharding.shard_params.
+    lock: see split_params.
   """
-  shapes = jax.eval_shape(
-    lambda params: new_state(params, tx, lock), param_shapes
-  )
-  of_params = sharding.shard_params(param_shapes, mesh, table)
+  split = sharding.shard_params(shapes, mesh, table)
+  of_params = new_state(split, None, lock)
+  state = jax.eval_shape(lambda params: new_state(params, tx, lock), shapes)
   shardings = TrainState(
     step=NamedSharding(mesh, P()),
-    params=of_params,
-    opt_state=sharding.shard_like(
-      shapes.opt_state, param_shapes, of_params, mesh
-    ),
+    trained=of_params.trained,
+    locked=of_params.locked,
+    opt_state=sharding.shard_like(state.opt_state, shapes, split, mesh),
   )
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
+    state,
     shardings,
   )
 
 
-def new_state(params, tx, lock=()):
-  """The state before the first step; what is locked has no optimizer state."""
-  return TrainState(
-    jnp.zeros((), jnp.int32), params, tx.init(trained_part(params, lock))
-  )
+def new_state(
+  params: dict,
+  tx: optax.GradientTransformation | None,
+  lock: Sequence[str] = (),
+) -> TrainState:
+  """Returns the state before the first step; with tx None, no opt_state."""
+  trained, locked = split_params(params, lock)
+  opt_state = tx.init(trained) if tx else ()
+  return TrainState(jnp.zeros((), jnp.int32), trained, locked, opt_state)
 
 
-def init_state(model, tx, seed, example, abstract, given=None, lock=()):
-  """The state before the first step, made where its parts belong.
+def init_state(
+  model: TwoTowers,
+  tx: optax.GradientTransformation,
+  seed: int,
+  example: Mapping,
+  abstract: TrainState,
+  given: Mapping[str, np.ndarray] | None = None,
+  lock: Sequence[str] = (),
+) -> TrainState:
+  """Returns the state before the first step, each array made where it belongs.
 
   Args:
     model, tx: the towers and the optimizer.
-    seed: of the parameters. The same on any number of devices.
+    seed: of the parameters, which do not depend on the number of devices.
     example: dict(image=(H, W, C), text=(L,)), for its shapes.
     abstract: from abstract_state.
     given: {name: array} of parameters that do not start from scratch.
-    lock: as in param_shapes.
+    lock: see split_params.
   """
   given = given or {}
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
   want = trees.flatten(abstract.params)
+  scratch = {k: x.sharding for k, x in want.items() if k not in given}
 
-  @functools.partial(
-    jax.jit,
-    out_shardings={
-      name: x.sharding for name, x in want.items() if name not in given
-    },
-  )
   def from_scratch():
     params = init_params(model, jax.random.key(seed), example)
-    return {
-      name: x.astype(want[name].dtype)
-      for name, x in trees.flatten(params).items()
-      if name not in given
-    }
+    flat = trees.flatten(params)
+    return {name: flat[name].astype(want[name].dtype) for name in scratch}
 
-  params = {
-    **from_scratch(),
-    **{
-      name: jax.device_put(x.astype(want[name].dtype), want[name].sharding)
-      for name, x in given.items()
-    },
-  }
-  return jax.jit(lambda p: new_state(p, tx, lock), out_shardings=shardings)(
-    trees.unflatten(params)
-  )
+  params = jax.jit(from_scratch, out_shardings=scratch)()
+  for name, x in given.items():
+    x = x.astype(want[name].dtype)
+    params[name] = jax.device_put(x, want[name].sharding)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  start = jax.jit(lambda p: new_state(p, tx, lock), out_shardings=shardings)
+  return start(trees.unflatten(params))

@@ -16,20 +16,25 @@ from clu import parameter_overview
 import jax
 from ml_collections import config_flags
 
-from sigjax import build, errors, evaluators
-from sigjax import config as config_lib
-from sigjax import sharding as sharding_lib
-from sigjax import state as state_lib
-from sigjax import step as step_lib
-from sigjax.checkpoints import restore
-from sigjax.checkpoints import save as save_lib
+from sigjax import (
+  build,
+  config as config_lib,
+  errors,
+  evaluators,
+  sharding as sharding_lib,
+  state as state_lib,
+  step as step_lib,
+)
+from sigjax.checkpoints import restore, save as save_lib
 from sigjax.data import kinds
 from sigjax.data.batches import pipeline
-from sigjax.data.example import preprocess
-from sigjax.data.example import tokenizer as tokenizer_lib
-from sigjax.runtime import hosts, program
-from sigjax.runtime import lock as lock_lib
-from sigjax.runtime import metrics as metrics_lib
+from sigjax.data.example import preprocess, tokenizer as tokenizer_lib
+from sigjax.runtime import (
+  hosts,
+  lock as lock_lib,
+  metrics as metrics_lib,
+  program,
+)
 
 log = logging.getLogger("sigjax")
 
@@ -174,13 +179,13 @@ def main(
     )
   if hosts.is_primary():
     (workdir / "parameters.txt").write_text(
-      parameter_overview.get_parameter_overview(run.shapes, include_stats=False)
+      parameter_overview.get_parameter_overview(run.state.params, include_stats=False)
       + "\n"
     )
   log.info(
     "%.1f M parameters (parameters.txt), %.2f GFLOP per example",
-    parameter_overview.count_parameters(run.shapes) / 1e6,
-    run.flops / 1e9,
+    parameter_overview.count_parameters(run.state.params) / 1e6,
+    flops / 1e9,
   )
 
   # ---- Evaluations ----
@@ -220,7 +225,7 @@ def main(
   else:
     log.info("starting from %s", f"init={init}" if init else "scratch")
     given = errors.call(
-      restore.read_init, init or {}, "config.init", run.shapes
+      restore.read_init, init or {}, "config.init", run.state.params
     )
     state = state_lib.init_state(
       run.model, run.tx, seed, example, run.state, given, lock
@@ -234,7 +239,7 @@ def main(
   if eval_only or first_step >= total_steps:
     log.info("at step %d of %d: only evaluating", first_step, total_steps)
     total_steps = first_step
-  clock = metrics_lib.Clock(batch_size, run.flops)
+  clock = metrics_lib.Clock(batch_size, flops)
   progress = metrics_lib.Progress(first_step, total_steps)
   agree = hosts.Agreement(mesh)
 

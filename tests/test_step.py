@@ -70,7 +70,7 @@ def run(
   )
   shapes = state_lib.param_shapes(model, EXAMPLE, lock)
   tx, lr_fn = optim.make_optimizer(
-    state_lib.trained_part(shapes, lock),
+    state_lib.split_params(shapes, lock)[0],
     10,
     lr=1e-2,
     wd=1e-3,
@@ -94,7 +94,6 @@ def run(
     mesh,
     microbatches=microbatches,
     feed=feed,
-    lock=lock,
   )
   for i in range(steps):
     state, metrics = step(state, make_batch(i))
@@ -257,7 +256,7 @@ def test_locked_gradients_are_those_of_the_others():
     model, loss = make_model(), losses.sigmoid_loss
     mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
     step = step_lib.make_train_step(
-      model, optax.sgd(1.0), lambda s: 0.0, loss, mesh, lock=lock
+      model, optax.sgd(1.0), lambda s: 0.0, loss, mesh
     ).program
     new, metrics = step(
       state_lib.new_state(init_params(), optax.sgd(1.0), lock), make_batch()

@@ -7,6 +7,7 @@ last position is always end-of-sequence, which "last" pooling reads
 
 from flax import linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from sigjax import errors
 from sigjax.models import transformer
@@ -43,7 +44,9 @@ class TextTransformer(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, text, train=False):
+  def __call__(
+    self, text: Int[Array, "B L"], train: bool = False
+  ) -> tuple[Float[Array, "B E"], dict[str, Array]]:
     """Returns z and a dict of intermediates.
 
     z is (B, out_dim), or (B, width) without a head, in the compute dtype.
@@ -51,15 +54,10 @@ class TextTransformer(nn.Module):
     (B, width). A token outside of the vocabulary makes z NaN.
 
     Raises:
-      UserError: an unknown variant or pool_type, or a text that is shorter or
-        longer than the parameters are for.
+      UserError: an unknown variant or pool_type, or texts of another length
+        than the parameters are for.
     """
-    size = transformer.sizes(self, self.variant)
-    pool = errors.pick(
-      {"last": self._last, "map": self._map, "gap": self._gap},
-      self.pool_type,
-      "pool_type",
-    )
+    size = self.sizes()
     dropout = self.dropout if train else 0.0
     out = {}
 
@@ -77,23 +75,22 @@ class TextTransformer(nn.Module):
       self.dtype,
       name="Encoder_0",
     )(x)
-    x = out["pre_logits"] = pool(x, size)
+    pools = "last", "map", "gap"
+    x = transformer.pool(self.pool_type, pools, x, size, self.dtype)
+    out["pre_logits"] = x
     if self.out_dim:
       # Not zeros, as in a classifier: the embedding would have no direction.
       x = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(x)
     return x, out
 
   def _embed(self, text, width):
-    # Rows of norm 1, whatever the width. Looked up in float32: the table is
-    # not cast as a whole, and the gradients of a token that occurs often, as
-    # padding does, are not summed in bfloat16.
+    # Rows of norm 1, whatever the width. They are looked up in float32: the
+    # table is not cast as a whole, and the gradients of a frequent token, such
+    # as padding, are not summed in bfloat16.
     rank = self.embed_rank or width
-    x = nn.Embed(
-      self.vocab_size,
-      rank,
-      name="Embed_0",
-      embedding_init=nn.initializers.normal(rank**-0.5),
-    )(text)
+    init = nn.initializers.normal(rank**-0.5)
+    embed = nn.Embed(self.vocab_size, rank, name="Embed_0", embedding_init=init)
+    x = embed(text)
     if self.embed_rank:
       x = nn.Dense(width, use_bias=False, dtype=self.dtype, name="embed_proj")(
         x
@@ -107,27 +104,10 @@ class TextTransformer(nn.Module):
         f"the text has {length} tokens, but pos_embedding {have.shape} is "
         f"for {have.shape[1]}: tokenize to length {have.shape[1]}"
       )
-    return self.param(
-      "pos_embedding", nn.initializers.normal(0.01), (1, length, width)
-    )
-
-  def _last(self, x, size):
-    return x[:, -1]
-
-  def _map(self, x, size):
-    return transformer.MAPHead(
-      size.mlp_dim, size.num_heads, self.dtype, name="MAPHead_0"
-    )(x)
-
-  def _gap(self, x, size):
-    return jnp.mean(x, axis=1)
+    init = nn.initializers.normal(0.01)
+    return self.param("pos_embedding", init, (1, length, width))
 
   @nn.nowrap
-  def flops(self, length):
-    """Forward matmul FLOPs of one text of `length` tokens."""
-    size = transformer.sizes(self, self.variant)
-    total = transformer.encoder_flops(size, length)
-    total += 2 * length * (self.embed_rank or 0) * size.width
-    if self.pool_type == "map":
-      total += transformer.map_flops(size, length)
-    return total + 2 * size.width * (self.out_dim or 0)
+  def sizes(self) -> transformer.Sizes:
+    """Returns the tower's sizes; the variant fills in what is not given."""
+    return transformer.sizes(self, self.variant)

@@ -14,11 +14,14 @@ from typing import NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from sigjax import errors
 
 
 class Sizes(NamedTuple):
+  """Sizes of a tower: W, blocks, hidden width of the MLPs, attention heads."""
+
   width: int
   depth: int
   mlp_dim: int
@@ -39,9 +42,8 @@ VARIANTS = {
   "G": Sizes(1664, 48, 8192, 16),
 }
 
-# What the backward pass finds in memory and what it computes again. "dots"
-# keeps the outputs of the dense layers and recomputes the rest, among it the
-# attention weights.
+# What the backward pass keeps in memory; the rest is computed again. "dots"
+# keeps the outputs of dense layers, but not the attention weights.
 REMAT = {
   "none": jax.checkpoint_policies.everything_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -49,21 +51,19 @@ REMAT = {
 }
 
 
-def sizes(tower, variant):
-  """Returns the Sizes of a tower: the variant's, where it has none itself.
+def sizes(tower: nn.Module, variant: str | None) -> Sizes:
+  """Returns the sizes of a tower: its own fields, or else the variant's.
 
-  Without a variant, width, depth and num_heads are needed, and mlp_dim is
-  4 * width if not given.
+  Without a variant, width, depth and num_heads are needed; mlp_dim is 4 * width
+  by default.
 
   Raises:
     UserError: an unknown variant, a missing size, or a width that num_heads
       does not divide.
   """
-  base = Sizes(None, None, None, None)
-  if variant:
-    base = errors.pick(VARIANTS, variant, "variant")
-  got = {k: getattr(tower, k) or v for k, v in base._asdict().items()}
-  got["mlp_dim"] = got["mlp_dim"] or 4 * (got["width"] or 0)
+  base = errors.pick(VARIANTS, variant, "variant")._asdict() if variant else {}
+  got = {k: getattr(tower, k) or base.get(k, 0) for k in Sizes._fields}
+  got["mlp_dim"] = got["mlp_dim"] or 4 * got["width"]
   for key, value in got.items():
     if not value:
       raise errors.UserError(
@@ -79,28 +79,34 @@ def sizes(tower, variant):
 class LayerNorm(nn.Module):
   """LayerNorm over the last axis; epsilon 1e-6.
 
-  In float32 whatever the dtypes of x and of the stored scale and bias, which
-  for a locked tower is the compute dtype (flax's own promotes implicitly).
+  Always in float32, also where x, or the scale and bias of a locked tower, are
+  in another compute dtype (flax's own promotes implicitly).
   """
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
     x = x.astype(jnp.float32)
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
     x -= jnp.mean(x, axis=-1, keepdims=True)
     x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    last = (1,) * (x.ndim - 1) + (-1,)
-    return x * scale.astype(x.dtype).reshape(last) + bias.astype(
-      x.dtype
-    ).reshape(last)
+    # Broadcast explicitly: JAX can be told to refuse implicit rank promotion.
+    scale, bias = (
+      p.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+      for p in (scale, bias)
+    )
+    return x * scale + bias
 
 
-def attend(query, key, value):
-  """Attention of (B, L, heads, hd) over (B, M, heads, hd), without a mask.
+def attend(
+  query: Float[Array, "B L N H"],
+  key: Float[Array, "B M N H"],
+  value: Float[Array, "B M N H"],
+) -> Float[Array, "B L N H"]:
+  """Attention of N heads of width H, without a mask.
 
-  flax's own function, asked for a float32 softmax, also computes the weighted
-  sum of bfloat16 values in float32; here both products keep the inputs' dtype.
+  The softmax is in float32, both products in the inputs' dtype. (With a float32
+  softmax, flax's own function computes the second product in float32, too.)
   """
   dtype = query.dtype
   logits = jnp.einsum("blhd,bmhd->bhlm", query * query.shape[-1] ** -0.5, key)
@@ -108,8 +114,8 @@ def attend(query, key, value):
   return jnp.einsum("bhlm,bmhd->blhd", weights, value)
 
 
-def attention(num_heads, dtype):
-  """Returns the multi-head attention layer: layer(x) or layer(query, keys)."""
+def attention(num_heads: int, dtype: str) -> nn.Module:
+  """Returns a multi-head attention layer: layer(x) or layer(query, keys)."""
   return nn.MultiHeadDotProductAttention(
     num_heads,
     dtype=dtype,
@@ -119,14 +125,14 @@ def attention(num_heads, dtype):
 
 
 class MlpBlock(nn.Module):
-  """Two dense layers with a GELU between, on the last axis."""
+  """Two dense layers with a GELU between them, on the last axis."""
 
   mlp_dim: int
   dropout: float = 0.0
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
     dense = functools.partial(
       nn.Dense,
       dtype=self.dtype,
@@ -140,7 +146,7 @@ class MlpBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """x + attention, then x + MLP, each of the normalised x. (B, L, W)."""
+  """(B, L, W): x + attention(norm(x)), then x + MLP(norm(x))."""
 
   mlp_dim: int
   num_heads: int
@@ -148,22 +154,22 @@ class EncoderBlock(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B L W"]) -> tuple[Array, None]:
     drop = nn.Dropout(self.dropout, deterministic=False)
     x = x + drop(attention(self.num_heads, self.dtype)(LayerNorm()(x)))
     mlp = MlpBlock(self.mlp_dim, self.dropout, self.dtype)
     x = x + drop(mlp(LayerNorm()(x)))
-    return x, None  # nn.scan wants the carry, and an output per layer.
+    return x, None  # nn.scan expects a carry and an output of each layer
 
 
 class Encoder(nn.Module):
   """A stack of blocks and a last LayerNorm: (B, L, W) -> float32 (B, L, W).
 
-  With scan, the blocks are one block whose parameters have a leading layer
-  axis: compiling takes the time of one block, whatever the depth.
+  With scan, all blocks are one block whose parameters have a leading layer
+  axis; compiling then takes the time of one block, whatever the depth.
 
-  dropout is a rate that is applied whenever it is not 0; a tower passes 0 when
-  it does not train, which saves every layer below a `train` argument.
+  A dropout rate above 0 is always applied: a tower passes 0 when it does not
+  train, so that no layer below it needs a `train` argument.
   """
 
   depth: int
@@ -175,11 +181,11 @@ class Encoder(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L W"]:
     block = EncoderBlock
     policy = errors.pick(REMAT, self.remat, "remat")
     if self.remat != "none":
-      # Inside of a scan nothing can merge the recomputation with the original.
+      # In a scan, XLA cannot merge the recomputation with the first one.
       block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
     args = (self.mlp_dim, self.num_heads, self.dropout, self.dtype)
     x = x.astype(self.dtype)
@@ -198,7 +204,7 @@ class Encoder(nn.Module):
 
 
 class MAPHead(nn.Module):
-  """Pools by attention of one learned probe: (B, L, W) -> (B, W).
+  """Pools by the attention of one learned probe: (B, L, W) -> (B, W).
 
   From Set Transformer (arXiv 1810.00825), as used by ScalingViT
   (arXiv 2106.04560).
@@ -209,7 +215,7 @@ class MAPHead(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B W"]:
     probe = self.param(
       "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
     )
@@ -219,15 +225,29 @@ class MAPHead(nn.Module):
     return x[:, 0]
 
 
-def encoder_flops(size, length):
-  """Matmul FLOPs of one example through an Encoder, a multiply-add being 2."""
-  width, depth, mlp_dim, _ = size
-  per_token = 4 * width * width + 2 * width * mlp_dim + 2 * length * width
-  return 2 * depth * length * per_token
+def pool(
+  kind: str,
+  allowed: tuple[str, ...],
+  x: Float[Array, "B L W"],
+  size: Sizes,
+  dtype: str,
+) -> Float[Array, "B W"]:
+  """Pools tokens; for use inside a tower, which then owns the parameters.
 
-
-def map_flops(size, length):
-  """Matmul FLOPs of one example through a MAPHead."""
-  width, _, mlp_dim, _ = size
-  keys_values = 2 * length * width * width + 2 * length * width
-  return 2 * (keys_values + 2 * width * width + 2 * width * mlp_dim)
+  Args:
+    kind: "map": attention pooling; "gap": the mean; "last": the last token;
+      "tok": the first token, which a ViT's "cls" is.
+    allowed: the kinds that the tower has.
+    x: (B, L, W).
+    size: of the tower.
+    dtype: compute dtype.
+  """
+  fns = dict(
+    map=lambda: MAPHead(size.mlp_dim, size.num_heads, dtype, name="MAPHead_0")(
+      x
+    ),
+    gap=lambda: jnp.mean(x, axis=1),
+    last=lambda: x[:, -1],
+    tok=lambda: x[:, 0],
+  )
+  return errors.pick({k: fns[k] for k in allowed}, kind, "pool_type")()

@@ -6,10 +6,10 @@ from typing import Any
 
 from flax import linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from sigjax import errors
-from sigjax.models import text as text_lib
-from sigjax.models import vit
+from sigjax.models import text as text_lib, vit
 
 
 class TwoTowers(nn.Module):
@@ -35,7 +35,9 @@ class TwoTowers(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, image, text, train=False):
+  def __call__(
+    self, image: Array | None, text: Array | None, train: bool = False
+  ) -> tuple[Array | None, Array | None, dict[str, Array]]:
     """Embeds images and texts.
 
     Args:
@@ -65,15 +67,15 @@ class TwoTowers(nn.Module):
       if image.dtype == jnp.uint8:  # a quarter of the memory until here
         image = image.astype(jnp.float32) * (2 / 255) - 1
       tower = image_tower(self, name="img", parent=self)
-      zimg = _unit("img", *tower(image, train), out)
+      zimg = _unit("img", tower(image, train), out)
     if text is not None:
       tower = text_tower(self, name="txt", parent=self)
-      ztxt = _unit("txt", *tower(text, train), out)
+      ztxt = _unit("txt", tower(text, train), out)
     return zimg, ztxt, out
 
 
 class Precomputed(nn.Module):
-  """Takes the place of an image tower whose embeddings were computed before.
+  """Replaces an image tower whose embeddings were computed before.
 
   Attributes:
     width: W of the embeddings.
@@ -86,7 +88,9 @@ class Precomputed(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, image, train=False):
+  def __call__(
+    self, image: Float[Array, "B W"], train: bool = False
+  ) -> tuple[Float[Array, "B E"], dict[str, Array]]:
     """Returns z, (B, out_dim) or (B, W), and no intermediates.
 
     Raises:
@@ -104,17 +108,12 @@ class Precomputed(nn.Module):
       )
     return image, {}
 
-  @nn.nowrap
-  def flops(self, width):
-    """Forward matmul FLOPs of one embedding."""
-    return 2 * width * (self.out_dim or 0)
-
 
 IMAGE_TOWERS = {"vit": vit.ViT, "precomputed": Precomputed}
 
 
-def image_tower(model, **kwargs):
-  """Returns the tower of a TwoTowers, alone unless given name and parent."""
+def image_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
+  """Returns the image tower of a TwoTowers; kwargs: name and parent, if any."""
   options = dict(model.image)
   tower = errors.pick(
     IMAGE_TOWERS, options.pop("kind", "vit"), "config.model.image.kind"
@@ -129,7 +128,7 @@ def image_tower(model, **kwargs):
   )
 
 
-def text_tower(model, **kwargs):
+def text_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
   """Returns the TextTransformer of a TwoTowers, as image_tower does."""
   return errors.call(
     text_lib.TextTransformer,
@@ -141,26 +140,11 @@ def text_tower(model, **kwargs):
   )
 
 
-def _unit(name, z, tower_out, out):
-  """Returns z as float32 unit vectors; notes the tower's results in out."""
+def _unit(name, result, out):
+  """Returns a tower's z as float32 unit vectors; adds what it has to out."""
+  z, tower_out = result
   z = z.astype(jnp.float32)
   norm = jnp.linalg.norm(z, axis=1, keepdims=True)
   out[f"{name}/norm"] = norm
   out.update({f"{name}/{key}": value for key, value in tower_out.items()})
   return z / (norm + 1e-8)
-
-
-def flops(model, image_shape, text_shape):
-  """Forward matmul FLOPs per example, {"img": int, "txt": int}.
-
-  A multiply and an add are 2; training takes 3 times as many. The loss is not
-  counted.
-
-  Args:
-    model: a TwoTowers.
-    image_shape: (B, H, W, C); text_shape: (B, L).
-  """
-  return {
-    "img": image_tower(model).flops(*image_shape[1:]),
-    "txt": text_tower(model).flops(text_shape[1]),
-  }

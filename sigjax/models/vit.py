@@ -2,13 +2,16 @@
 
 from flax import linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 from sigjax import errors
 from sigjax.models import transformer
 
 
-def sincos2d(height, width_in_patches, width):
+def sincos2d(
+  height: int, width_in_patches: int, width: int
+) -> Float[np.ndarray, "1 P W"]:
   """Returns fixed sine-cosine positions, (1, P, width) float32.
 
   A quarter of the channels each for sin(x), cos(x), sin(y), cos(y), with
@@ -32,7 +35,8 @@ class ViT(nn.Module):
     width, depth, mlp_dim, num_heads, patch_size: instead of the variant's.
     pool_type: "map" attention pooling (released SigLIP models), "gap" the mean
       over patches, "tok" an extra learned token "cls" (AugReg ViTs).
-    posemb: "learn" or "sincos2d".
+    posemb: "learn", as in all released models, or "sincos2d", fixed, for towers
+      from scratch that see other resolutions later.
     out_dim: the size of a dense layer "head" at the end; None for no head.
     dropout: rate while training.
     scan: keep the blocks stacked, see transformer.Encoder.
@@ -55,43 +59,35 @@ class ViT(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, image, train=False):
+  def __call__(
+    self, image: Float[Array, "B H W C"], train: bool = False
+  ) -> tuple[Float[Array, "B E"], dict[str, Array]]:
     """Returns z and a dict of intermediates.
 
     z is (B, out_dim), or (B, width) without a head, in the compute dtype.
     Intermediates: "embedded" and "encoded" (B, P, width), with "cls" P + 1;
     "pre_logits" (B, width).
 
-    H and W need not be multiples of the patch size: as in the released
-    So400m/14 at 384 pixels, what is left on the right and below is not seen.
+    H and W need not be multiples of the patch size: the rest on the right and
+    at the bottom is not seen, as in the released So400m/14 at 384 pixels.
 
     Raises:
       UserError: an unknown variant, pool_type or posemb, or an image whose
         number of patches is not that of the parameters.
     """
-    size = self._sizes()
-    pool = errors.pick(
-      {"map": self._map, "gap": self._gap, "tok": self._tok},
-      self.pool_type,
-      "pool_type",
-    )
-    positions = errors.pick(
-      {"learn": self._learned, "sincos2d": sincos2d}, self.posemb, "posemb"
-    )
+    size = self.sizes()
+    tables = {"learn": self._learned, "sincos2d": sincos2d}
+    positions = errors.pick(tables, self.posemb, "posemb")
     dropout = self.dropout if train else 0.0
     out = {}
 
-    # Initialised by flax's default, LeCun's, which keeps the variance; Xavier's
-    # would take p * p * width for the fan-out.
-    patch = (self._patch(),) * 2
-    x = nn.Conv(
-      size.width,
-      patch,
-      strides=patch,
-      padding="VALID",
-      dtype=self.dtype,
-      name="embedding",
-    )(image)
+    # flax's default initialiser, LeCun's, keeps the variance; Xavier's would
+    # take p * p * width for the fan-out.
+    patch = (self.patch(),) * 2
+    embed = nn.Conv(
+      size.width, patch, patch, "VALID", dtype=self.dtype, name="embedding"
+    )
+    x = embed(image)
     b, h, w, _ = x.shape
     if not h * w:
       raise errors.UserError(
@@ -115,7 +111,9 @@ class ViT(nn.Module):
       self.dtype,
       name="Transformer",
     )(x)
-    x = out["pre_logits"] = pool(x, size)
+    pools = "map", "gap", "tok"
+    x = transformer.pool(self.pool_type, pools, x, size, self.dtype)
+    out["pre_logits"] = x
     if self.out_dim:
       x = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(x)
     return x, out
@@ -125,29 +123,19 @@ class ViT(nn.Module):
     if have is not None and have.shape[1] != h * w:
       raise errors.UserError(
         f"the image has {h} x {w} patches, but pos_embedding {have.shape} is "
-        f"for {have.shape[1]}; load.load_params resamples it to `like`"
+        f"for {have.shape[1]}; npz.load_params resamples it to `like`"
       )
-    return self.param(
-      "pos_embedding", nn.initializers.normal(width**-0.5), (1, h * w, width)
-    )
-
-  def _map(self, x, size):
-    return transformer.MAPHead(
-      size.mlp_dim, size.num_heads, self.dtype, name="MAPHead_0"
-    )(x)
-
-  def _gap(self, x, size):
-    return jnp.mean(x, axis=1)
-
-  def _tok(self, x, size):
-    return x[:, 0]
+    init = nn.initializers.normal(width**-0.5)
+    return self.param("pos_embedding", init, (1, h * w, width))
 
   @nn.nowrap
-  def _sizes(self):
+  def sizes(self) -> transformer.Sizes:
+    """Returns the tower's sizes; the variant fills in what is not given."""
     return transformer.sizes(self, (self.variant or "").partition("/")[0])
 
   @nn.nowrap
-  def _patch(self):
+  def patch(self) -> int:
+    """Returns the side of a patch in pixels."""
     if self.patch_size:
       return self.patch_size
     patch = (self.variant or "").partition("/")[2]
@@ -157,16 +145,3 @@ class ViT(nn.Module):
         'in "B/16", or give patch_size'
       )
     return int(patch)
-
-  @nn.nowrap
-  def flops(self, height, width, channels=3):
-    """Forward matmul FLOPs of one image of height x width pixels."""
-    size, patch = self._sizes(), self._patch()
-    patches = (height // patch) * (width // patch)
-    total = 2 * patches * patch * patch * channels * size.width
-    total += transformer.encoder_flops(
-      size, patches + (self.pool_type == "tok")
-    )
-    if self.pool_type == "map":
-      total += transformer.map_flops(size, patches)
-    return total + 2 * size.width * (self.out_dim or 0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sigjax import errors, trees
-from sigjax.models import two_towers
+from sigjax.models import flops, two_towers
 from sigjax.weights import npz
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -225,7 +225,9 @@ def test_flops_are_those_xla_counts(image, text):
     jax.ShapeDtypeStruct(shapes[1], "int32"),
   )
   params = jax.eval_shape(model.init, jax.random.key(0), *args)
-  got = two_towers.flops(model, *shapes)
+  image, text = (x.shape[1:] for x in args)
+  example = dict(image=np.zeros(image), text=np.zeros(text))
+  got = flops.forward(model, example)
   for name, inputs in dict(img=(args[0], None), txt=(None, args[1])).items():
     cost = jax.jit(model.apply).lower(params, *inputs).compile().cost_analysis()
     # XLA adds what is not a matmul; that is little at this width.

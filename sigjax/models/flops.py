@@ -1,0 +1,75 @@
+"""FLOPs of the towers' matrix products; a multiply and an add are 2.
+
+The losses, elementwise operations and what remat computes again are not
+counted: MFU is about the work that a step needs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from sigjax.models import two_towers
+from sigjax.models.text import TextTransformer
+from sigjax.models.transformer import Sizes
+from sigjax.models.vit import ViT
+
+
+def training(
+  model: two_towers.TwoTowers, example: Mapping, trained: Any
+) -> int:
+  """Returns the FLOPs of training per example.
+
+  Args:
+    model: the towers.
+    example: dict(image=(H, W, C) or (W,), text=(L,)), for its shapes.
+    trained: the parameters that are trained. A tower without any costs its
+      forward pass alone, others three times as much.
+  """
+  total = 0
+  for tower, count in forward(model, example).items():
+    total += count * (3 if jax.tree.leaves(trained.get(tower, {})) else 1)
+  return total
+
+
+def forward(model: two_towers.TwoTowers, example: Mapping) -> dict[str, int]:
+  """Returns the FLOPs of one example forwards, {"img": int, "txt": int}."""
+  image, text = two_towers.image_tower(model), two_towers.text_tower(model)
+  assert isinstance(text, TextTransformer)
+  if isinstance(image, ViT):
+    img = _vit(image, *example["image"].shape)
+  else:  # precomputed embeddings
+    (width,) = example["image"].shape
+    img = 2 * width * (model.out_dim[0] or 0)
+  return {"img": img, "txt": _text(text, *example["text"].shape)}
+
+
+def _vit(tower: ViT, height: int, width: int, channels: int) -> int:
+  size, patch = tower.sizes(), tower.patch()
+  patches = (height // patch) * (width // patch)
+  total = 2 * patches * patch * patch * channels * size.width
+  total += _encoder(size, patches + (tower.pool_type == "tok"))
+  if tower.pool_type == "map":
+    total += _map_head(size, patches)
+  return total + 2 * size.width * (tower.out_dim or 0)
+
+
+def _text(tower: TextTransformer, length: int) -> int:
+  size = tower.sizes()
+  total = _encoder(size, length)
+  total += 2 * length * (tower.embed_rank or 0) * size.width
+  if tower.pool_type == "map":
+    total += _map_head(size, length)
+  return total + 2 * size.width * (tower.out_dim or 0)
+
+
+def _encoder(size: Sizes, length: int) -> int:
+  width, depth, mlp_dim, _ = size
+  per_token = 4 * width * width + 2 * width * mlp_dim + 2 * length * width
+  return 2 * depth * length * per_token
+
+
+def _map_head(size: Sizes, length: int) -> int:
+  width, _, mlp_dim, _ = size
+  keys_values = 2 * length * width * width + 2 * length * width
+  return 2 * (keys_values + 2 * width * width + 2 * width * mlp_dim)
