@@ -12,9 +12,17 @@ import optax
 from sigjax import (
   errors,
   losses,
+)
+from sigjax import (
   optim as optim_lib,
+)
+from sigjax import (
   sharding as sharding_lib,
+)
+from sigjax import (
   state as state_lib,
+)
+from sigjax import (
   step as step_lib,
 )
 from sigjax.models.two_towers import TwoTowers

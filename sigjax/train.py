@@ -18,22 +18,36 @@ from ml_collections import config_flags
 
 from sigjax import (
   build,
-  config as config_lib,
   errors,
   evaluators,
+)
+from sigjax import (
+  config as config_lib,
+)
+from sigjax import (
   sharding as sharding_lib,
+)
+from sigjax import (
   state as state_lib,
+)
+from sigjax import (
   step as step_lib,
 )
-from sigjax.checkpoints import restore, save as save_lib
+from sigjax.checkpoints import restore
+from sigjax.checkpoints import save as save_lib
 from sigjax.data import kinds
 from sigjax.data.batches import pipeline
-from sigjax.data.example import preprocess, tokenizer as tokenizer_lib
+from sigjax.data.example import preprocess
+from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.runtime import (
   hosts,
-  lock as lock_lib,
-  metrics as metrics_lib,
   program,
+)
+from sigjax.runtime import (
+  lock as lock_lib,
+)
+from sigjax.runtime import (
+  metrics as metrics_lib,
 )
 
 log = logging.getLogger("sigjax")
@@ -179,7 +193,9 @@ def main(
     )
   if hosts.is_primary():
     (workdir / "parameters.txt").write_text(
-      parameter_overview.get_parameter_overview(run.state.params, include_stats=False)
+      parameter_overview.get_parameter_overview(
+        run.state.params, include_stats=False
+      )
       + "\n"
     )
   log.info(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sigjax import errors
-from sigjax.models import text as text_lib, vit
+from sigjax.models import text as text_lib
+from sigjax.models import vit
 
 
 class TwoTowers(nn.Module):
