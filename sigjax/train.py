@@ -24,7 +24,7 @@ from sigjax import step as step_lib
 from sigjax.checkpoints import restore
 from sigjax.checkpoints import save as save_lib
 from sigjax.data import kinds
-from sigjax.data.batches import pipeline
+from sigjax.data.batches import pipeline, tally
 from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.runtime import hosts, program
@@ -55,7 +55,7 @@ def main(
   lock=(),
   microbatches=1,
   feed="device",
-  bad_fraction=0.01,
+  bad_fraction=tally.BAD_FRACTION,
   init=None,
   resume=None,
   checkpoints=None,
