@@ -116,7 +116,7 @@ def grouped(source: Source, key: str) -> Source:
   return source.replaced(members=[np.array(g) for g in groups.values()])
 
 
-def _numbers(fits: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m 1"]:
+def _numbers(fits: Bool[np.ndarray, " n"]) -> Int[np.ndarray, "m 1"]:
   """Returns the numbers of those that fit, in the smallest suitable dtype."""
   dtype = np.int32 if len(fits) < 2**31 else np.int64
   return np.flatnonzero(fits).astype(dtype)[:, None]
@@ -154,7 +154,7 @@ def _check(key: str, wanted: Any) -> None:
 
 def _fit(
   values: np.ndarray, wanted: Any, key: str, name: str
-) -> Bool[np.ndarray, "n"]:
+) -> Bool[np.ndarray, " n"]:
   """Returns which of (n,) or (n, m) values fit; of m values all have to."""
   if isinstance(wanted, tuple):
     if values.dtype.kind == "U":
@@ -180,7 +180,7 @@ def _chunks(numbers: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def _values(
   source: Source, key: str, counts: dict[str, int]
-) -> Iterator[tuple[Int[np.ndarray, "n"], np.ndarray]]:
+) -> Iterator[tuple[Int[np.ndarray, " n"], np.ndarray]]:
   """Yields (numbers of records, their values) of all records of all elements.
 
   Args:

@@ -22,7 +22,7 @@ from sigjax.data.faults import BadExample
 Example = dict[str, Any]
 # The records that each element stands for, in rising order: an array (n, 1) for
 # elements of one record each, else a list with an array for each group.
-Members = Int[np.ndarray, "n 1"] | list[Int[np.ndarray, "_"]]
+Members = Int[np.ndarray, "n 1"] | list[Int[np.ndarray, " n"]]
 
 
 class Records(Protocol):
@@ -86,7 +86,7 @@ class Source:
       raise IndexError(f"{self.name} has {len(self)} elements, none at {i}")
     return self.records[self.pick(i)]
 
-  def members_of(self, i: int) -> Int[np.ndarray, "_"]:
+  def members_of(self, i: int) -> Int[np.ndarray, " n"]:
     """Returns the numbers of all records that element i stands for."""
     return np.array([i]) if self.members is None else self.members[i]
 
@@ -102,7 +102,7 @@ class Source:
       return int(group[0])
     return int(group[rng.integers(len(group))])
 
-  def numbers(self) -> Int[np.ndarray, "_"]:
+  def numbers(self) -> Int[np.ndarray, " n"]:
     """Returns the numbers of all records of all elements, in rising order."""
     if self.members is None:
       return np.arange(len(self.records))

@@ -59,7 +59,7 @@ class Batch:
         }
     for key in kinds | self._kinds:
       got, want = kinds.get(key), self._kinds.get(key)
-      if got is None or got != want or got[0] == object:
+      if got is None or got != want or got[0] == np.dtype(object):
         raise errors.UserError(
           f'feature "{key}" cannot be batched, being {_describe(got)} in '
           f"{where} and {_describe(want)} in others; make it the same in all "
@@ -78,7 +78,7 @@ class Batch:
 def _describe(kind) -> str:
   if kind is None:
     return "missing"
-  if kind[0] == object:
+  if kind[0] == np.dtype(object):
     return "no array"
   return f"{'text' if isinstance(kind[0], str) else kind[0]} of shape {kind[1]}"
 
