@@ -36,7 +36,7 @@ from sigjax import (
 from sigjax.checkpoints import restore
 from sigjax.checkpoints import save as save_lib
 from sigjax.data import kinds
-from sigjax.data.batches import pipeline
+from sigjax.data.batches import pipeline, tally
 from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.runtime import (
@@ -74,7 +74,7 @@ def main(
   lock=(),
   microbatches=1,
   feed="device",
-  bad_fraction=0.01,
+  bad_fraction=tally.BAD_FRACTION,
   init=None,
   resume=None,
   checkpoints=None,

@@ -10,7 +10,7 @@ import pytest
 
 from sigjax import build, errors, optim, sharding, train
 from sigjax import config as config_lib
-from sigjax.data.example import preprocess
+from sigjax.data.example import captions, preprocess
 
 CONFIGS = [
   p.stem
@@ -120,8 +120,8 @@ def test_shuffling_reaches_the_data(tiny_config):
   plain = kinds.open_source(**tiny_config["data"])
   mixed = kinds.open_source(**tiny_config["data"], shuffle="captions")
   same = sum(
-    kinds.captions(plain.records[i], "captions")
-    == kinds.captions(mixed.records[i], "captions")
+    captions.captions(plain.records[i], "captions")
+    == captions.captions(mixed.records[i], "captions")
     for i in range(len(plain.records))
   )
   assert same < len(plain.records) / 8

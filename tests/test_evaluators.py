@@ -10,6 +10,7 @@ import pytest
 from sigjax import errors, evaluators, sharding
 from sigjax.data import kinds
 from sigjax.data.example import tokenizer as tokenizer_lib
+from sigjax.data.source import Source
 from sigjax.evaluators import prompts, ranking
 
 
@@ -118,7 +119,7 @@ def animals(monkeypatch):
   monkeypatch.setitem(
     kinds.SOURCES,
     "animals",
-    lambda: kinds.Source("animals", records, label_names={"label": NAMES}),
+    lambda: lambda: Source("animals", records, label_names={"label": NAMES}),
   )
   return dict(kind="animals")
 
@@ -190,9 +191,7 @@ def test_prompts():
     dict(c=b"y", captions=[b"three"]),
     dict(c=b"x", captions=[b"one", b"four"]),
   ]
-  ids, texts = prompts.classes(
-    kinds.Source("s", records), "c", "captions", "plain"
-  )
+  ids, texts = prompts.classes(Source("s", records), "c", "captions", "plain")
   assert ids.tolist() == [0, 1, 0]
   assert texts == [["one", "two", "four"], ["three"]]
 

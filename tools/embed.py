@@ -26,7 +26,7 @@ import tqdm
 
 from sigjax import errors, sharding
 from sigjax.data import kinds
-from sigjax.data.batches import loading, pipeline
+from sigjax.data.batches import pipeline, tally
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BadExample
 from sigjax.data.formats import embeddings
@@ -46,7 +46,7 @@ class Job:
     pp_image: its preprocessing.
     dtype: in which embeddings are stored, a name in embeddings.DTYPES.
     part_size: examples of a part; those that cannot be used are left out.
-    bad_fraction: the most that these may be, see loading.Tally.
+    bad_fraction: the most that these may be, see tally.Tally.
 
   Raises:
     UserError: the folder holds something else: of another tower, ...
@@ -60,7 +60,7 @@ class Job:
     self.count = len(source)
     self.parts = -(-self.count // part_size)
     self.pp = preprocess.parse(pp_image)
-    self.tally, self.bad = loading.Tally(bad_fraction, source), set()
+    self.tally, self.bad = tally.Tally(bad_fraction, source), set()
     self.about = dict(
       source=source.name,
       count=self.count,
@@ -178,7 +178,7 @@ class _Lenient:
 
   def __getitem__(self, i):
     try:
-      return {**loading.read(self._source, i), "_record": i, "_fault": None}
+      return {**self._source.read(i), "_record": i, "_fault": None}
     except BadExample as e:
       return {"_record": i, "_fault": e}
 
@@ -247,7 +247,7 @@ def main(
       pp_image,
       dtype,
       part_size,
-      config.get("bad_fraction", 0.01),
+      config.get("bad_fraction", tally.BAD_FRACTION),
     )
     mine = range(process_id, job.parts, num_processes)
     with tqdm.tqdm(

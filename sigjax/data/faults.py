@@ -1,66 +1,47 @@
-"""What may be wrong with one example, or with one file of many.
+"""What can be wrong with an example or a shard.
 
-Data at scale is never whole: the pipeline may skip what is reported here, and
-count it by its kind.
+Large datasets always have damaged examples. The pipeline skips them, counts
+them by kind, and stops when they are too many; see batches/tally.py.
 """
 
+from collections.abc import Mapping
 import logging
 
 from sigjax import errors
 
 log = logging.getLogger("sigjax")
 
-MAX_CAPTION = 64 * 1024  # bytes; a longer one is a web page, not a caption
+# {kind: (count, the name of one example)}
+Found = dict[str, tuple[int, str]]
 
 
 class BadExample(errors.UserError):
-  """This example cannot be used, though others may be fine.
+  """One example cannot be used; others may be fine.
 
   Attributes:
-    kind: what is wrong, in words of which there are few, to count by.
+    kind: What is wrong, in a few fixed words. Faults are counted by kind.
   """
 
-  def __init__(self, message, kind="bad example"):
+  kind: str
+
+  def __init__(self, message: str, kind: str = "bad example"):
     super().__init__(message)
     self.kind = kind
 
 
-def caption(value):
-  """Returns a caption, bytes or str, as a str.
-
-  Raises:
-    BadExample: it is not UTF-8 (as a str, it cannot be written as such), or
-      longer than MAX_CAPTION.
-  """
-  if len(value) > MAX_CAPTION:
-    raise BadExample(
-      f"a caption of {len(value)} bytes, of which {MAX_CAPTION} are allowed",
-      kind="caption too long",
-    )
-  try:
-    if isinstance(value, str):
-      value.encode()  # JSON may hold half a character: "\ud83d"
-      return value
-    return value.decode()
-  except UnicodeError as e:
-    raise BadExample(
-      f"the caption {value[:20]!r} is not UTF-8", kind="caption not UTF-8"
-    ) from e
-
-
-def merge(total, found):
-  """Adds {kind: (count, an example's name)} to such a dict."""
+def merge(total: Found, found: Mapping[str, tuple[int, str]]) -> None:
+  """Adds the counts of `found` to `total`."""
   for kind, (count, name) in found.items():
     before, first = total.get(kind, (0, name))
     total[kind] = before + count, first
 
 
-def counts(found):
-  """Returns {kind: count} of {kind: (count, an example's name)}."""
+def counts(found: Mapping[str, tuple[int, str]]) -> dict[str, int]:
+  """Returns {kind: count}."""
   return {kind: count for kind, (count, _) in found.items()}
 
 
-def report(where, found):
-  """Logs {kind: (count, an example's name)}, a line for each kind."""
+def report(where: str, found: Mapping[str, tuple[int, str]]) -> None:
+  """Logs one line for each kind."""
   for kind, (count, name) in found.items():
     log.warning("%s: %d x %s, such as %s", where, count, kind, name)

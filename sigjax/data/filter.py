@@ -1,37 +1,43 @@
 """Which records of a source count: by their features, by a share, in groups."""
 
+from collections.abc import Callable, Iterator
 import io
+from typing import Any
 
+from jaxtyping import Bool, Int
 import numpy as np
 from PIL import Image
 import tqdm
 
 from sigjax import errors
-from sigjax.data import faults as faults_lib
-from sigjax.data import source as source_lib
+from sigjax.data import faults
+from sigjax.data.example import captions
+from sigjax.data.faults import BadExample
 from sigjax.data.shards import files
+from sigjax.data.source import Example, Source, as_column
 
-_CHUNK = 1 << 12  # records read at once, by several threads
+_CHUNK = 1 << 12  # records that are read at once, by several threads
 
 
-def where(source, key, wanted):
+def where(source: Source, key: str, wanted: Any) -> Source:
   """Narrows a source to the examples whose feature `key` is as wanted.
 
   Tar shards, Parquet and folders read the feature alone; of other sources every
   record is read once. A group keeps those of its members that fit.
 
   Args:
-    source: a Source.
-    key: a feature; or "width" or "height" where there is no such feature, which
-      are then taken from the image's header; or NAME_length, the number of
-      characters of the text at feature NAME or NAMEs ("caption_length" is of
-      "caption" or "captions"), which of several texts all have to fit.
-    wanted: a value, such as "en" or False; a list of values; or a range, the
+    source: What to narrow.
+    key: A feature. If there is no such feature: "width" or "height", which are
+      read from the image's header; or NAME_length, the number of characters of
+      the text at feature NAME or NAMEs ("caption_length" is of "caption" or
+      "captions"). Of several texts all have to fit.
+    wanted: A value, such as "en" or False; a list of values; or a range, the
       tuple (low, high), both included, None for no limit. An example that has
       no value does not fit.
 
   Raises:
-    UserError: no such feature, no example fits, or wanted is none of these.
+    UserError: There is no such feature, no example fits, or `wanted` is none of
+      these.
   """
   _check(key, wanted)
   fits, seen = np.zeros(len(source.records), bool), set()
@@ -52,24 +58,22 @@ def where(source, key, wanted):
       f"{source.name} has no example with {key}={wanted!r}; "
       f"there is, for instance: {', '.join(sorted(seen)[:5])}"
     )
-  narrowed = source.narrowed(kept)
-  narrowed.faults = counts
-  return narrowed
+  return source.replaced(members=kept, faults=counts)
 
 
-def part(source, share):
+def part(source: Source, share: Any) -> Source:
   """Narrows a source to a share of its records, always the same ones.
 
-  Whether a record is in it depends on its number alone, through a hash, so that
-  (0, 0.9) and (0.9, 1) have no record in common and all together, whatever
+  Whether a record is in it depends on its number alone, through a hash. So
+  (0, 0.9) and (0.9, 1) have no record in common and together have all, whatever
   filters are applied afterwards.
 
   Args:
-    source: a Source that is not grouped.
+    source: A Source that is not grouped.
     share: (low, high), 0 <= low < high <= 1.
 
   Raises:
-    UserError: no such share, or no record is in it.
+    UserError: `share` is none, or no record is in it.
   """
   numeric = (
     isinstance(share, (tuple, list))
@@ -90,48 +94,48 @@ def part(source, share):
       f"part {share!r} of {source.name} holds none of its {len(fits)} "
       "records; ask for a larger share"
     )
-  return source.narrowed(_numbers(fits))
+  return source.replaced(members=_numbers(fits))
 
 
-def grouped(source, key):
+def grouped(source: Source, key: str) -> Source:
   """Makes each set of examples that agree in feature `key` one element.
 
-  Groups come in the order of their first records. Meant for sources of which
-  each record may cost a few Python objects.
+  Groups come in the order of their first records. Each record may cost a few
+  Python objects.
 
   Raises:
-    UserError: no such feature.
+    UserError: There is no such feature.
   """
-  groups = {}
+  groups: dict[Any, list[int]] = {}
   fits = np.zeros(len(source.records), bool)
   fits[source.numbers()] = True
   for numbers, values in _values(source, key, {}):
     for i, value in zip(numbers.tolist(), values.tolist()):
       if fits[i]:
         groups.setdefault(value, []).append(i)
-  return source.narrowed([np.array(group) for group in groups.values()])
+  return source.replaced(members=[np.array(g) for g in groups.values()])
 
 
-def _numbers(fits):
-  """The numbers of those that fit, (n, 1), in as few bytes as will do."""
+def _numbers(fits: Bool[np.ndarray, " n"]) -> Int[np.ndarray, "m 1"]:
+  """Returns the numbers of those that fit, in the smallest suitable dtype."""
   dtype = np.int32 if len(fits) < 2**31 else np.int64
   return np.flatnonzero(fits).astype(dtype)[:, None]
 
 
-def _hash(x):
-  """SplitMix64's mixing of uint64: neighbours become unrelated."""
+def _hash(x: np.ndarray) -> np.ndarray:
+  """Returns hashes of uint64 numbers (the mixing function of SplitMix64)."""
   x = x + np.uint64(0x9E3779B97F4A7C15)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return x ^ (x >> np.uint64(31))
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
   return isinstance(value, (bool, int, float, np.bool_, np.number))
 
 
-def _check(key, wanted):
-  """Refuses what is neither a value, a list of values, nor a range."""
+def _check(key: str, wanted: Any) -> None:
+  """Raises UserError unless it is a value, a list of values, or a range."""
   if isinstance(wanted, tuple):
     good = (
       len(wanted) == 2
@@ -148,8 +152,10 @@ def _check(key, wanted):
     )
 
 
-def _fit(values, wanted, key, name):
-  """Returns which of (n,) or (n, m) values fit, (n,) bool; of m all have to."""
+def _fit(
+  values: np.ndarray, wanted: Any, key: str, name: str
+) -> Bool[np.ndarray, " n"]:
+  """Returns which of (n,) or (n, m) values fit; of m values all have to."""
   if isinstance(wanted, tuple):
     if values.dtype.kind == "U":
       raise errors.UserError(
@@ -165,22 +171,24 @@ def _fit(values, wanted, key, name):
     fits = np.zeros(values.shape, bool)
     for value in wanted:
       fits |= values == value
-  return fits.reshape(len(values), -1).all(-1)
+  return np.all(fits.reshape(len(values), -1), axis=-1)
 
 
-def _chunks(numbers, size):
+def _chunks(numbers: np.ndarray, size: int) -> Iterator[np.ndarray]:
   return (numbers[i : i + size] for i in range(0, len(numbers), size))
 
 
-def _values(source, key, counts):
-  """Yields (numbers of records, their values): all that a source stands for.
+def _values(
+  source: Source, key: str, counts: dict[str, int]
+) -> Iterator[tuple[Int[np.ndarray, " n"], np.ndarray]]:
+  """Yields (numbers of records, their values) of all records of all elements.
 
   Args:
-    source: a Source.
-    key: as in where().
-    counts: {kind: count}, to which the examples are added that cannot be read.
+    source: The source.
+    key: As in where().
+    counts: {kind: count}, to which examples are added that cannot be read.
   """
-  column = getattr(source.records, "column", lambda key: None)(key)
+  column = source.column(key)
   if column is None:
     yield from _read_values(source, key, counts)
     return
@@ -196,12 +204,14 @@ def _values(source, key, counts):
     )
 
 
-def _value(source, key, first):
+def _value(
+  source: Source, key: str, first: Example
+) -> tuple[Callable[[Example], Any], bool]:
   """Returns (fn(example) -> value, whether that needs the image)."""
   stem = key.removesuffix("_length")
   texts = next((name for name in (stem, f"{stem}s") if name in first), None)
   if key in first:
-    return lambda example: example.get(key), False  # not all may have it
+    return lambda example: example.get(key), False  # some may lack it
   if key in ("width", "height"):
 
     def side(example):
@@ -212,46 +222,49 @@ def _value(source, key, first):
   if stem != key and texts:
 
     def length(example):
-      lengths = list(map(len, source_lib.captions(example, texts)))
+      lengths = list(map(len, captions.captions(example, texts)))
       return (min(lengths), max(lengths)) if lengths else (np.nan, np.nan)
 
     return length, False
   return errors.pick(first, key, f"feature of {source.name}"), False
 
 
-def _size(data):
+def _size(data: bytes) -> tuple[int, int]:
   """Returns (width, height) of an encoded image, from its header."""
   try:
     with Image.open(io.BytesIO(data)) as image:
       return image.size
   except Exception as e:  # not all of Pillow's errors are OSErrors
-    raise faults_lib.BadExample(
+    raise BadExample(
       "the image's header cannot be read", kind="undecodable image"
     ) from e
 
 
-def _first(source, numbers):
+def _first(source: Source, numbers: np.ndarray) -> Example:
   """Returns the first example that can be read."""
+  fault = None
   for i in numbers[:100]:
     try:
       return source.brief(i)
-    except faults_lib.BadExample as e:
+    except BadExample as e:
       fault = e
+  assert fault is not None
   raise fault
 
 
-def _read_values(source, key, counts):
-  """As _values(), by reading records, several at a time."""
+def _read_values(source: Source, key: str, counts: dict[str, int]):
+  """Does what _values() does, by reading records in several threads."""
   numbers = source.numbers()
   value, needs_image = _value(source, key, _first(source, numbers))
+  read = source.read if needs_image else source.brief
 
-  def read(i):
+  def value_of(i):
     try:
-      return value(source.records[int(i)] if needs_image else source.brief(i))
-    except faults_lib.BadExample as e:
+      return value(read(int(i)))
+    except BadExample as e:
       return e
 
-  found = {}
+  found: faults.Found = {}
   with (
     files.pool() as threads,
     tqdm.tqdm(
@@ -262,23 +275,19 @@ def _read_values(source, key, counts):
     ) as bar,
   ):
     for chunk in _chunks(numbers, _CHUNK):
-      values = list(threads.map(read, chunk))
-      empty = (
-        (np.nan,) * 2 if any(isinstance(v, tuple) for v in values) else (None)
-      )
+      values = list(threads.map(value_of, chunk))
+      pairs = any(isinstance(v, tuple) for v in values)
       for i, v in enumerate(values):
-        if isinstance(v, faults_lib.BadExample):
-          faults_lib.merge(found, {v.kind: (1, f"{source.name}[{chunk[i]}]")})
-          values[i] = empty
+        if isinstance(v, BadExample):
+          faults.merge(found, {v.kind: (1, source.name_of(chunk[i]))})
+          values[i] = (np.nan, np.nan) if pairs else None
       yield (
         chunk,
-        (
-          np.array(values, float)
-          if empty
-          else source_lib.as_column(values, key, source.name)
-        ),
+        np.array(values, float)
+        if pairs
+        else as_column(values, key, source.name),
       )
       bar.update(len(chunk))
-  faults_lib.report(f"reading {key} of {source.name}", found)
+  faults.report(f"reading {key} of {source.name}", found)
   for kind, (count, _) in found.items():
     counts[kind] = counts.get(kind, 0) + count

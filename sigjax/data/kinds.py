@@ -1,51 +1,186 @@
-"""Where examples come from: random-access sources, read without TensorFlow.
+"""The kinds of sources, and the one function that opens a source.
 
-Every kind gives the same: any record by its number, in any order and from many
-threads, images left encoded, for which shards are indexed once. So shuffling is
-global, and what is in a batch does not depend on who reads it.
+A source gives any record by its number, in any order and from many threads. So
+the shuffle is global, and what is in a batch does not depend on who reads it.
+The code of a format is imported when a config names its kind.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import os
+from typing import Any
 
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import faults, mixture
-from sigjax.data import filter as filter_lib
-from sigjax.data import source as source_lib
-from sigjax.data.formats import embeddings as embeddings_lib
-from sigjax.data.formats import folder, parquet, tar
-from sigjax.data.formats import tfds as tfds_lib
+from sigjax.data import faults
+from sigjax.data.example import captions
+from sigjax.data.faults import BadExample
+from sigjax.data.source import Example, Mixture, Records, Source
 
-Source = source_lib.Source
-captions = source_lib.captions
-where = filter_lib.where
-grouped = filter_lib.grouped
-tfds = tfds_lib.tfds
+# ---- Kinds: functions that import a format and return what opens it ----
+
+
+def _tfds():
+  from sigjax.data.formats import tfds
+
+  return tfds.tfds
+
+
+def _emoji():
+  from sigjax.data.emoji import builder
+  from sigjax.data.formats import tfds
+
+  def emoji(split: str, data_dir: str | None = None) -> Source:
+    """Opens the dataset of drawings; prepares it first if it is not there."""
+    return tfds.from_builder(builder.prepare(data_dir), split)
+
+  return emoji
+
+
+def _tar():
+  from sigjax.data.formats import tar
+
+  return tar.tar
+
+
+def _parquet():
+  from sigjax.data.formats import parquet
+
+  return parquet.parquet
+
+
+def _folder():
+  from sigjax.data.formats import folder
+
+  return folder.folder
+
+
+def _embeddings():
+  from sigjax.data.formats import embeddings as embeddings_lib
+
+  def embeddings(
+    path: str, tower: str | None = None, pp_image: str | None = None
+  ) -> Source:
+    """Opens embeddings that were computed before; see open_folder."""
+    records, found, label_names = embeddings_lib.open_folder(
+      path, tower, pp_image
+    )
+    name = os.path.basename(os.path.normpath(path))
+    return Source(name, records, label_names=label_names, tower=found)
+
+  return embeddings
+
+
+def _mix():
+  return mix
+
+
+SOURCES: dict[str, Callable[[], Callable[..., Source]]] = {
+  "tfds": _tfds,
+  "emoji": _emoji,
+  "tar": _tar,
+  "parquet": _parquet,
+  "folder": _folder,
+  "embeddings": _embeddings,
+  "mix": _mix,
+}
+
+
+def open_source(
+  kind: str,
+  *,
+  part: Sequence[float] | None = None,
+  only: Mapping[str, Any] | None = None,
+  group_by: str | None = None,
+  shuffle: str | None = None,
+  **kwargs: Any,
+) -> Source:
+  """Opens a source, narrowed and grouped as asked.
+
+  Args:
+    kind: A name in SOURCES.
+    part: A share of the records, such as (0, 0.9) and (0.9, 1), for sources
+      that have no splits of their own; see filter.part.
+    only: {feature: wanted}: a value, a list of values or a range (low, high),
+      such as dict(language="en", width=(256, None), caption_length=(3, 200));
+      see filter.where.
+    group_by: The feature by which examples are grouped, such as "concept".
+    shuffle: The feature that is given to the wrong examples, see `shuffled`.
+    **kwargs: Arguments of that kind, such as split.
+
+  Raises:
+    UserError: There is no such kind, or the kind, `part`, `only`, `group_by` or
+      `shuffle` cannot be as given.
+  """
+  opener = errors.pick(SOURCES, kind, "source")()
+  source = errors.call(opener, kwargs, f'source "{kind}"')
+  if part is None and not only and not group_by and not shuffle:
+    return source
+  from sigjax.data import filter as filter_lib  # only where it is needed
+
+  if part is not None:
+    source = filter_lib.part(source, part)
+  if shuffle:
+    source = shuffled(source, shuffle)
+  for key, wanted in (only or {}).items():
+    source = filter_lib.where(source, key, wanted)
+  return filter_lib.grouped(source, group_by) if group_by else source
+
+
+def mix(
+  sources: Sequence[Mapping[str, Any]], weights: Sequence[float]
+) -> Mixture:
+  """Opens several sources as one, mixed by weight.
+
+  Args:
+    sources: Arguments of open_source for each.
+    weights: A positive number for each, of any sum.
+
+  Raises:
+    UserError: A source is given twice or is itself a mix, or cannot be opened;
+      or they cannot be mixed, see Mixture.
+  """
+  for i, section in enumerate(sources):
+    if section.get("kind") == "mix":
+      raise errors.UserError(
+        "a source of a mix is itself a mix; list all sources in one"
+      )
+    if section in sources[:i]:
+      raise errors.UserError(
+        f"source {i} of the mix is there already, so that a batch could hold "
+        "an example twice; give it once, with a larger weight"
+      )
+  return Mixture(
+    [
+      errors.call(open_source, section, f"source {i} of the mix")
+      for i, section in enumerate(sources)
+    ],
+    weights,
+  )
 
 
 class _Shuffled:
-  """Records of which each has feature `key` of another one."""
+  """Records of which each has feature `key` of another record."""
 
-  def __init__(self, records, key):
+  def __init__(self, records: Records, key: str):
     self._records, self._key = records, key
     self._other = np.random.default_rng(0).permutation(len(records))
 
   def __len__(self):
     return len(self._records)
 
-  def __getitem__(self, i):
+  def __getitem__(self, i) -> Example:
     other = self._records[int(self._other[i])]
     return {**self._records[i], self._key: other[self._key]}
 
 
-def shuffled(source, key):
+def shuffled(source: Source, key: str) -> Source:
   """Gives each record the feature `key` of another one, always the same one.
 
   A control: images and captions that have nothing to do with each other.
 
   Raises:
-    UserError: no such feature.
+    UserError: There is no such feature.
   """
   errors.pick(source.records[0], key, f"feature of {source.name}")
   return source.replaced(
@@ -54,85 +189,15 @@ def shuffled(source, key):
   )
 
 
-def emoji(split, data_dir=None):
-  """The embedded dataset of drawings, prepared first if it is not there yet."""
-  from sigjax.data.emoji import builder
+def all_captions(source: Source, key: str) -> Iterator[str]:
+  """Yields every text at `key` of all records of all elements.
 
-  return tfds_lib.from_builder(builder.prepare(data_dir), split)
-
-
-def embeddings(path, tower=None, pp_image=None):
-  """Embeddings computed before; see embeddings.open_folder."""
-  records, tower, label_names = embeddings_lib.open_folder(
-    path, tower, pp_image
-  )
-  return Source(
-    os.path.basename(os.path.normpath(path)),
-    records,
-    label_names=label_names,
-    tower=tower,
-  )
-
-
-def mix(sources, weights):
-  """Several sources mixed by weight; see mixture.mix."""
-  return mixture.mix(open_source, sources, weights)
-
-
-SOURCES = {
-  "tfds": tfds_lib.tfds,
-  "emoji": emoji,
-  "tar": tar.tar,
-  "parquet": parquet.parquet,
-  "folder": folder.folder,
-  "embeddings": embeddings,
-  "mix": mix,
-}
-
-
-def open_source(
-  kind, *, part=None, only=None, group_by=None, shuffle=None, **kwargs
-):
-  """Opens SOURCES[kind](**kwargs), narrowed and grouped as asked.
-
-  Args:
-    kind: a name in SOURCES.
-    part: a share of the records, such as (0, 0.9) and (0.9, 1), for sources
-      that have no splits of their own; see selection.part.
-    only: {feature: what it has to be}: a value, a list of values or a range
-      (low, high), such as dict(language="en", width=(256, None),
-      caption_length=(3, 200)); see selection.where.
-    group_by: the feature by which examples are grouped, such as "concept".
-    shuffle: the feature that is given to the wrong examples, see `shuffled`.
-    **kwargs: split and whatever else that source takes.
-
-  Returns:
-    A Source.
-
-  Raises:
-    UserError: an unknown kind, or anything that the source, `part`, `where` or
-      `grouped` refuse.
+  Examples that cannot be read are left out, and logged.
   """
-  fn = errors.pick(SOURCES, kind, "source")
-  source = errors.call(fn, kwargs, f'source "{kind}"')
-  if part is not None:
-    source = filter_lib.part(source, part)
-  if shuffle:
-    source = shuffled(source, shuffle)
-  for key, wanted in (only or {}).items():
-    source = where(source, key, wanted)
-  return grouped(source, group_by) if group_by else source
-
-
-def all_captions(source, key):
-  """Yields every text at `key` of all records that a source stands for.
-
-  Those of examples that cannot be read are left out, and logged.
-  """
-  bad = {}
+  bad: faults.Found = {}
   for i in source.numbers():
     try:
-      yield from captions(source.brief(i), key)
-    except faults.BadExample as e:
-      faults.merge(bad, {e.kind: (1, mixture.name_of(source, i))})
+      yield from captions.captions(source.brief(i), key)
+    except BadExample as e:
+      faults.merge(bad, {e.kind: (1, source.name_of(i))})
   faults.report(f"captions of {source.name}", bad)

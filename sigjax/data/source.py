@@ -1,138 +1,336 @@
-"""A source of examples: random access to records, and which of them count.
+"""Sources of examples: random access to records, and which of them count.
 
-An element of a source is one example: a dict of features, texts as bytes or str
-and images still encoded. A source may be narrowed to some of its records, and
-these may be put into groups of which each is one element: then no batch holds
-two members of a group, and each epoch shows a random one.
+A record is one example as it is stored: a dict of features, with texts as bytes
+or str, and images still encoded. An element is what batches are made of: one
+record, or a group of records. Of a group, each epoch shows one random member,
+and no batch holds two members.
 """
 
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
 import copy
+import itertools
+import math
+from typing import Any, Protocol
 
+from jaxtyping import Int
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import faults as faults_lib
+from sigjax.data.faults import BadExample
+
+Example = dict[str, Any]
+# The records that each element stands for, in rising order: an array (n, 1) for
+# elements of one record each, else a list with an array for each group.
+Members = Int[np.ndarray, "n 1"] | list[Int[np.ndarray, " n"]]
+
+
+class Records(Protocol):
+  """What a source reads; several threads may read at once.
+
+  Records may also have these methods:
+    brief(i): The example without its image, if that is cheaper to read.
+    column(name): An iterable of arrays that together hold feature `name` of all
+      records in order; None if there is no cheap way to read it.
+  """
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, i: int, /) -> Example: ...
 
 
 class Source:
-  """Elements 0..len-1, each standing for one record or for a group of them.
+  """Elements 0..len-1, each of which stands for one record or a group of them.
 
   Attributes:
-    name: a short name for logs and faults, such as "coco_captions/2014[train]".
-    records: what is read, by several threads: anything with len() and [int] ->
-      dict of features. It may also have brief(int), the example without its
-      image, and column(name), which yields arrays that hold feature `name` of
-      all records in order, or is None if it has no quick way to that.
-    members: None if element i is record i; or, for each element, an array of
-      integers, the records it stands for in rising order. For elements of one
-      record each that is one array, (n, 1).
-    label_names: {feature: list of its classes' names}, where they are known.
+    name: A short name for logs and faults, such as "coco_captions/2014[train]".
+    records: What is read.
+    members: The records of each element; None if element i is record i.
+    label_names: {feature: names of its classes}, where they are known.
     faults: {kind: count} of what was left out when the source was opened, such
       as "missing caption" or "truncated shard".
-    tower: of embeddings, what they were computed with; else None.
+    tower: Of embeddings, the image tower that computed them; otherwise None.
   """
 
+  name: str
+  records: Records
+  members: Members | None
+  label_names: dict[str, list[str]]
+  faults: dict[str, int]
+  tower: str | None
+
   def __init__(
-    self, name, records, members=None, label_names=None, faults=None, tower=None
+    self,
+    name: str,
+    records: Records,
+    members: Members | None = None,
+    label_names: Mapping[str, list[str]] | None = None,
+    faults: Mapping[str, int] | None = None,
+    tower: str | None = None,
   ):
     self.name = name
     self.records = records
     self.members = members
-    self.label_names = label_names or {}
+    self.label_names = dict(label_names or {})
     self.faults = dict(faults or {})
     self.tower = tower
 
-  def narrowed(self, members):
-    """Returns the same source with other members."""
-    return self.replaced(members=members)
+  # ---- Elements ----
 
-  def replaced(self, **attributes):
+  def __len__(self) -> int:
+    return len(self.records if self.members is None else self.members)
+
+  def __getitem__(self, i: int) -> Example:
+    """Returns the first record of element i."""
+    if not 0 <= i < len(self):
+      raise IndexError(f"{self.name} has {len(self)} elements, none at {i}")
+    return self.records[self.pick(i)]
+
+  def members_of(self, i: int) -> Int[np.ndarray, " n"]:
+    """Returns the numbers of all records that element i stands for."""
+    return np.array([i]) if self.members is None else self.members[i]
+
+  def pick(self, i: int, rng: np.random.Generator | None = None) -> int:
+    """Returns the number of a record that element i stands for.
+
+    Of a group it is a random member, or the first one if rng is None.
+    """
+    if self.members is None:
+      return i
+    group = self.members[i]
+    if rng is None or len(group) == 1:
+      return int(group[0])
+    return int(group[rng.integers(len(group))])
+
+  def numbers(self) -> Int[np.ndarray, " n"]:
+    """Returns the numbers of all records of all elements, in rising order."""
+    if self.members is None:
+      return np.arange(len(self.records))
+    if isinstance(self.members, list):
+      return np.sort(np.concatenate(self.members))
+    return np.sort(np.ravel(self.members))
+
+  # ---- Records ----
+
+  def name_of(self, record: int) -> str:
+    """Returns what a record is called in messages: "coco[train][17]"."""
+    return f"{self.name}[{record}]"
+
+  def read(self, record: int) -> Example:
+    """Returns a record.
+
+    Raises:
+      BadExample: The record cannot be read.
+    """
+    return _readable(self.records.__getitem__, record)
+
+  def brief(self, record: int) -> Example:
+    """Returns a record, without its image if that is cheaper to read.
+
+    Raises:
+      BadExample: The record cannot be read.
+    """
+    read = getattr(self.records, "brief", self.records.__getitem__)
+    return _readable(read, int(record))
+
+  def column(self, name: str) -> Iterable[np.ndarray] | None:
+    """Returns arrays that hold feature `name` of all records in order.
+
+    Returns None if the values can only be had by reading each record.
+    """
+    column = getattr(self.records, "column", None)
+    return column(name) if column else None
+
+  # ---- What differs between a source and a mixture ----
+
+  def parts(self) -> tuple[list["Source"], list[float]]:
+    """Returns the sources this one consists of, and their weights."""
+    return [self], [1.0]
+
+  def check_evaluable(self) -> None:
+    """Raises UserError unless it makes sense to evaluate on this source."""
+    if not len(self):
+      raise errors.UserError(f"{self.name} has no elements")
+
+  def replaced(self, **attributes: Any) -> "Source":
     """Returns the same source with other attributes."""
     new = copy.copy(self)
     vars(new).update(attributes)
     return new
 
-  def check_tower(self, other, what):
-    """A UserError unless `other`, the tower of `what`, is the same as ours."""
+  def check_tower(self, other: str | None, what: str) -> None:
+    """Raises UserError unless `other`, the tower of `what`, equals ours."""
     if other != self.tower:
       raise errors.UserError(
         f"{what} has embeddings of tower {other}, the training data has "
         f"{self.tower}: all have to be of the same one"
       )
 
+
+def _readable(read, record: int) -> Example:
+  try:
+    return read(record)
+  except OSError as e:
+    raise BadExample(f"it cannot be read: {e}", kind="unreadable") from e
+
+
+class _Joined:
+  """The records of several sources, numbered consecutively."""
+
+  def __init__(self, parts: Sequence[Source]):
+    self._parts = parts
+    self._starts = [0, *itertools.accumulate(len(p.records) for p in parts)]
+
   def __len__(self):
-    return len(self.records if self.members is None else self.members)
+    return self._starts[-1]
 
-  def numbers(self):
-    """Returns the numbers of all records it stands for, in rising order."""
-    if self.members is None:
-      return np.arange(len(self.records))
-    return np.sort(
-      np.concatenate(self.members)
-      if isinstance(self.members, list)
-      else np.ravel(self.members)
-    )
+  def locate(self, record: int) -> tuple[Source, int]:
+    """Returns the part that holds a record, and the record's number there."""
+    j = bisect.bisect_right(self._starts, record) - 1
+    return self._parts[j], record - self._starts[j]
 
-  def pick(self, i, rng=None):
-    """Returns the number of the record element i stands for.
+  def first(self, j: int) -> int:
+    """Returns the number of part j's first record."""
+    return self._starts[j]
 
-    Of a group that is a random record, or the first one if rng is None.
-    """
-    if self.members is None:
-      return i
-    group = self.members[i]
-    random = rng is not None and len(group) > 1
-    return int(group[rng.integers(len(group)) if random else 0])
-
-  def __getitem__(self, i):
-    if not 0 <= i < len(self):
-      raise IndexError(f"{self.name} has {len(self)} elements, none at {i}")
-    return self.records[self.pick(i)]
+  def __getitem__(self, record):
+    part, record = self.locate(record)
+    return part.records[record]
 
   def brief(self, record):
-    """Returns a record, without its image if that saves reading it."""
-    read = getattr(self.records, "brief", None) or self.records.__getitem__
-    return read(int(record))
+    part, record = self.locate(record)
+    return part.brief(record)
 
 
-def brief_name(kind, patterns):
+class Mixture(Source):
+  """Several sources, of which each batch holds shares by weight.
+
+  The elements are those of the parts, numbered consecutively. An epoch is as
+  many examples as the parts have together: if a part's weight is twice its
+  share of these, the part is seen twice in an epoch. Each part has epochs of
+  its own and shows each of its elements once in each; see order.Sequence.
+
+  Args:
+    parts: The sources.
+    weights: A positive number for each, of any sum.
+
+  Raises:
+    UserError: There are no sources, or not as many weights; a weight is not
+      positive; or the parts are embeddings of different towers.
+  """
+
+  def __init__(self, parts: Sequence[Source], weights: Sequence[float]):
+    _check_weights(len(parts), weights)
+    for part in parts[1:]:
+      if part.tower != parts[0].tower:
+        raise errors.UserError(
+          f"{part.name} has embeddings of tower {part.tower}, {parts[0].name} "
+          f"of {parts[0].tower}: all of a mix have to be of the same one"
+        )
+    self._joined = _Joined(parts)
+    super().__init__(
+      name=f"mix of {', '.join(part.name for part in parts)}",
+      records=self._joined,
+      tower=parts[0].tower,
+      label_names={
+        k: v
+        for k, v in parts[0].label_names.items()
+        if all(part.label_names.get(k) == v for part in parts)
+      },
+    )
+    self._parts = list(parts)
+    self._weights = [float(w) for w in weights]
+    self._starts = [0, *itertools.accumulate(map(len, parts))]
+    for part in parts:
+      for kind, count in part.faults.items():
+        self.faults[kind] = self.faults.get(kind, 0) + count
+
+  def __len__(self):
+    return self._starts[-1]
+
+  def _locate(self, i: int) -> tuple[Source, int, int]:
+    """Returns the part of element i, its first record, and i within it."""
+    j = bisect.bisect_right(self._starts, i) - 1
+    return self._parts[j], self._joined.first(j), i - self._starts[j]
+
+  def members_of(self, i):
+    part, start, i = self._locate(i)
+    return start + part.members_of(i)
+
+  def pick(self, i, rng=None):
+    part, start, i = self._locate(i)
+    return start + part.pick(i, rng)
+
+  def numbers(self):
+    return np.concatenate(
+      [self._joined.first(j) + p.numbers() for j, p in enumerate(self._parts)]
+    )
+
+  def name_of(self, record):
+    part, record = self._joined.locate(record)
+    return part.name_of(record)
+
+  def column(self, name):
+    raise _each(f'"{name}"')
+
+  def parts(self):
+    return self._parts, self._weights
+
+  def check_evaluable(self):
+    raise errors.UserError(
+      f"a {self.name} cannot be evaluated on: weights mean nothing there; "
+      "give an evaluation for each"
+    )
+
+  def replaced(self, **attributes):
+    raise _each(" and ".join(attributes))
+
+
+def _each(what: str) -> errors.UserError:
+  return errors.UserError(
+    f"{what} of a mix is not known as a whole: give only, group_by, part and "
+    "shuffle to each of its sources instead"
+  )
+
+
+def _check_weights(count: int, weights: Sequence[float]) -> None:
+  """Raises UserError unless weights can be those of `count` sources."""
+  if not count or count != len(weights):
+    raise errors.UserError(
+      f"a mix has {count} sources and {len(weights)} weights; give "
+      "each source one"
+    )
+  numbers = [
+    w
+    for w in weights
+    if isinstance(w, (int, float)) and math.isfinite(w) and w > 0
+  ]
+  for weight in weights:
+    if weight not in numbers or weight < max(numbers) * 1e-9:
+      raise errors.UserError(
+        f"{weight!r} cannot be a weight of a mix: give a positive number, more "
+        "than a billionth of the largest; leave out sources that are not wanted"
+      )
+
+
+def brief_name(kind: str, patterns: str | Iterable[str]) -> str:
   """Returns a short name: "tar[data/*.tar]", or the first of several."""
   patterns = [patterns] if isinstance(patterns, str) else list(patterns)
   return f"{kind}[{patterns[0]}{', ...' if len(patterns) > 1 else ''}]"
 
 
-def captions(example, key):
-  """Returns the texts of one example, a list of str.
+def as_column(values: Sequence[Any], name: str, what: str) -> np.ndarray:
+  """Returns the values of a feature as an array (n,).
 
   Args:
-    example: dict of features.
-    key: a feature with a text, several, or {"text": several, ...}.
+    values: n numbers, or n texts (str, or bytes in UTF-8). A missing value is
+      None; it becomes nan among numbers, and "" among texts.
+    name: The feature.
+    what: Its source, for messages.
 
   Raises:
-    UserError: no such feature.
-    BadExample: a text is not UTF-8, or too long.
-  """
-  value = errors.pick(example, key, "feature")
-  if isinstance(value, dict):
-    value = errors.pick(value, "text", f'feature of "{key}"')
-  values = [value] if isinstance(value, (str, bytes)) else value
-  return [
-    faults_lib.caption(v if isinstance(v, (str, bytes)) else str(v))
-    for v in values
-  ]
-
-
-def as_column(values, name, what):
-  """Returns (n,) values of a feature, texts or numbers, as an array.
-
-  Args:
-    values: n numbers, or n texts (str, or bytes in UTF-8); None where there is
-      none, which becomes nan or "".
-    name: the feature.
-    what: whose it is, for messages.
-
-  Raises:
-    UserError: texts and numbers, or more than one value in one example.
+    UserError: There are both texts and numbers, or more than one value in one
+      example.
   """
   values = [
     v.decode(errors="replace") if isinstance(v, bytes) else v for v in values

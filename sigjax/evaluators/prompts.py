@@ -3,7 +3,7 @@
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import kinds
+from sigjax.data.example import captions as captions_lib
 from sigjax.evaluators import ranking
 
 # "{}" is the class's name. "photo" are ways in which people caption photos.
@@ -37,7 +37,7 @@ def from_captions(source, label, captions="captions"):
   for i in range(len(source)):
     example = source[i]
     labels.append(example[label])
-    for text in kinds.captions(example, captions):
+    for text in captions_lib.captions(example, captions):
       texts.setdefault(example[label], {})[text] = None
   ids, values = ranking.number(labels)
   return ids, [list(texts[value]) for value in values]

@@ -3,6 +3,8 @@
 import numpy as np
 
 from sigjax.data import kinds
+from sigjax.data.example import captions as captions_lib
+from sigjax.data.source import Source
 from sigjax.evaluators import ranking
 
 
@@ -44,11 +46,9 @@ class Retrieval:
     pairs = dict.fromkeys(
       (group_id, text)
       for group_id, x in zip(self.image_ids, examples)
-      for text in kinds.captions(x, captions)
+      for text in captions_lib.captions(x, captions)
     )
-    self.texts = kinds.Source(
-      "captions", [dict(text=text) for _, text in pairs]
-    )
+    self.texts = Source("captions", [dict(text=text) for _, text in pairs])
     self.text_ids = np.array([group_id for group_id, _ in pairs], np.int32)
     self.pp_image, self.pp_text = pp_image, pp_text
     self.tokenizer, self.batch_size, self.ks = tokenizer, batch_size, ks

@@ -3,6 +3,7 @@
 import numpy as np
 
 from sigjax.data import kinds
+from sigjax.data.source import Source
 from sigjax.evaluators import prompts, ranking
 
 
@@ -39,7 +40,7 @@ class ZeroShot:
       self.source, label, classes, templates
     )
     self.num_classes = len(texts)
-    self.texts = kinds.Source(
+    self.texts = Source(
       "prompts", [dict(text=text) for names in texts for text in names]
     )
     self.text_ids = np.repeat(

@@ -10,6 +10,8 @@ from sigjax import errors
 from sigjax.data import faults, kinds
 from sigjax.data import filter as filter_lib
 from sigjax.data import source as source_lib
+from sigjax.data.example import captions
+from sigjax.data.source import Source
 
 
 def png(width, height):
@@ -39,7 +41,7 @@ def example(i):
 
 @pytest.fixture
 def source():
-  return kinds.Source(
+  return Source(
     "s", [example(i) for i in range(12)], faults={"missing image": 2}
   )
 
@@ -102,7 +104,7 @@ def test_where(source, key, wanted, want):
   # Of what is narrowed already, and of groups.
   half = filter_lib.where(source, "n", (4, None))
   both = [i for i in want if i >= 4]
-  groups = source.narrowed([np.array([i, i + 6]) for i in range(6)])
+  groups = source.replaced(members=[np.array([i, i + 6]) for i in range(6)])
   if both:
     assert kept(filter_lib.where(half, key, wanted)) == both
   members = [m.tolist() for m in filter_lib.where(groups, key, wanted).members]
@@ -139,11 +141,11 @@ def test_what_where_refuses(source, key, wanted, message):
 
 def test_columns_are_used_and_have_to_be_whole():
   records = Columns([example(i) for i in range(12)])
-  source = kinds.Source("s", records)
+  source = Source("s", records)
   found = filter_lib.where(source, "n", (3, 6))
   assert kept(found) == [3, 4, 5, 6]
   assert kept(filter_lib.where(found, "n", [2, 5])) == [5]
-  groups = source.narrowed([np.array([0, 1]), np.array([2, 5])])
+  groups = source.replaced(members=[np.array([0, 1]), np.array([2, 5])])
   assert [
     m.tolist() for m in filter_lib.where(groups, "n", [2, 5]).members
   ] == [[2, 5]]
@@ -181,14 +183,14 @@ def test_brief_spares_the_image(source):
     def brief(self, i):
       return {"n": list(self)[i]["n"], "captions": ["x"]}
 
-  narrow = kinds.Source("s", Brief(source.records))
+  narrow = Source("s", Brief(source.records))
   assert kept(filter_lib.where(narrow, "n", (3, 4))) == [3, 4]
   assert kept(filter_lib.where(narrow, "caption_length", 1)) == list(range(12))
   assert list(kinds.all_captions(narrow, "captions")) == ["x"] * 12
 
 
 def test_parts_share_nothing_and_are_everything():
-  source = kinds.Source("s", range(20_000))
+  source = Source("s", range(20_000))
   ends = [0, 0.05, 0.3, 0.9, 1]
   parts = [
     kept(filter_lib.part(source, share)) for share in zip(ends, ends[1:])
@@ -199,12 +201,12 @@ def test_parts_share_nothing_and_are_everything():
     assert found == sorted(found)
     # They come from everywhere.
     assert abs(np.mean(found) - 10_000) < 700
-  again = kept(filter_lib.part(kinds.Source("t", range(20_000)), (0.3, 0.9)))
+  again = kept(filter_lib.part(Source("t", range(20_000)), (0.3, 0.9)))
   assert again == parts[2]
   # What is appended changes no record's part; what it is may never change.
-  more = kept(filter_lib.part(kinds.Source("t", range(20_100)), (0.3, 0.9)))
+  more = kept(filter_lib.part(Source("t", range(20_100)), (0.3, 0.9)))
   assert more[: len(again)] == again
-  assert kept(filter_lib.part(kinds.Source("t", range(40)), (0, 0.1))) == [
+  assert kept(filter_lib.part(Source("t", range(40)), (0, 0.1))) == [
     10,
     18,
     21,
@@ -236,19 +238,21 @@ def test_an_empty_part(source):
 
 def test_open_source_takes_the_part_first(monkeypatch):
   records = [example(i) for i in range(100)]
-  monkeypatch.setitem(kinds.SOURCES, "mine", lambda: kinds.Source("s", records))
+  monkeypatch.setitem(
+    kinds.SOURCES, "mine", lambda: lambda: Source("s", records)
+  )
   a, b = (
     kinds.open_source("mine", part=share, only=dict(n=(10, None)))
     for share in ((0, 0.8), (0.8, 1))
   )
   assert sorted(kept(a) + kept(b)) == list(range(10, 100))
   assert set(kept(b)) < set(
-    kept(filter_lib.part(kinds.Source("s", records), (0.8, 1)))
+    kept(filter_lib.part(Source("s", records), (0.8, 1)))
   )
 
 
 def test_numbers_of_many_are_no_list():
-  source = kinds.Source("s", range(1000))
+  source = Source("s", range(1000))
   part = filter_lib.part(source, (0, 0.5))
   for found in (source, part):
     assert isinstance(found.numbers(), np.ndarray)
@@ -276,6 +280,6 @@ def test_captions_that_cannot_be():
     ("x" * 65537, "caption too long"),
   ):
     with pytest.raises(faults.BadExample) as e:
-      kinds.captions({"c": ["a", text]}, "c")
+      captions.captions({"c": ["a", text]}, "c")
     assert e.value.kind == kind
-  assert kinds.captions({"c": "x" * 65536}, "c") == ["x" * 65536]
+  assert captions.captions({"c": "x" * 65536}, "c") == ["x" * 65536]

@@ -4,15 +4,17 @@ import json
 import re
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from sigjax import data, errors
+from sigjax import errors
+from sigjax.data import filter as filter_lib
 from sigjax.data import kinds
+from sigjax.data.emoji import builder
 from sigjax.data.example import tokenizer
+from sigjax.data.formats import tfds as tfds_lib
 
 NUM = 12
 PNG = b"\x89PNG not really, so decoding it would fail "
@@ -70,7 +72,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def source(data_dir):
-  return kinds.tfds("sources_test_pairs", "train", data_dir)
+  return tfds_lib.tfds("sources_test_pairs", "train", data_dir)
 
 
 def labels(source):
@@ -94,26 +96,26 @@ def test_reads_what_was_written(source):
 
 def test_splits_and_directories(data_dir):
   name = "sources_test_pairs:1.0.0"
-  assert len(kinds.tfds(name, "train[:5]", data_dir)) == 5
-  assert len(kinds.tfds(name, "train+test", data_dir)) == NUM + 2
+  assert len(tfds_lib.tfds(name, "train[:5]", data_dir)) == 5
+  assert len(tfds_lib.tfds(name, "train+test", data_dir)) == NUM + 2
   path = data_dir / "sources_test_pairs" / "1.0.0"
-  assert len(kinds.tfds(str(path), "test")) == 2
+  assert len(tfds_lib.tfds(str(path), "test")) == 2
 
 
 def test_missing_dataset_says_how_to_prepare_it(tmp_path):
   with pytest.raises(errors.UserError) as e:
-    kinds.tfds("sources_test_pairs", "train", tmp_path)
+    tfds_lib.tfds("sources_test_pairs", "train", tmp_path)
   message = str(e.value)
   assert '"sources_test_pairs"' in message and "\n" not in message
   assert f"not prepared in {tmp_path};" in message
   command = re.search('python -c "(.*?)"', message).group(1)
   exec(command)  # pylint: disable=exec-used
-  assert len(kinds.tfds("sources_test_pairs", "train", tmp_path)) == NUM
+  assert len(tfds_lib.tfds("sources_test_pairs", "train", tmp_path)) == NUM
 
 
 def test_default_data_dir_is_named():
   with pytest.raises(errors.UserError, match=r"in .*tensorflow_datasets;"):
-    kinds.tfds("sources_test_absent", "train")
+    tfds_lib.tfds("sources_test_absent", "train")
 
 
 def test_other_format_is_refused(data_dir, tmp_path):
@@ -125,29 +127,29 @@ def test_other_format_is_refused(data_dir, tmp_path):
   info["fileFormat"] = "riegeli"
   (path / "dataset_info.json").write_text(json.dumps(info))
   with pytest.raises(errors.UserError, match="stored as riegeli") as e:
-    kinds.tfds("sources_test_pairs", "train", tmp_path)
+    tfds_lib.tfds("sources_test_pairs", "train", tmp_path)
   assert "file_format='array_record'" in str(e.value)
 
 
 @pytest.mark.parametrize("split", ["val", "train[", "train[5:5]"])
 def test_missing_split_names_those_there_are(data_dir, split):
   with pytest.raises(errors.UserError) as e:
-    kinds.tfds("sources_test_pairs", split, data_dir)
+    tfds_lib.tfds("sources_test_pairs", split, data_dir)
   assert f'split "{split}"; it has: ' in str(e.value)
   assert re.search(r"it has: (train, test|test, train),", str(e.value))
 
 
 def test_where(source):
-  flags = kinds.where(source, "is_flag", True)
+  flags = filter_lib.where(source, "is_flag", True)
   assert labels(flags) == [i for i in labels(source) if i % 2 == 0]
-  one = kinds.where(flags, "concept", "c0")  # texts compare as str
+  one = filter_lib.where(flags, "concept", "c0")  # texts compare as str
   assert sorted(labels(one)) == [0, 2]
   with pytest.raises(errors.UserError, match="no example with concept='c9'"):
-    kinds.where(source, "concept", "c9")
+    filter_lib.where(source, "concept", "c9")
 
 
 def test_grouped(source):
-  groups = kinds.grouped(source, "concept")
+  groups = filter_lib.grouped(source, "concept")
   order = labels(source)
   assert len(groups) == NUM // 3
   found = [[order[i] for i in members] for members in groups.members]
@@ -160,7 +162,7 @@ def test_grouped(source):
 
 
 def test_pick_reaches_every_member(source):
-  groups = kinds.grouped(source, "concept")
+  groups = filter_lib.grouped(source, "concept")
   rng = np.random.default_rng(0)
   picked = {groups.pick(1, rng) for _ in range(50)}
   assert picked == set(groups.members[1].tolist())
@@ -168,23 +170,23 @@ def test_pick_reaches_every_member(source):
 
 
 def test_where_and_grouped_commute(source):
-  a = kinds.grouped(kinds.where(source, "is_flag", False), "concept")
-  b = kinds.where(kinds.grouped(source, "concept"), "is_flag", False)
+  a = filter_lib.grouped(filter_lib.where(source, "is_flag", False), "concept")
+  b = filter_lib.where(filter_lib.grouped(source, "concept"), "is_flag", False)
   members = lambda s: sorted(m.tolist() for m in s.members)
   assert members(a) == members(b)
   assert sorted(map(len, members(a))) == [1, 1, 2, 2]
 
 
 def test_a_group_without_fitting_members_is_dropped(source):
-  groups = kinds.where(kinds.grouped(source, "concept"), "label", 5)
+  groups = filter_lib.where(filter_lib.grouped(source, "concept"), "label", 5)
   assert len(groups) == 1 and labels(groups) == [5]
 
 
 def test_features_that_cannot_be_grouped_by(source):
   with pytest.raises(errors.UserError, match='"concpt".*mean "concept"'):
-    kinds.grouped(source, "concpt")
+    filter_lib.grouped(source, "concpt")
   with pytest.raises(errors.UserError, match='"captions".*more than one value'):
-    kinds.grouped(source, "captions")
+    filter_lib.grouped(source, "captions")
 
 
 def test_open_source(data_dir):
@@ -199,7 +201,7 @@ def test_open_source(data_dir):
   assert len(source) == 1 and sorted(source.members[0].tolist()) == [
     i
     for i, label in enumerate(
-      labels(kinds.tfds("sources_test_pairs", "train", data_dir))
+      labels(tfds_lib.tfds("sources_test_pairs", "train", data_dir))
     )
     if label in (3, 5)
   ]
@@ -211,13 +213,11 @@ def test_open_source(data_dir):
 
 def test_emoji_is_prepared_first(monkeypatch, tmp_path):
   def prepare(data_dir):
-    builder = SourcesTestPairs(data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
-    return builder
+    made = SourcesTestPairs(data_dir=data_dir, file_format="array_record")
+    made.download_and_prepare()
+    return made
 
-  monkeypatch.setattr(
-    data, "emoji", types.SimpleNamespace(prepare=prepare), raising=False
-  )
+  monkeypatch.setattr(builder, "prepare", prepare)
   source = kinds.open_source("emoji", split="test", data_dir=tmp_path)
   assert sorted(labels(source)) == [0, 1]
   assert source[0]["image"].startswith(PNG)
@@ -225,10 +225,12 @@ def test_emoji_is_prepared_first(monkeypatch, tmp_path):
 
 
 def test_all_captions(source):
-  flags = kinds.where(source, "is_flag", True)
+  flags = filter_lib.where(source, "is_flag", True)
   want = [f"É {label} {k}" for label in labels(flags) for k in range(label % 4)]
   assert list(kinds.all_captions(flags, "captions")) == want
-  groups = kinds.grouped(flags, "concept")  # all members, not the first ones
+  groups = filter_lib.grouped(
+    flags, "concept"
+  )  # all members, not the first ones
   assert list(kinds.all_captions(groups, "captions")) == want
 
 

@@ -6,37 +6,19 @@ import numpy as np
 import pytest
 
 from sigjax import errors
-from sigjax.data import faults, kinds, mixture
+from sigjax.data import faults, kinds
+from sigjax.data import filter as filter_lib
 from sigjax.data.batches import pipeline
-
-MADE = {}
-
-
-def made(name, only=None, group_by=None):
-  """Stands for open_source: a source made by the test."""
-  source = MADE[name]
-  for key, wanted in (only or {}).items():
-    source = kinds.where(source, key, wanted)
-  return kinds.grouped(source, group_by) if group_by else source
+from sigjax.data.source import Mixture, Source
 
 
-def make(name, n, tower=None, **attributes):
-  MADE[name] = kinds.Source(
-    name, [{"name": name, "i": i, "c": i // 3} for i in range(n)], tower=tower
-  ).replaced(**attributes)
+def make(name, n, **attributes):
+  records = [{"name": name, "i": i, "c": i // 3} for i in range(n)]
+  return Source(name, records, **attributes)
 
 
-@pytest.fixture(autouse=True)
-def three():
-  MADE.clear()
-  for name, n in (("a", 50), ("b", 34), ("c", 90)):
-    make(name, n)
-
-
-def mix(weights=(5, 2, 3), **last):
-  return mixture.mix(
-    made, [dict(name="a"), dict(name="b"), dict(name="c", **last)], weights
-  )
+def mix(weights=(5, 2, 3)):
+  return Mixture([make("a", 50), make("b", 34), make("c", 90)], weights)
 
 
 def show(example, rng):
@@ -103,7 +85,10 @@ def test_any_number_of_processes_and_restarts(processes):
 
 
 def test_narrowed_and_grouped_parts():
-  source = mix(only=dict(i=(0, 59)), group_by="c")
+  last = filter_lib.where(make("c", 90), "i", (0, 59))
+  source = Mixture(
+    [make("a", 50), make("b", 34), filter_lib.grouped(last, "c")], (5, 2, 3)
+  )
   assert len(source) == 50 + 34 + 20
   assert source.numbers().tolist() == list(range(50 + 34 + 60))
   got = take(batches(source), 100)
@@ -113,9 +98,9 @@ def test_narrowed_and_grouped_parts():
 
 
 def test_what_the_program_asks_of_a_source():
-  make("a", 50, label_names={"c": ["x"], "d": ["y"]}, faults={"odd": 1})
-  make("b", 34, label_names={"c": ["x"]}, faults={"odd": 2, "even": 3})
-  source = mixture.mix(made, [dict(name="a"), dict(name="b")], [1, 2])
+  a = make("a", 50, label_names={"c": ["x"], "d": ["y"]}, faults={"odd": 1})
+  b = make("b", 34, label_names={"c": ["x"]}, faults={"odd": 2, "even": 3})
+  source = Mixture([a, b], [1, 2])
   assert source.name == "mix of a, b" and len(source) == 84
   assert source.label_names == {"c": ["x"]} and source.tower is None
   assert source.faults == {"odd": 3, "even": 3}
@@ -162,39 +147,32 @@ def test_parts_have_to_be_alike():
   "weights, words",
   [
     ([1, 2], "3 sources and 2 weights"),
-    ([1, 0, 1], "0 is no weight"),
-    ([1, -1, 1], "-1 is no weight"),
-    ([1, "1", 1], "'1' is no weight"),
-    ([0, 0, 0], "0 is no weight"),
-    ([1, None, 1], "None is no weight"),
-    ([1, float("nan"), 1], "nan is no weight"),
-    ([1, 1e-12, 1], "1e-12 is no weight"),
+    ([1, 0, 1], "0 cannot be a weight"),
+    ([1, -1, 1], "-1 cannot be a weight"),
+    ([1, "1", 1], "'1' cannot be a weight"),
+    ([0, 0, 0], "0 cannot be a weight"),
+    ([1, None, 1], "None cannot be a weight"),
+    ([1, float("nan"), 1], "nan cannot be a weight"),
+    ([1, 1e-12, 1], "1e-12 cannot be a weight"),
   ],
 )
-def test_weights_that_are_none(weights, words):
+def test_what_cannot_be_a_weight(weights, words):
   with pytest.raises(errors.UserError, match=words):
     mix(weights)
 
 
 def test_mistakes():
-  make("d", 40, tower="other")
   with pytest.raises(errors.UserError, match="d has embeddings of tower other"):
-    mixture.mix(made, [dict(name="a"), dict(name="d")], [1, 1])
-  with pytest.raises(errors.UserError, match="source 1 of the mix .*nam"):
-    mixture.mix(made, [dict(name="a"), dict(nam="d")], [1, 1])
-  with pytest.raises(errors.UserError, match="2 of the mix is there already"):
-    mixture.mix(made, [dict(name=x) for x in "aba"], [1, 1, 1])
-  with pytest.raises(errors.UserError, match="itself a mix"):
-    mixture.mix(made, [dict(kind="mix")], [1])
+    Mixture([make("a", 50), make("d", 40, tower="other")], [1, 1])
   with pytest.raises(errors.UserError, match="b has 34 .* its 40 .* weight"):
     batches(mix((1, 2, 1)), 80)
   with pytest.raises(errors.UserError, match="cannot be evaluated on"):
     pipeline.eval_batches(mix(), show, batch_size=4)
   for narrow in (
-    lambda s: kinds.where(s, "i", 3),
-    lambda s: kinds.grouped(s, "c"),
+    lambda s: filter_lib.where(s, "i", 3),
+    lambda s: filter_lib.grouped(s, "c"),
     lambda s: kinds.shuffled(s, "i"),
-    lambda s: s.narrowed([[0]]),
+    lambda s: s.replaced(members=[[0]]),
   ):
     with pytest.raises(errors.UserError, match="to each of its sources"):
       narrow(mix())
@@ -211,9 +189,16 @@ def test_as_a_line_of_a_config(shapes_dir):
   source = kinds.open_source(
     "mix", sources=[part(0, 0.5), part(0.5, 1)], weights=[0.75, 0.25]
   )
-  assert isinstance(source, mixture.Mixture) and len(source) == 192
+  assert isinstance(source, Mixture) and len(source) == 192
   first = set(kinds.open_source(**part(0, 0.5)).numbers().tolist())
   seen = [int(source.records[i]["label"]) for i in (0, 191)]
   assert all(0 <= label < 24 for label in seen) and 0 < len(first) < 192
-  with pytest.raises(errors.UserError, match="weights"):
-    kinds.open_source("mix", sources=[part(0, 0.5)], weights=[1, 2])
+  for sources, words in (
+    ([part(0, 0.5)], "1 sources and 2 weights"),
+    ([part(0, 0.5), part(0, 0.5)], "source 1 of the mix is there already"),
+    ([part(0, 0.5), dict(kind="mix")], "itself a mix"),
+    ([part(0, 0.5), dict(kind="tfds", nam="x")], '"tfds" has no key "nam"'),
+    ([part(0, 0.5), dict(kin="tfds")], "source 1 of the mix needs: kind"),
+  ):
+    with pytest.raises(errors.UserError, match=words):
+      kinds.open_source("mix", sources=sources, weights=[1, 2])

@@ -16,7 +16,7 @@ import pytest
 from sigjax import errors, sharding, train, trees
 from sigjax import step as step_lib
 from sigjax.data import kinds
-from sigjax.data.example import preprocess
+from sigjax.data.example import captions, preprocess
 from sigjax.models import two_towers
 from sigjax.weights import npz
 from tools import embed, predict
@@ -85,7 +85,7 @@ def test_embeddings_are_the_towers(config, tmp_path, dtype, atol, capsys):
       np.testing.assert_allclose(
         example["image"].astype(np.float32), want[i], atol=atol
       )
-      assert example["captions"] == kinds.captions(source[i], "captions")
+      assert example["captions"] == captions.captions(source[i], "captions")
       assert example["label"] == source[i]["label"]
 
 

@@ -1,18 +1,21 @@
-"""Which example is where in a run: a function of the seed and place alone.
+"""Which element is at which position of a run.
 
-A batch holds floor or ceil of weight * B examples of each source. What a source
-gives, batch after batch, is its sequence: epoch after epoch, each all of its n
-elements once, in an order of its own. Nothing of what came before is needed to
-know what is at a place, so starting at step 10^6 takes no longer than at 0.
+A batch holds floor or ceil of weight * B elements of each source. What a source
+contributes, batch after batch, is its sequence: one epoch after the other, each
+with all n elements of the source once, in a random order of its own. A place is
+an index into this sequence. The element at a place is computed from the seed
+and the place alone, so starting at step 10^6 takes no longer than at step 0.
 
-A batch may hold the end of one epoch and the beginning of the next. It would
-hold an element twice if that came last in one and first in the other, which
-would be a wrong negative pair for the loss. So at an epoch's beginning such
-elements change places with the next ones that are not in that batch; an epoch's
-end is never changed, so that no epoch depends on more than the one before.
+A batch may hold the end of one epoch and the beginning of the next. If an
+element came last in one and first in the other, the batch would hold it twice,
+and the loss would take it for its own negative. So at the beginning of an epoch
+such elements are swapped with the next ones that are not in the batch. The end
+of an epoch is never changed, so each epoch depends on the one before it alone.
 """
 
 import bisect
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 import fractions
 import functools
 import itertools
@@ -27,11 +30,11 @@ from sigjax import errors
 _IN_MEMORY = 1 << 16  # elements; the order of an epoch of more is computed
 
 
-def golden_step(unit):
-  """Returns about unit / the golden ratio, and without a common divisor.
+def golden_step(unit: int) -> int:
+  """Returns a number near unit / golden ratio that is coprime to unit.
 
-  Its multiples modulo unit visit all numbers below it, and of any beginning of
-  them as many are in one part of the range as in another as large.
+  Its multiples modulo unit visit all numbers below unit. The first few of them,
+  however many, are spread evenly over the range.
   """
   step = (math.isqrt(5 * unit * unit) - unit) // 2
   while math.gcd(step, unit) > 1:
@@ -39,7 +42,7 @@ def golden_step(unit):
   return step
 
 
-def floor_sum(n, m, a, b):
+def floor_sum(n: int, m: int, a: int, b: int) -> int:
   """Returns the sum of (a * i + b) // m over i < n, in O(log m)."""
   total = 0
   while True:
@@ -48,38 +51,39 @@ def floor_sum(n, m, a, b):
     top = a * n + b
     if top < m:
       return total
-    # The points below the line, counted along the other axis.
+    # Count the points below the line along the other axis.
     n, b = divmod(top, m)
     a, m = m, a
 
 
 class Shares:
-  """How many examples of each source a batch holds.
+  """How many elements of each source a batch holds.
 
-  Of source j that is w_j * B rounded down or up. Which of the two follows a
-  golden-ratio sequence, so that after any number of batches each source has
-  given what its weight says but for a few examples.
+  Of source j that is w_j * B, rounded down or up. A golden-ratio sequence
+  decides which of the two. So after any number of batches, the number of
+  elements of a source deviates by a few from what its weight says.
 
   Args:
-    weights: positive numbers, of any sum.
+    weights: Positive numbers, of any sum.
     batch_size: B.
   """
 
-  def __init__(self, weights, batch_size):
+  def __init__(self, weights: SequenceOf[float], batch_size: int):
     exact = [fractions.Fraction(repr(w)) for w in weights]  # 0.7 is 7/10
     parts = [w / sum(exact) for w in exact]
-    # Much more than needed for `parts` to be whole, for more even steps.
+    # `parts` times _unit are whole numbers. The factor 2^32 makes steps even.
     self._unit = math.lcm(*(x.denominator for x in parts)) << 32
     self._step = golden_step(self._unit)
-    # Examples in _unit batches.
+    # Elements of each source in _unit batches.
     self._rate = [int(x * self._unit) * batch_size for x in parts]
     self._base = [x // self._unit for x in self._rate]
-    # Of the rows left over, each goes to the source between whose edges its
-    # number falls, after a shift by less than 1 that changes with the step.
+    # Rows that rounding down leaves over are points 0, 1, 2, ... on a line,
+    # shifted by a fraction that depends on the step. Each goes to the source
+    # between whose edges it falls.
     self._edges = [0, *itertools.accumulate(x % self._unit for x in self._rate)]
 
-  def before(self, step):
-    """Returns how many of each source all batches before `step` hold."""
+  def before(self, step: int) -> tuple[int, ...]:
+    """Returns how many elements of each source the batches before step hold."""
     sums = [
       floor_sum(step, self._unit, self._step, edge) for edge in self._edges
     ]
@@ -88,17 +92,14 @@ class Shares:
       for base, (a, b) in zip(self._base, itertools.pairwise(sums))
     )
 
-  def most(self, j):
-    """Returns (the most a batch holds of source j, whether it always does)."""
+  def most(self, j: int) -> tuple[int, bool]:
+    """Returns how many of source j a batch can hold, and if all hold that."""
     rest = self._rate[j] % self._unit
     return self._base[j] + bool(rest), not rest
 
-  def batch_of(self, j, place):
-    """Returns (low, high): the places in j's sequence of a whole batch.
-
-    It is the batch that holds `place`.
-    """
-    # Off by less than 64 examples from what the weight alone says.
+  def batch_of(self, j: int, place: int) -> tuple[int, int]:
+    """Returns (low, high): the places of source j in the batch of a place."""
+    # The weight alone gives the step, but for less than 64 elements.
     guess = place * self._unit // self._rate[j]
     slack = 64 * self._unit // self._rate[j] + 2
     steps = range(max(guess - slack, 0), guess + slack)
@@ -107,27 +108,33 @@ class Shares:
 
 
 class Order:
-  """The sequence of one source: epochs without end, each element once in each.
+  """The sequence of one source: endless epochs, with each element once in each.
 
   Args:
-    n: how many elements, 2^32 at most.
-    seed: of the order, a tuple of integers.
-    batch_of: place -> (low, high), the places of the batch that holds it. A
-      batch holds no element twice if n is what Sequence asks for.
-    shuffle: else each epoch is 0, 1, ..., n - 1.
+    n: The number of elements, at most 2^32.
+    seed: A tuple of integers.
+    batch_of: fn(place) -> (low, high), the places of the batch that holds it.
+      No batch holds an element twice if n is as large as Sequence requires.
+    shuffle: Whether to shuffle; otherwise each epoch is 0, 1, ..., n - 1.
   """
 
-  def __init__(self, n, seed, batch_of, shuffle=True):
+  def __init__(
+    self,
+    n: int,
+    seed: tuple[int, ...],
+    batch_of: Callable[[int], tuple[int, int]],
+    shuffle: bool = True,
+  ):
     self._n, self._seed, self._batch_of = n, seed, batch_of
     self._shuffle = shuffle
-    # Held while they are filled: else each of many threads would do it.
+    # The caches are used under the lock, so that not every thread fills them.
     self._lock = threading.RLock()
-    self._permutation = functools.lru_cache(4)(self._permutation)
-    self._swaps = functools.lru_cache(4)(self._swaps)
-    self._pool = functools.lru_cache(4)(self._pool)
+    self._permutation = functools.lru_cache(4)(self._make_permutation)
+    self._swaps = functools.lru_cache(4)(self._make_swaps)
+    self._pool = functools.lru_cache(4)(self._make_pool)
 
-  def _permutation(self, epoch):
-    """Returns i -> what is at place i of an epoch, before swaps."""
+  def _make_permutation(self, epoch: int) -> Callable[[int], int]:
+    """Returns fn(i) -> the element at place i of an epoch, before swaps."""
     if not self._shuffle:
       return lambda i: i
     seed = np.random.SeedSequence([*self._seed, epoch])
@@ -142,8 +149,8 @@ class Order:
       rounds=4,
     )
 
-  def _swaps(self, epoch):
-    """Returns {place within the epoch: element} where they were made."""
+  def _make_swaps(self, epoch: int) -> dict[int, int]:
+    """Returns {place within the epoch: element} of places that were swapped."""
     n, first = self._n, epoch * self._n
     low, high = self._batch_of(first)
     if low == first or not self._shuffle:
@@ -159,32 +166,33 @@ class Order:
         free += 1
     return swaps
 
-  def at(self, place):
+  def at(self, place: int) -> int:
     """Returns the element at a place."""
     epoch, i = divmod(place, self._n)
     with self._lock:
       swaps, draw = self._swaps(epoch), self._permutation(epoch)
     return swaps[i] if i in swaps else draw(i)
 
-  def spare(self, place, low, high, attempt):
-    """Returns an element to put at a place whose own cannot be used.
+  def spare(self, place: int, low: int, high: int, attempt: int) -> int | None:
+    """Returns an element to use where the element at a place is unusable.
 
-    It is none of its batch, and no spare of another place of the batch while
-    attempt < n // (high - low) - 1; beyond that, it is one of its neighbours'.
+    It is not in the batch. While attempt < n // (high - low) - 1, it is no
+    spare of another place of the batch, either.
 
     Args:
       place: low <= place < high.
-      low, high: the places of its batch.
-      attempt: 0, 1, ...: another one each, n - (high - low) in all.
+      low: The first place of the batch.
+      high: The place after its last one.
+      attempt: 0, 1, ...; each gives another element.
 
     Returns:
-      None if the batch holds all elements.
+      None if all n - (high - low) elements outside the batch have been given.
     """
     size = high - low
     left = self._n - size
     if attempt >= left:
       return None
-    # Steps of `size`, and one more where they would come back to the first.
+    # Steps of `size`, and one more whenever they come back to the first.
     turn = left // math.gcd(left, size)
     x = (place - low + attempt * size + attempt // turn) % left
     epoch, i = divmod(high - 1, self._n)
@@ -195,10 +203,11 @@ class Order:
       found.extend(itertools.islice(more, max(x + 1 - len(found), 0)))
     return found[x]
 
-  def _pool(self, low, high):
-    """Returns a list to fill and an iterator: the elements not in a batch.
+  def _make_pool(self, low: int, high: int) -> tuple[list[int], Iterator[int]]:
+    """Returns an empty list to fill, and an iterator of elements for it.
 
-    The batch holds the end of one epoch; they are in that epoch's order.
+    The batch holds the end of an epoch. The iterator yields the elements that
+    are not in the batch, in the order of that epoch.
     """
     first = low // self._n * self._n
     head = {self.at(place) for place in range(first + self._n, high)}
@@ -206,23 +215,30 @@ class Order:
 
 
 class Sequence:
-  """What is at each position of a run over one or several sources.
+  """The element at each position of a run over one or several sources.
 
-  Position s * B + r is row r of batch s. Rows of the sources alternate, so that
-  each process reads of all of them.
+  Position s * B + r is row r of batch s. Rows of different sources alternate,
+  so that each process reads from all sources.
 
   Args:
-    sources: (name, number of elements) of each.
-    weights: of each, positive.
+    sources: (name, number of elements) of each source.
+    weights: A positive number for each source.
     batch_size: B.
     seed: 0 or more.
-    shuffle: as in Order.
+    shuffle: As in Order.
 
   Raises:
-    UserError: a source has too few elements for its share of a batch.
+    UserError: A source has too few elements for its share of a batch.
   """
 
-  def __init__(self, sources, weights, batch_size, seed, shuffle=True):
+  def __init__(
+    self,
+    sources: SequenceOf[tuple[str, int]],
+    weights: SequenceOf[float],
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+  ):
     self._batch_size = batch_size
     self._shares = Shares(weights, batch_size)
     self._orders = []
@@ -239,9 +255,12 @@ class Sequence:
     if len(sources) > 1:  # the ranks of the golden-ratio sequence
       spread = np.arange(batch_size) * golden_step(1 << 31) % (1 << 31)
       self._rows = np.argsort(np.argsort(spread)).tolist()
-    self._bounds = functools.lru_cache(64)(self._bounds)
+    self._bounds = functools.lru_cache(64)(self._make_bounds)
 
-  def _check(self, name, n, j, count, shuffle):
+  def _check(
+    self, name: str, n: int, j: int, count: int, shuffle: bool
+  ) -> None:
+    """Raises UserError unless n elements are enough for source j of count."""
     most, always = self._shares.most(j)
     B = self._batch_size
     part = (
@@ -259,8 +278,8 @@ class Sequence:
         f"{name} has {n} elements, more than the {1 << 32} there may be of "
         "one source; make it several, mixed by weight"
       )
-    # A batch across two epochs holds up to `most` elements, and the end of the
-    # later epoch has to be left as it is: what changes place needs more room.
+    # A batch across two epochs holds up to `most` elements. Swaps need as many
+    # places after it, for the end of the later epoch must not change.
     if shuffle and n < 2 * most - (math.gcd(n, most) if always else 1):
       remedy = (
         lower
@@ -268,16 +287,16 @@ class Sequence:
         else (f"make batch_size a divisor of {n}, or {n // 2} at most")
       )
       raise errors.UserError(
-        f"{name} has {n} elements, so that {part} across two epochs could "
-        f"not but hold some twice; {remedy}"
+        f"{name} has {n} elements, so that {part} across two epochs would "
+        f"hold some of them twice; {remedy}"
       )
 
-  def _bounds(self, step):
-    """Returns a batch's places in each source's sequence, (low, high) each."""
+  def _make_bounds(self, step: int) -> list[tuple[int, int]]:
+    """Returns (low, high) of each source: a batch's places in its sequence."""
     return list(zip(self._shares.before(step), self._shares.before(step + 1)))
 
-  def _place(self, position):
-    """Returns (source, place in its sequence, low, high of the batch)."""
+  def _place(self, position: int) -> tuple[int, int, int, int]:
+    """Returns (source, place in its sequence, low and high of the batch)."""
     step, row = divmod(position, self._batch_size)
     row = self._rows[row]
     for j, (low, high) in enumerate(self._bounds(step)):
@@ -286,13 +305,13 @@ class Sequence:
       row -= high - low
     raise AssertionError("shares do not fill a batch")
 
-  def at(self, position):
-    """Returns the element at a position, numbered on over all sources."""
+  def at(self, position: int) -> int:
+    """Returns the element at a position, numbered as those of a Mixture."""
     j, place, _, _ = self._place(position)
     return self._starts[j] + self._orders[j].at(place)
 
-  def spare(self, position, attempt):
-    """Returns one to take instead, of the same source; see Order.spare."""
+  def spare(self, position: int, attempt: int) -> int | None:
+    """Returns another element of the same source; see Order.spare."""
     j, *place = self._place(position)
     found = self._orders[j].spare(*place, attempt)
     return None if found is None else self._starts[j] + found

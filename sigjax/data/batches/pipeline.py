@@ -1,38 +1,33 @@
-"""Batches from a source, on Grain: shuffled, split over processes, resumable.
+"""Batches from a source: shuffled, split over processes, resumable.
 
 What is in step s of a run is a function of (source, preprocessing, batch_size,
 seed, s) alone: neither the number of processes or threads nor a restart changes
-it. So the random numbers of an example are seeded by its place in the global
+it. So the random numbers of an example are seeded by its position in the global
 sequence of examples, and the position to resume from is one number, the step.
-
-B is the global batch, b = B / process_count what one process loads of it:
-process p holds the rows p*b to (p+1)*b.
 """
 
+from collections.abc import Callable, Iterator
+import functools
+import itertools
 import time
+from typing import Any
 import weakref
 
 import grain
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import mixture
-from sigjax.data.batches import batching, loading, order
+from sigjax.data.batches import order
+from sigjax.data.batches import tally as tally_lib
+from sigjax.data.batches.loader import Arrays, Batch, Loader
 from sigjax.data.faults import BadExample
+from sigjax.data.source import Example, Source
 
+# fn(example, rng) -> example
+Preprocess = Callable[[Example, np.random.Generator], Example]
 
-def _local_size(batch_size, process_count):
-  if batch_size < 1 or batch_size % process_count:
-    raise errors.UserError(
-      f"a batch of {batch_size} cannot be split over {process_count} "
-      "processes: batch_size has to be a multiple of their number"
-    )
-  return batch_size // process_count
-
-
-def _stop(live):
-  while live:
-    live.pop().close()
+_MEMBERS = 3  # other members of its group that may replace a bad example
+_SPARES = 8  # other elements that are tried after these
 
 
 class TrainBatches:
@@ -41,22 +36,26 @@ class TrainBatches:
   close() stops its threads; then there are no further batches.
 
   Attributes:
-    waited: seconds that next() has taken so far.
+    waited: Seconds that next() has taken so far.
   """
 
-  def __init__(self, dataset, identity, tally):
-    self._live = [iter(dataset)]
+  waited: float
+
+  def __init__(
+    self, loader: Loader, identity: dict[str, Any], tally: tally_lib.Tally
+  ):
+    self._live: list[Any] = [iter(loader)]
     self._identity, self._tally = identity, tally
     self._step = 0
     self.waited = 0.0
-    # Called at Python's exit if not before: Grain's own destructor is then too
-    # late, and loud.
-    self.close = weakref.finalize(self, _stop, self._live)
+    # Called at Python's exit if not before: Grain's own destructor would come
+    # too late then, and print an error.
+    self.close = weakref.finalize(self, _close, self._live)
 
-  def __iter__(self):
+  def __iter__(self) -> "TrainBatches":
     return self
 
-  def __next__(self):
+  def __next__(self) -> Arrays:
     if not self._live:
       raise StopIteration
     start = time.perf_counter()
@@ -65,24 +64,19 @@ class TrainBatches:
     self._step += 1
     return batch
 
-  @property
-  def loaded(self):
-    """How many examples this process has loaded, those read ahead included."""
-    return self._tally.loaded
-
-  def faults(self):
-    """Returns {kind: how many could not be used}, of the same process."""
+  def faults(self) -> dict[str, int]:
+    """Returns {kind: number of examples that this process could not use}."""
     return self._tally.faults()
 
-  def get_state(self):
+  def get_state(self) -> dict[str, Any]:
     """Returns a small JSON-able dict; "step" is how many batches were taken."""
     return {"step": self._step, **self._identity}
 
-  def set_state(self, state):
-    """Moves to the position of get_state(), in a time independent of it.
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Moves to a position from get_state(), in constant time.
 
     Raises:
-      UserError: the state is of another sequence of batches.
+      UserError: The position is of another sequence of batches.
     """
     for key, value in self._identity.items():
       if state.get(key) != value:
@@ -94,170 +88,137 @@ class TrainBatches:
     self._step = state["step"]
 
 
+def _close(live):
+  while live:
+    live.pop().close()
+
+
 class EvalBatches:
-  """An iterable over a fixed number of batches; see eval_batches."""
+  """A sized iterable over batches; see eval_batches."""
 
-  def __init__(self, dataset, steps):
-    self._dataset = dataset
-    self._steps = steps
+  def __init__(self, loader: Loader, steps: int):
+    self._loader, self._steps = loader, steps
 
-  def __len__(self):
+  def __len__(self) -> int:
     return self._steps
 
-  def __iter__(self):
-    return iter(self._dataset)
+  def __iter__(self) -> Iterator[Arrays]:
+    return iter(self._loader)
 
 
 def train_batches(
-  source,
-  preprocess,
+  source: Source,
+  preprocess: Preprocess,
   *,
-  batch_size,
-  seed,
-  process_index=0,
-  process_count=1,
-  shuffle=True,
-  bad_fraction=0.01,
-  num_threads=None,
-  prefetch=2,
-):
+  batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  shuffle: bool = True,
+  bad_fraction: float = tally_lib.BAD_FRACTION,
+  num_threads: int | None = None,
+  prefetch: int = 2,
+) -> TrainBatches:
   """Returns an endless iterator over batches for training.
 
-  An epoch is each element once, and a batch may hold the end of one and the
+  An epoch is each element once. A batch may hold the end of one epoch and the
   beginning of the next, but no element twice; see order.py.
 
-  An example that cannot be used is counted, and logged if there were few of its
-  kind. Its place is taken by another member of its group; else by an element
-  that is not in the batch, always the same one, which that epoch then shows
-  twice. What takes the place of two may be the same, though only if both and
-  all of the first one's n // B - 1 or more own substitutes cannot be used.
+  An example that cannot be used is counted, and some of each kind are logged.
+  Another member of its group takes its place; if there is none, an element that
+  is not in the batch, which that epoch then shows twice. The choice depends on
+  the position alone.
 
   Args:
-    source: a Source, or a mixture.Mixture. Of a grouped one, a random member
-      is shown.
+    source: A Source or a Mixture. Of a group, a random member is shown.
     preprocess: fn(example, rng) -> dict of arrays of the same shapes.
     batch_size: B.
-    seed: of the order and of all random preprocessing; 0 or more.
-    process_index, process_count: which part of each batch this process loads.
-    shuffle: whether each epoch is shuffled globally; otherwise its order is
-      the source's.
-    bad_fraction: the most of what this process loads, or of the first 1000,
-      that may be unusable; also the most that a source may have left out.
-    num_threads: in which examples are loaded; 0 for none, None for one a core.
-    prefetch: how many batches are held ready.
-
-  Returns:
-    An iterator of {name: (b, ...)}, a TrainBatches.
+    seed: Of the order and of all random preprocessing; 0 or more.
+    process_index: Which part of each batch this process loads.
+    process_count: Into how many parts batches are split.
+    shuffle: Whether each epoch is shuffled globally; otherwise examples come in
+      the source's order.
+    bad_fraction: The largest fraction of unusable examples, see tally.Tally.
+    num_threads: How many threads load examples; 0 for none, None for one per
+      core.
+    prefetch: How many batches are held ready.
 
   Raises:
-    UserError: B is not a multiple of process_count, or the source too small
-      for it, see order.Sequence; bad_fraction is no fraction; and, also from
-      next(), more is unusable than that, by kind, each with a name.
+    UserError: process_count does not divide B; the source is too small for B,
+      see order.Sequence; bad_fraction is no fraction. Also from next(): too
+      many examples cannot be used; the message lists kinds and examples.
   """
-  B, b = batch_size, _local_size(batch_size, process_count)
-  parts, weights = mixture.parts_of(source)
+  parts, weights = source.parts()
   sizes = [len(part) for part in parts]
   sequence = order.Sequence(
-    [(part.name, n) for part, n in zip(parts, sizes)], weights, B, seed, shuffle
+    [(part.name, n) for part, n in zip(parts, sizes)],
+    weights,
+    batch_size,
+    seed,
+    shuffle,
   )
-  tally = loading.Tally(bad_fraction, source)
-
-  def load(i):
-    step, row = divmod(i, b)
-    position = step * B + process_index * b + row  # since the run began
-    return loading.load_good(
-      source, sequence, position, preprocess, seed, tally
-    )
-
+  tally = tally_lib.Tally(bad_fraction, source)
+  loader = Loader(
+    functools.partial(_load_good, source, sequence, preprocess, seed, tally),
+    batch_size=batch_size,
+    process_index=process_index,
+    process_count=process_count,
+    steps=None,
+    num_threads=num_threads,
+    prefetch=prefetch,
+  )
   identity = {
     "seed": seed,
-    "batch_size": B,
+    "batch_size": batch_size,
     "elements": sizes,
     "weights": weights,
     "shuffle": shuffle,
   }
-  return TrainBatches(
-    batching.dataset(load, None, b, num_threads, prefetch), identity, tally
-  )
-
-
-def first_example(source, preprocess):
-  """Returns an example as batches hold them, for its shapes.
-
-  Of a mixture, one of each part is read, and they have to be alike.
-
-  Raises:
-    UserError: none of the first hundred can be used, or they are not alike.
-  """
-  parts, _ = mixture.parts_of(source)
-  found = batching.Batch(len(parts))
-  for j, part in enumerate(parts):
-    fault = None
-    for i in range(min(len(part), 100)):
-      try:
-        found.put(
-          j,
-          *loading.load(
-            part, part.pick(i), preprocess, np.random.default_rng(0)
-          ),
-        )
-        break
-      except BadExample as e:
-        fault = fault or e
-    else:
-      raise errors.UserError(
-        f"none of the first examples of {part.name} can be used: {fault}"
-      )
-  return {key: value[0] for key, value in found.arrays().items()}
+  return TrainBatches(loader, identity, tally)
 
 
 def eval_batches(
-  source,
-  preprocess,
+  source: Source,
+  preprocess: Preprocess,
   *,
-  batch_size,
-  process_index=0,
-  process_count=1,
-  num_threads=None,
-  prefetch=2,
-):
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_threads: int | None = None,
+  prefetch: int = 2,
+) -> EvalBatches:
   """Returns batches of all elements once, in order, over all processes.
 
   Every process gets ceil(len(source) / B) batches. Rows past the end are zeros.
-  Of a grouped source, the first members are shown. Random preprocessing depends
-  on an element's index alone. Nothing is skipped: a figure is comparable only
+  Of a group, the first member is shown. Random preprocessing depends on the
+  number of the element alone. Nothing is skipped: a figure is comparable only
   if it is of the whole dataset.
 
   Args:
-    source: a Source that is no Mixture.
-    preprocess, batch_size, process_index, process_count, num_threads, prefetch:
-      as in train_batches.
+    source: A Source that is no Mixture.
+    preprocess: As in train_batches, as are the other arguments.
+    batch_size: B.
+    process_index: Which part of each batch this process loads.
+    process_count: Into how many parts batches are split.
+    num_threads: How many threads load examples.
+    prefetch: How many batches are held ready.
 
   Returns:
-    A sized iterable, to be used as often as one likes, of {name: (b, ...),
-    "_mask": (b,) bool}, _mask being False for rows past the end.
+    A sized iterable that can be used several times, of {name: (b, ...),
+    "_mask": (b,) bool}. _mask is False for rows past the end.
 
   Raises:
-    UserError: B is not a multiple of process_count, the source is empty or a
-      mixture; and, from next(), an example that cannot be used, by its name.
+    UserError: process_count does not divide B; the source is empty or a
+      Mixture. Also from next(): an example cannot be used.
   """
-  B, b = batch_size, _local_size(batch_size, process_count)
+  source.check_evaluable()
   n = len(source)
-  if not n:
-    raise errors.UserError(f"{source.name} has no elements")
-  if isinstance(source, mixture.Mixture):
-    raise errors.UserError(
-      f"a {source.name} cannot be evaluated on: weights mean nothing there; "
-      "give an evaluation for each"
-    )
 
-  def load(i):
-    step, row = divmod(i, b)
-    index = step * B + process_index * b + row
-    real = index < n
-    index = min(index, n - 1)  # past the end: some element, for its shapes
+  def load(position):
+    real = position < n
+    index = min(position, n - 1)  # past the end: some element, for its shapes
     try:
-      example, where = loading.load(
+      example, where = _load(
         source, source.pick(index), preprocess, np.random.default_rng(index)
       )
     except BadExample as e:
@@ -268,7 +229,128 @@ def eval_batches(
       example = {key: np.zeros_like(value) for key, value in example.items()}
     return {**example, "_mask": np.bool_(real)}, where
 
-  steps = -(-n // B)
-  return EvalBatches(
-    batching.dataset(load, steps * b, b, num_threads, prefetch), steps
+  steps = -(-n // batch_size)
+  loader = Loader(
+    load,
+    batch_size=batch_size,
+    process_index=process_index,
+    process_count=process_count,
+    steps=steps,
+    num_threads=num_threads,
+    prefetch=prefetch,
   )
+  return EvalBatches(loader, steps)
+
+
+def first_example(source: Source, preprocess: Preprocess) -> Arrays:
+  """Returns one example as it will stand in batches, for its shapes.
+
+  Of a mixture, one example of each part is read, and these have to be alike.
+
+  Raises:
+    UserError: None of the first hundred examples can be used, or examples of
+      the parts are not alike.
+  """
+  parts, _ = source.parts()
+  found = Batch(len(parts))
+  for j, part in enumerate(parts):
+    fault = None
+    for i in range(min(len(part), 100)):
+      rng = np.random.default_rng(0)
+      try:
+        found.put(j, *_load(part, part.pick(i), preprocess, rng))
+        break
+      except BadExample as e:
+        fault = fault or e
+    else:
+      raise errors.UserError(
+        f"none of the first examples of {part.name} can be used: {fault}"
+      )
+  return {key: value[0] for key, value in found.arrays().items()}
+
+
+def _load(
+  source: Source,
+  record: int,
+  preprocess: Preprocess,
+  rng: np.random.Generator,
+) -> tuple[Example, str]:
+  """Reads and preprocesses one record.
+
+  Returns:
+    The example, and its name.
+
+  Raises:
+    BadExample: It cannot be used. All errors name the example.
+  """
+  where = source.name_of(record)
+  try:
+    example = source.read(record)
+    key = example.get("key", example.get("file"))
+    if isinstance(key, str):
+      where = f"{where} ({key})"
+    return preprocess(example, rng), where
+  except BadExample as e:
+    raise BadExample(f"{where}: {e}", kind=e.kind) from e
+  except errors.UserError as e:
+    raise errors.UserError(f"{where}: {e}") from e
+  except Exception as e:
+    e.add_note(f"in {where}")
+    raise
+
+
+def _load_good(
+  source: Source,
+  sequence: order.Sequence,
+  preprocess: Preprocess,
+  seed: int,
+  tally: tally_lib.Tally,
+  position: int,
+) -> tuple[Example, str]:
+  """Loads the example of a position, or one that takes its place.
+
+  Raises:
+    UserError: None of the candidates can be used, or the tally's limit is
+      exceeded.
+  """
+  fault, tried = None, 0
+  for record, rng in _candidates(source, sequence, seed, position):
+    try:
+      loaded = _load(source, record, preprocess, rng)
+    except BadExample as e:
+      fault = e
+      tally.bad(e)
+      tried += 1
+    else:
+      tally.good()
+      return loaded
+  raise errors.UserError(
+    f"{fault}; nothing can take its place in the batch: "
+    + (
+      f"{tried - 1} others cannot be used, either"
+      if tried > 1
+      else "the batch holds all there are; lower batch_size"
+    )
+  )
+
+
+def _candidates(
+  source: Source, sequence: order.Sequence, seed: int, position: int
+) -> Iterator[tuple[int, np.random.Generator]]:
+  """Yields (record, rng) of a position, then those that may take its place."""
+  rngs = (
+    np.random.default_rng([seed, position, attempt])
+    for attempt in itertools.count()
+  )
+  own, rng = sequence.at(position), next(rngs)
+  record = source.pick(own, rng)
+  yield record, rng
+  group = source.members_of(own)
+  others = np.roll(group, -list(group).index(record))[1:]
+  for other in others[:_MEMBERS].tolist():
+    yield other, next(rngs)
+  for attempt in range(_SPARES):
+    spare = sequence.spare(position, attempt)
+    if spare is not None:
+      rng = next(rngs)
+      yield source.pick(spare, rng), rng

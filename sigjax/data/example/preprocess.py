@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sigjax import errors
-from sigjax.data import kinds
+from sigjax.data.example import captions
 from sigjax.data.example import images, pipe_string
 from sigjax.data.faults import BadExample
 
@@ -205,7 +205,7 @@ def choice(key: str, out: str = "text"):
   """
 
   def fn(example, rng):
-    texts = kinds.captions(example, key)
+    texts = captions.captions(example, key)
     example[out] = texts[rng.integers(len(texts))] if texts else ""
     return example
 
@@ -216,7 +216,7 @@ def first(key: str, out: str = "text"):
   """Like `choice`, but always the first text."""
 
   def fn(example, _):
-    example[out] = (kinds.captions(example, key) or [""])[0]
+    example[out] = (captions.captions(example, key) or [""])[0]
     return example
 
   return fn

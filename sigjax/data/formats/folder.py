@@ -8,6 +8,7 @@ import os
 from sigjax import errors
 from sigjax.data import faults
 from sigjax.data import source as source_lib
+from sigjax.data.example import captions as captions_lib
 from sigjax.data.faults import BadExample
 from sigjax.data.shards import files
 
@@ -115,7 +116,7 @@ class Records:
     """Returns the example without its image, and without reading that."""
     return {
       "file": self._names[i],
-      "captions": list(map(faults.caption, self._captions[i])),
+      "captions": list(map(captions_lib.caption, self._captions[i])),
       **{key: values[i] for key, values in self._columns.items()},
     }
 

@@ -18,6 +18,7 @@ import numpy as np
 from sigjax import errors
 from sigjax.data import faults
 from sigjax.data import source as source_lib
+from sigjax.data.example import captions as captions_lib
 from sigjax.data.faults import BadExample
 from sigjax.data.shards import files
 from sigjax.data.shards import index as index_lib
@@ -212,7 +213,7 @@ class Records:
     texts = [text for text in texts or [] if text is not None]
     if not texts:
       raise BadExample(f"{where} has no caption", kind="missing caption")
-    example["captions"] = list(map(faults.caption, texts))
+    example["captions"] = list(map(captions_lib.caption, texts))
     return example
 
   def column(self, name):

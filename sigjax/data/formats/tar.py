@@ -11,6 +11,7 @@ import numpy as np
 
 from sigjax.data import faults
 from sigjax.data import source as source_lib
+from sigjax.data.example import captions as captions_lib
 from sigjax.data.faults import BadExample
 from sigjax.data.formats import tar_headers
 from sigjax.data.formats.tar_headers import BLOCK, Damaged
@@ -140,7 +141,7 @@ class Records:
     head, lead, image, text_at, text, json_at, json = row
     from_json = bool(self._captions) or not text_at
     path = self._shards.paths[number]
-    if text > faults.MAX_CAPTION and not from_json:
+    if text > captions_lib.MAX_CAPTION and not from_json:
       raise BadExample(
         f"{path}: a caption of {text} bytes", kind="caption too long"
       )
@@ -156,7 +157,7 @@ class Records:
     if with_image:
       example["image"] = first[lead:]
     if not from_json:
-      example["captions"] = [faults.caption(others[0])]
+      example["captions"] = [captions_lib.caption(others[0])]
     if from_json or self._json:
       fields = {}
       if json_at:
@@ -194,7 +195,7 @@ class Records:
       raise BadExample(
         f'{where}: its .json has no text at "{key}"', kind="missing caption"
       )
-    return list(map(faults.caption, texts))
+    return list(map(captions_lib.caption, texts))
 
   def column(self, name):
     """Yields arrays of what the .json of all samples have at `name`, in order.

@@ -12,13 +12,15 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sigjax import errors
-from sigjax.data import kinds
+from sigjax.data import filter as filter_lib
 from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
+from sigjax.data.formats import tfds as tfds_lib
+from sigjax.data.source import Source
 
 
 def source(n):
-  return kinds.Source("test", [{"i": i} for i in range(n)])
+  return Source("test", [{"i": i} for i in range(n)])
 
 
 def keep_and_draw(example, rng):
@@ -132,7 +134,7 @@ class Counting:
 
 def test_resuming_far_away_reads_nothing_before():
   records = Counting(20)
-  run = batches(kinds.Source("test", records), 4, num_threads=1, prefetch=1)
+  run = batches(Source("test", records), 4, num_threads=1, prefetch=1)
   run.set_state({**run.get_state(), "step": 10**12})
   next(run)
   assert records.reads < 40
@@ -140,7 +142,7 @@ def test_resuming_far_away_reads_nothing_before():
 
 def test_loads_ahead_in_the_background():
   records = Counting(100)
-  run = batches(kinds.Source("test", records), 10, prefetch=2)
+  run = batches(Source("test", records), 10, prefetch=2)
   next(run)
   deadline = time.time() + 10
   while records.reads < 30 and time.time() < deadline:
@@ -177,7 +179,7 @@ def test_groups():
   # Concept c has c + 1 members.
   concepts = [c for c in range(6) for _ in range(c + 1)]
   records = [{"i": i, "c": c} for i, c in enumerate(concepts)]
-  groups = kinds.grouped(kinds.Source("test", records), "c")
+  groups = filter_lib.grouped(Source("test", records), "c")
   fn = lambda example, rng: {**keep_and_draw(example, rng), "c": example["c"]}
   run = batches(groups, 3, fn=fn, num_threads=0, prefetch=0)
   early = take(run, 50)
@@ -356,7 +358,7 @@ def test_from_array_record_to_batches(tmp_path):
     "|keep('image','text')",
     tokenizer=tokenizer,
   )
-  good = kinds.tfds("pipeline_test_images", "good", tmp_path)
+  good = tfds_lib.tfds("pipeline_test_images", "good", tmp_path)
   got = take(batches(good, 8, fn=fn), 20)
   assert got["image"].shape == (20, 8, 8, 8, 3)
   assert got["image"].dtype == np.float32
@@ -365,7 +367,7 @@ def test_from_array_record_to_batches(tmp_path):
   assert set(got["text"][..., 1].ravel()) == {0, 1, 2}
   assert_same(take(batches(good, 8, fn=fn), 20), got)
 
-  bad = kinds.tfds("pipeline_test_images", "bad", tmp_path)
+  bad = tfds_lib.tfds("pipeline_test_images", "bad", tmp_path)
   where = [i for i in range(16) if bad[i]["captions"][0] == b"5 0"]
   with pytest.raises(errors.UserError) as e:
     list(pipeline.eval_batches(bad, fn, batch_size=8))

@@ -9,7 +9,7 @@ import pytest
 from sigjax import errors
 from sigjax.data import kinds
 from sigjax.data.batches import pipeline
-from sigjax.data.example import preprocess
+from sigjax.data.example import captions, preprocess
 from sigjax.data.formats import embeddings
 
 Z = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
@@ -45,7 +45,7 @@ def test_rows_of_any_program(tmp_path, dtype, end):
     assert source[i]["image"].dtype == z.dtype
     assert source[i]["image"].tobytes() == row.tobytes()
   assert source[0]["label"] == 1
-  assert [kinds.captions(source[i], "captions") for i in range(5)] == [
+  assert [captions.captions(source[i], "captions") for i in range(5)] == [
     ["a cat", "Katze"],
     ["a dog"],
     ["a cow", "Kühe"],

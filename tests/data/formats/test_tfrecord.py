@@ -11,6 +11,7 @@ import pytest
 
 from sigjax import errors
 from sigjax.data import faults, kinds
+from sigjax.data.formats import tfds as tfds_lib
 from sigjax.data.formats import tfrecord
 
 
@@ -99,8 +100,8 @@ def test_checksum():
   ],
 )
 def test_equals_the_array_record_copy(shapes_dir, copy, split):
-  a = kinds.tfds("shapes", split, shapes_dir)
-  b = kinds.tfds("shapes", split, copy)
+  a = tfds_lib.tfds("shapes", split, shapes_dir)
+  b = tfds_lib.tfds("shapes", split, copy)
   assert len(a) == len(b) and a.name == b.name and not b.faults
   assert a.label_names == b.label_names and len(b.label_names["label"]) == 24
   for i in range(len(a)):
@@ -111,7 +112,7 @@ def test_equals_the_array_record_copy(shapes_dir, copy, split):
 
 
 def test_images_stay_encoded(copy):
-  example = kinds.tfds("shapes", "train", copy)[3]
+  example = tfds_lib.tfds("shapes", "train", copy)[3]
   assert example["image"].startswith(b"\x89PNG")
   assert isinstance(example["concept"], bytes)
 
@@ -119,7 +120,7 @@ def test_images_stay_encoded(copy):
 @pytest.mark.parametrize("split", ["val", "train[", "train[5:5]"])
 def test_missing_split(copy, split):
   with pytest.raises(errors.UserError, match="it has: ") as e:
-    kinds.tfds("shapes", split, copy)
+    tfds_lib.tfds("shapes", split, copy)
   assert f'split "{split}"' in str(e.value)
 
 
@@ -141,8 +142,8 @@ def test_filters_and_groups(shapes_dir, copy):
 
 
 def test_many_threads_read_at_once(shapes_dir, copy):
-  a = kinds.tfds("shapes", "train", shapes_dir)
-  b = kinds.tfds("shapes", "train", copy)
+  a = tfds_lib.tfds("shapes", "train", shapes_dir)
+  b = tfds_lib.tfds("shapes", "train", copy)
   order = np.random.default_rng(0).integers(len(a), size=1000).tolist()
   with concurrent.futures.ThreadPoolExecutor(16) as threads:
     for i, example in zip(order, threads.map(b.records.__getitem__, order)):
@@ -164,38 +165,38 @@ def names(source):
 
 
 def test_a_cut_file_is_used_as_far_as_it_goes(copy, damaged):
-  want = names(kinds.tfds("shapes", "train", copy))
+  want = names(tfds_lib.tfds("shapes", "train", copy))
   path, (_, second, _) = damaged
   second.write_bytes(second.read_bytes()[:-3])
-  source = kinds.tfds("shapes", "train", path)
+  source = tfds_lib.tfds("shapes", "train", path)
   assert source.faults == {"truncated shard": 1}
   assert names(source) == want[:119] + want[120:]
-  assert len(kinds.tfds("shapes", "train[100:130]", path)) == 29
+  assert len(tfds_lib.tfds("shapes", "train[100:130]", path)) == 29
 
 
 def test_a_damaged_length_ends_a_file(copy, damaged):
-  want = names(kinds.tfds("shapes", "train", copy))
+  want = names(tfds_lib.tfds("shapes", "train", copy))
   path, (first, *_) = damaged
   data = bytearray(first.read_bytes())
   (length,) = struct.unpack("<Q", data[:8])
   data[12 + length + 4] ^= 1  # the length of the second record
   first.write_bytes(data)
-  source = kinds.tfds("shapes", "train", path)
+  source = tfds_lib.tfds("shapes", "train", path)
   assert source.faults == {"damaged shard": 1}
   assert names(source) == want[:1] + want[50:]
 
 
 def test_a_file_that_is_gone(copy, damaged):
-  want = names(kinds.tfds("shapes", "train", copy))
+  want = names(tfds_lib.tfds("shapes", "train", copy))
   path, (first, *others) = damaged
   first.unlink()
-  source = kinds.tfds("shapes", "train", path)
+  source = tfds_lib.tfds("shapes", "train", path)
   assert source.faults == {"vanished shard": 1}
   assert names(source) == want[50:]
   for file in others:
     file.unlink()
   with pytest.raises(errors.UserError, match="none of 3 TFRecord files"):
-    kinds.tfds("shapes", "train", path)
+    tfds_lib.tfds("shapes", "train", path)
 
 
 def test_a_record_that_does_not_parse(damaged):
@@ -203,7 +204,7 @@ def test_a_record_that_does_not_parse(damaged):
   data = bytearray(first.read_bytes())
   data[12:60] = b"\xff" * 48
   first.write_bytes(data)
-  source = kinds.tfds("shapes", "train", path)
+  source = tfds_lib.tfds("shapes", "train", path)
   with pytest.raises(faults.BadExample, match="at byte 12 cannot") as e:
     source.records[0]
   assert e.value.kind == "damaged record"
