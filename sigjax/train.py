@@ -26,10 +26,10 @@ from sigjax.checkpoints import save as save_lib
 from sigjax.data import kinds
 from sigjax.data.batches import pipeline, tally
 from sigjax.data.example import preprocess
-from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.runtime import hosts, program
 from sigjax.runtime import lock as lock_lib
 from sigjax.runtime import metrics as metrics_lib
+from sigjax.weights import vocabulary
 
 log = logging.getLogger("sigjax")
 
@@ -72,7 +72,7 @@ def main(
     pp: preprocessing of a training example, to "image" and "text".
     pp_image, pp_text: preprocessing of an "image" alone, and of a "text" alone,
       in evaluation and prediction.
-    tokenizer: arguments of tokenizer_lib.of_run.
+    tokenizer: arguments of vocabulary.of_run.
     model: arguments of two_towers.TwoTowers.
     optim: arguments of optim.make_optimizer.
     total_steps, total_epochs, total_examples: the length; one of them.
@@ -117,7 +117,7 @@ def main(
   source = errors.call(kinds.open_source, data, "config.data")
   with hosts.primary_first():  # it trains the tokenizer, the others read it
     tokenizer = errors.call(
-      tokenizer_lib.of_run,
+      vocabulary.of_run,
       tokenizer,
       "config.tokenizer",
       workdir / "tokenizer.model",
@@ -192,7 +192,7 @@ def main(
       f"config.evals.{name}",
       workdir / f"{name}.png",
       tokenizer,
-      **{"pp_image": pp_image, "pp_text": pp_text, **section},
+      {"pp_image": pp_image, "pp_text": pp_text, **section},
     )
     for name, section in evals.items()
   }
