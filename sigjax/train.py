@@ -1,8 +1,9 @@
 """The program: trains, resumes and evaluates what a config describes.
 
-python -m sigjax.train --config configs/siglip_emoji.py --workdir DIR
+  python -m sigjax.train --config configs/siglip_emoji.py --workdir DIR
 """
 
+from collections.abc import Mapping, Sequence
 import contextlib
 import errno
 import functools
@@ -10,111 +11,99 @@ import logging
 import pathlib
 import signal
 import sys
+from typing import Any
 
-from absl import app, flags
+from absl import app
+from absl import flags
 from clu import parameter_overview
 import jax
-from ml_collections import config_flags
 
-from sigjax import (
-  build,
-  errors,
-  evaluators,
-)
-from sigjax import (
-  config as config_lib,
-)
-from sigjax import (
-  sharding as sharding_lib,
-)
-from sigjax import (
-  state as state_lib,
-)
-from sigjax import (
-  step as step_lib,
-)
+from sigjax import build
+from sigjax import config as config_lib
+from sigjax import defaults
+from sigjax import errors
+from sigjax import evaluators
+from sigjax import sharding as sharding_lib
+from sigjax import state as state_lib
+from sigjax import step as step_lib
 from sigjax.checkpoints import restore
-from sigjax.checkpoints import save as save_lib
+from sigjax.checkpoints.save import Checkpoints
 from sigjax.data import kinds
 from sigjax.data.batches import pipeline, tally
 from sigjax.data.example import preprocess
-from sigjax.data.example import tokenizer as tokenizer_lib
-from sigjax.runtime import (
-  hosts,
-  program,
-)
-from sigjax.runtime import (
-  lock as lock_lib,
-)
-from sigjax.runtime import (
-  metrics as metrics_lib,
-)
+from sigjax.models import flops as flops_lib
+from sigjax.runtime import hosts, logs, program
+from sigjax.runtime import lock as lock_lib
+from sigjax.runtime import metrics as metrics_lib
+from sigjax.runtime.progress import Progress
+from sigjax.weights import vocabulary
 
 log = logging.getLogger("sigjax")
 
 
 def main(
-  workdir,
+  workdir: str | pathlib.Path,
   *,
-  batch_size,
-  data,
-  pp,
-  pp_image,
-  pp_text,
-  tokenizer,
-  model,
-  optim,
-  total_steps=None,
-  total_epochs=None,
-  total_examples=None,
-  seed=0,
-  loss=None,
-  mesh=None,
-  sharding=((".*", "replicate"),),
-  lock=(),
-  microbatches=1,
-  feed="device",
-  bad_fraction=tally.BAD_FRACTION,
-  init=None,
-  resume=None,
-  checkpoints=None,
-  log_every_steps=50,
-  evals=None,
-  eval_only=False,
-):
+  batch_size: int,
+  data: Mapping[str, Any],
+  pp: str,
+  pp_image: str,
+  pp_text: str,
+  tokenizer: Mapping[str, Any],
+  model: Mapping[str, Any],
+  optim: Mapping[str, Any],
+  total_steps: int | None = None,
+  total_epochs: float | None = None,
+  total_examples: float | None = None,
+  seed: int = 0,
+  loss: Mapping[str, Any] | None = None,
+  mesh: Mapping[str, Any] | None = None,
+  sharding: Sequence = sharding_lib.REPLICATED,
+  lock: Sequence[str] = (),
+  microbatches: int = 1,
+  feed: str = "device",
+  bad_fraction: float = tally.BAD_FRACTION,
+  init: Mapping[str, Any] | None = None,
+  resume: str | None = None,
+  checkpoints: Mapping[str, Any] | None = None,
+  log_every_steps: int = 50,
+  evals: Mapping[str, Mapping[str, Any]] | None = None,
+  eval_only: bool = False,
+) -> list[tuple[str, evaluators.Row]]:
   """Runs a config; its top-level keys are these arguments.
 
   Args:
-    workdir: where everything of the run is kept; a run found there goes on.
+    workdir: output directory; an existing run there is resumed.
     batch_size: B, over all devices.
-    data: the training data, arguments of sources.open_source.
+    data: the training data, arguments of kinds.open_source.
     pp: preprocessing of a training example, to "image" and "text".
-    pp_image, pp_text: preprocessing of an "image" alone, and of a "text" alone,
-      in evaluation and prediction.
-    tokenizer: arguments of tokenizer_lib.of_run.
+    pp_image, pp_text: preprocessing of an image alone, and of a text alone, in
+      evaluation and prediction.
+    tokenizer: arguments of vocabulary.of_run.
     model: arguments of two_towers.TwoTowers.
     optim: arguments of optim.make_optimizer.
     total_steps, total_epochs, total_examples: the length; one of them.
-    seed: of initialisation, order, augmentation and dropout.
-    loss: {"name": one of losses.LOSSES, and its options}, see losses.make.
+    seed: of initialisation, data order, augmentation and dropout.
+    loss: arguments of losses.make: "name" and the loss's own options.
     mesh: arguments of sharding.make_mesh.
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
     lock: parts of the parameters that are not trained, such as ("img",); see
       state.py.
-    microbatches: pieces in which the towers see the batch, and
-    feed: where the batch waits for them, see step.make_train_step.
-    bad_fraction: the most of the examples that may be unusable; the rest takes
-      their place, see pipeline.train_batches.
-    init: weights to start from, arguments of checkpoint.read_init.
-    resume: a workdir or checkpoint of which everything is taken over.
-    checkpoints: {"every_steps": .., other arguments of checkpoint.Checkpoints}.
+    microbatches: the number of pieces in which the towers see the batch.
+    feed: "device" or "host": where the batch waits; see step.make_train_step.
+    bad_fraction: the largest fraction of examples that may be unusable; other
+      examples take their place, see pipeline.train_batches.
+    init: weights to start from, arguments of restore.read_init.
+    resume: a workdir or checkpoint to continue from, step and data position
+      included.
+    checkpoints: "every_steps", and arguments of Checkpoints.
     log_every_steps: how often metrics are written.
-    evals: {name: {"type": one of EVALUATORS, "every_steps": .., its own}}; all
+    evals: {name: {"type": one of EVALUATORS, "every_steps", its arguments}}. All
       run at the end, those with every_steps also during training.
-    eval_only: only evaluates the newest checkpoint.
+    eval_only: only evaluate the newest checkpoint.
 
   Returns:
-    The rows of the last evaluation: (name, metric, value, chance, n).
+    (name, Row) of each result of the last evaluation.
 
   Durations in optim, checkpoints and evals may also be given as *_epochs,
   *_examples or *_percent.
@@ -123,36 +112,37 @@ def main(
   workdir.mkdir(parents=True, exist_ok=True)
 
   # ---- Devices ----
-  mesh = errors.call(sharding_lib.make_mesh, mesh or {}, "config.mesh")
-  sharding_lib.check_batch_size(batch_size, mesh, microbatches)
+  mesh_ = errors.call(sharding_lib.make_mesh, mesh or {}, "config.mesh")
+  sharding_lib.check_batch_size(batch_size, mesh_, microbatches)
   log.info(
-    "%d device(s): %s, mesh %s",
-    mesh.size,
+    "%d device(s): %s, mesh %s; workdir %s",
+    mesh_.size,
     jax.devices()[0].device_kind,
-    dict(mesh.shape),
+    dict(mesh_.shape),
+    workdir,
   )
 
   # ---- Data ----
   source = errors.call(kinds.open_source, data, "config.data")
   with hosts.primary_first():  # it trains the tokenizer, the others read it
-    tokenizer = errors.call(
-      tokenizer_lib.of_run,
+    tokens = errors.call(
+      vocabulary.of_run,
       tokenizer,
       "config.tokenizer",
       workdir / "tokenizer.model",
       functools.partial(kinds.all_captions, source),
     )
-  pp = preprocess.parse(pp, tokenizer=tokenizer)
+  preprocess_fn = preprocess.parse(pp, tokenizer=tokens)
   batches = pipeline.train_batches(
     source,
-    pp,
+    preprocess_fn,
     batch_size=batch_size,
     seed=seed,
     bad_fraction=bad_fraction,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  example = pipeline.first_example(source, pp)  # for its shapes
+  example = pipeline.first_example(source, preprocess_fn)  # for its shapes
   times = config_lib.Durations(
     batch_size,
     len(source),
@@ -160,21 +150,21 @@ def main(
     total_epochs=total_epochs,
     total_examples=total_examples,
   )
-  total_steps = times.total_steps
+  total = times.total_steps
   log.info(
     "%s: %d examples; %d steps of %d are %.1f epochs",
     source.name,
     len(source),
-    total_steps,
+    total,
     batch_size,
-    total_steps * batch_size / len(source),
+    total * batch_size / len(source),
   )
 
   # ---- Model, loss, optimizer ----
   run = build.build(
-    mesh,
+    mesh_,
     example,
-    total_steps,
+    total,
     batch_size=batch_size,
     model=model,
     optim=times.resolve(optim, "config.optim"),
@@ -185,53 +175,40 @@ def main(
     feed=feed,
     seed=seed,
   )
-  vocab_size = run.model.text.get("vocab_size", tokenizer.vocab_size)
-  if tokenizer.vocab_size > vocab_size:
-    raise errors.UserError(
-      f"config.model.text.vocab_size is {vocab_size}, but the tokenizer has "
-      f"{tokenizer.vocab_size} pieces; set it to that"
+  _check_vocabulary(run.model.text, tokens.vocab_size)
+  shapes = run.state.params
+  flops = flops_lib.training(run.model, example, run.state.trained)
+  if hosts.is_primary() and not eval_only:
+    table = parameter_overview.get_parameter_overview(
+      shapes, include_stats=False
     )
-  if hosts.is_primary():
-    (workdir / "parameters.txt").write_text(
-      parameter_overview.get_parameter_overview(
-        run.state.params, include_stats=False
-      )
-      + "\n"
-    )
+    (workdir / "parameters.txt").write_text(table + "\n")
   log.info(
     "%.1f M parameters (parameters.txt), %.2f GFLOP per example",
-    parameter_overview.count_parameters(run.state.params) / 1e6,
+    parameter_overview.count_parameters(shapes) / 1e6,
     flops / 1e9,
   )
 
   # ---- Evaluations ----
-  embed = step_lib.make_embed(run.model, mesh)
-  evals = times.resolve(evals or {}, "config.evals")
-  eval_every = {k: v.pop("every_steps", None) for k, v in evals.items()}
-  evals = {
-    name: evaluators.make(
-      f"config.evals.{name}",
-      workdir / f"{name}.png",
-      tokenizer,
-      **{"pp_image": pp_image, "pp_text": pp_text, **section},
-    )
-    for name, section in evals.items()
-  }
-  for name, evaluator in evals.items():
+  evaluations = _Evaluations(
+    times.resolve(evals or {}, "config.evals"),
+    workdir,
+    tokens,
+    {"pp_image": pp_image, "pp_text": pp_text},
+    step_lib.make_embed(run.model, mesh_),
+    mesh_,
+  )
+  for name, evaluator in evaluations.by_name.items():
     source.check_tower(evaluator.source.tower, f"config.evals.{name}")
 
   # ---- Where to start ----
-  checkpoints = times.resolve(checkpoints or {}, "config.checkpoints")
-  save_every = checkpoints.pop("every_steps", None) or total_steps
-  saved = errors.call(
-    restore.Checkpoints,
-    checkpoints,
-    "config.checkpoints",
-    workdir,
-    read_only=eval_only,
+  section = times.resolve(checkpoints or {}, "config.checkpoints")
+  save_every = section.pop("every_steps", None) or total
+  saver = errors.call(
+    Checkpoints, section, "config.checkpoints", workdir, read_only=eval_only
   )
   data_state = None
-  if found := saved.restore_newest(run.state):
+  if found := saver.restore_newest(run.state):
     state, data_state = found
   elif eval_only:
     raise errors.UserError(f"{workdir} has no checkpoint; train it first")
@@ -240,9 +217,7 @@ def main(
     state, data_state = restore.read(resume, run.state)
   else:
     log.info("starting from %s", f"init={init}" if init else "scratch")
-    given = errors.call(
-      restore.read_init, init or {}, "config.init", run.state.params
-    )
+    given = errors.call(restore.read_init, init or {}, "config.init", shapes)
     state = state_lib.init_state(
       run.model, run.tx, seed, example, run.state, given, lock
     )
@@ -252,174 +227,204 @@ def main(
 
   # ---- Training ----
   first_step = int(state.step)
-  if eval_only or first_step >= total_steps:
-    log.info("at step %d of %d: only evaluating", first_step, total_steps)
-    total_steps = first_step
-  clock = metrics_lib.Clock(batch_size, flops)
-  progress = metrics_lib.Progress(first_step, total_steps)
-  agree = hosts.Agreement(mesh)
+  if eval_only or first_step >= total:
+    log.info("at step %d of %d: only evaluating", first_step, total)
+    total = first_step
+  agree = hosts.Agreement(mesh_)
+  due = functools.partial(_due, total=total)
 
-  def report(step, metrics):
-    """Waits for a step's metrics, while the next step is running."""
-    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    if not metrics_lib.finite(metrics):
-      saved.wait()
-      good = saved.newest()
-      raise errors.UserError(
-        f"stopped at step {step}: loss {metrics['loss']}, gradient norm "
-        f"{metrics['grad_norm']}; the last good checkpoint is "
-        + ("none" if good is None else str(saved.dir / str(good)))
+  # However it ends: what is being saved is saved, and what is open is closed.
+  writer = metrics_lib.Writer(workdir, None if eval_only else first_step)
+  with writer, saver, contextlib.closing(batches):
+    with hosts.StopRequest() as stop, Progress(first_step, total) as progress:
+      clock = metrics_lib.Clock(batch_size, flops)
+      report = _Reports(
+        log_every_steps, total, clock, writer, progress, batches, saver
       )
-    clock.tick()
-    rates = {}
-    if step % log_every_steps == 0 or step == total_steps:
-      rates = clock.read(batches.waited)
-      writer.write(
-        step,
-        {**metrics, **rates, "bad_examples": sum(batches.faults().values())},
-      )
-    progress.update(step, metrics, **rates)
-
-  def evaluate(step, names):
-    rows = [
-      (name, *row)
-      for name in names
-      for row in evals[name].run(functools.partial(embed, state.params), mesh)
-    ]
-    if rows:
-      writer.write(
-        step, {f"{name}/{metric}": value for name, metric, value, _, _ in rows}
-      )
-    clock.start()  # this was no training time
-    return rows
-
-  # However it ends: what is being saved is saved, what is open is closed.
-  with (
-    metrics_lib.Writer(workdir, None if eval_only else first_step) as writer,
-    saved,
-    contextlib.closing(batches),
-  ):
-    with hosts.StopRequest() as stop, progress:
-      running = None  # (step, metrics) of the step not yet read
-      for step in range(first_step + 1, total_steps + 1):
+      running = None  # (step, metrics) of a step that is not yet reported
+      for step in range(first_step + 1, total + 1):
         state, metrics = run.train_step(state, next(batches))
         if running:
-          report(*running)
+          report(*running)  # waits for it while the next step runs
         running = step, metrics
 
-        # On all hosts at the same step, though only one may have noticed.
-        stopping, save_failed = agree(stop.signal, saved.failed())
+        # All hosts act at the same step, though only one may have noticed.
+        stopping, save_failed = agree(stop.signal, saver.failed())
         if save_failed:
-          saved.wait()  # says so, and makes room; the next one may succeed
-        save = step % save_every == 0 or step == total_steps or stopping
-        due = [
-          name
-          for name, every in eval_every.items()
-          if every and step % every == 0 and step < total_steps
-        ]
-        if save or due:
-          report(*running)  # nothing is kept of a step that was not finite
+          saver.wait()  # logs why, and makes room; the next save may succeed
+        names = [k for k, every in evaluations.every.items() if due(step, every)]
+        save = due(step, save_every) or step == total or stopping
+        if save or names:
+          report(*running)  # a step that is not finite is never saved
           running = None
         if save:
-          saved.save(
-            step, state, {**batches.get_state(), "tower": source.tower}
-          )
+          position = {**batches.get_state(), "tower": source.tower}
+          saver.save(step, state, position)
         if stopping:
-          saved.check(step)
+          saver.check(step)
           sys.exit(
-            f"{signal.Signals(stopping).name}: saved step {step} and "
-            "stopped; the same command goes on from there"
+            f"{signal.Signals(stopping).name}: saved step {step} and stopped; "
+            "the same command resumes from there"
           )
-        for row in evaluate(step, due) if due else []:
-          progress.write(
-            "step {}: {} {} {:.1%} (chance {:.1%}, n {})".format(step, *row)
-          )
-    rows = evaluate(total_steps, evals)
-    if total_steps > first_step:
-      saved.check(total_steps)
+        if names:
+          for name, row in evaluations.run(names, state.params, step, writer):
+            progress.write(f"step {step}: {name} {row}")
+          clock.start()  # evaluation is no training time
+    names = list(evaluations.by_name)
+    rows = evaluations.run(names, state.params, total, writer)
+    if total > first_step:
+      saver.check(total)
 
   # ---- Results ----
-  for line in metrics_lib.table(
-    [
-      (f"{name} {metric}", f"{value:.1%}", f"{by_chance:.2%}", n)
-      for name, metric, value, by_chance, n in rows
-    ],
-    (f"step {total_steps}", "value", "chance", "n"),
-  ):
-    if hosts.is_primary():
-      print(line)
+  if hosts.is_primary():
+    print("\n".join(_table(rows, total)))
+    log.info("all of this run is in %s", workdir)
   return rows
+
+
+# ---- Parts of main ----
+
+
+def _check_vocabulary(text: Mapping[str, Any], pieces: int) -> None:
+  size = text.get("vocab_size", pieces)
+  if pieces > size:
+    raise errors.UserError(
+      f"config.model.text.vocab_size is {size}, but the tokenizer has "
+      f"{pieces} pieces; set it to that"
+    )
+
+
+def _due(step: int, every: int | None, total: int) -> bool:
+  """Whether to save or evaluate now; False shortly before the end does both."""
+  return bool(every) and step % every == 0 and 2 * (total - step) >= every
+
+
+class _Evaluations:
+  """The evaluations of a run.
+
+  Attributes:
+    by_name: {name: evaluator}.
+    every: {name: steps between evaluations in training, or None}.
+  """
+
+  def __init__(self, sections, workdir, tokens, shared, embed, mesh):
+    self._embed, self._mesh = embed, mesh
+    self.every = {k: v.pop("every_steps", None) for k, v in sections.items()}
+    self.by_name = {
+      name: evaluators.make(
+        f"config.evals.{name}",
+        workdir / f"{name}.png",
+        tokens,
+        {**shared, **section},
+      )
+      for name, section in sections.items()
+    }
+
+  def run(self, names, params, step, writer):
+    """Returns (name, Row) of each result, and writes their values."""
+    embed = functools.partial(self._embed, params)
+    rows = [
+      (name, row)
+      for name in names
+      for row in self.by_name[name].run(embed, self._mesh)
+    ]
+    if rows:
+      writer.write(step, {f"{name}/{r.metric}": r.value for name, r in rows})
+    return rows
+
+
+class _Reports:
+  """Reads the metrics of finished steps, and writes and shows them."""
+
+  def __init__(self, every, total, clock, writer, progress, batches, saver):
+    self._every, self._total = every, total
+    self._clock, self._writer, self._progress = clock, writer, progress
+    self._batches, self._saver = batches, saver
+
+  def __call__(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Waits for a step. Raises UserError if its loss is not finite."""
+    values = {k: float(v) for k, v in jax.device_get(dict(metrics)).items()}
+    if not metrics_lib.finite(values):
+      self._saver.wait()
+      newest = self._saver.newest()
+      good = "none" if newest is None else self._saver.dir / str(newest)
+      raise errors.UserError(
+        f"stopped at step {step}: loss {values['loss']}, gradient norm "
+        f"{values['grad_norm']}; the last good checkpoint is {good}"
+      )
+    self._clock.tick()
+    rates = {}
+    if step % self._every == 0 or step == self._total:
+      rates = self._clock.read(self._batches.waited)
+      bad = sum(self._batches.faults().values())
+      self._writer.write(step, {**values, **rates, "bad_examples": bad})
+    self._progress.update(step, values, **rates)
+
+
+def _table(rows, step):
+  return metrics_lib.table(
+    [
+      (f"{name} {r.metric}", f"{r.value:.1%}", f"{r.chance:.2%}", r.n)
+      for name, r in rows
+    ],
+    (f"step {step}", "value", "chance", "n"),
+  )
 
 
 # ---- The command line ----
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file(
-  "config",
-  None,
-  "Config file, with its argument: FILE.py[:key=value,...].",
-  lock_config=True,
-)
+defaults.define_config_flag(main)
 flags.DEFINE_string(
-  "workdir", None, "Where the run is kept; workdirs/NAME_OF_CONFIG if unset."
+  "workdir", None, "Output directory; workdirs/NAME_OF_CONFIG if unset."
 )
 flags.DEFINE_bool(
   "eval_only", False, "Only evaluate the workdir's newest checkpoint."
 )
-
 flags.DEFINE_string(
   "coordinator",
   None,
-  "Of several hosts: HOST:PORT on which process 0 "
-  "listens. Slurm and TPU pods need none of these three.",
+  "Of several hosts: HOST:PORT on which process 0 listens. Slurm and TPU pods "
+  "need none of these three.",
 )
-flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+flags.DEFINE_integer("num_processes", None, "The number of processes.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
-def run(argv):
+def command_line(argv: list[str]) -> None:
   """What app.run calls."""
   del argv
-  workdir = pathlib.Path(
-    FLAGS.workdir or config_lib.default_workdir(FLAGS["config"].config_filename)
-  )
-  save_lib.quiet()
+  name = FLAGS["config"].config_filename
+  workdir = pathlib.Path(FLAGS.workdir or config_lib.default_workdir(name))
+  logs.quiet_libraries()
   try:
     hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    metrics_lib.log_above_progress(log)
+    logs.show_in_training()
     workdir.mkdir(parents=True, exist_ok=True)
-    # Evaluation alone writes nothing that a run beside it does.
-    with (
-      contextlib.nullcontext() if FLAGS.eval_only else lock_lib.hold(workdir)
-    ):
-      config_lib.check_same(
-        FLAGS.config, hosts.broadcast(FLAGS.config.to_json_best_effort())
-      )
+    # Evaluation alone writes nothing that a run beside it writes.
+    alone = contextlib.nullcontext() if FLAGS.eval_only else None
+    with alone or lock_lib.hold(workdir):
+      mine = FLAGS.config.to_json_best_effort()
+      config_lib.check_same(FLAGS.config, hosts.broadcast(mine))
       if hosts.is_primary() and not FLAGS.eval_only:
         config_lib.keep_config(FLAGS.config, workdir / "config.json")
-      errors.call(
-        main,
-        FLAGS.config.to_dict(),
-        "config",
-        workdir,
-        eval_only=FLAGS.eval_only,
-      )
+      config = FLAGS.config.to_dict()
+      errors.call(main, config, "config", workdir, eval_only=FLAGS.eval_only)
   except OSError as e:
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    hosts.end_all(
-      errors.UserError(
-        f"{e.filename or workdir}: {e.strerror}; make room, the same "
-        "command goes on"
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      where = e.filename or workdir
+      hosts.end_all(
+        errors.UserError(
+          f"{where}: {e.strerror}; make room, then the same command resumes"
+        )
       )
-      if full
-      else e
-    )
+    hosts.end_all(e)
   except (Exception, KeyboardInterrupt) as e:  # the others must not wait
     hosts.end_all(e)
 
 
 if __name__ == "__main__":
   app.run(
-    run,
+    command_line,
     flags_parser=lambda argv: program.parse_flags(argv, program.config_given),
   )

@@ -1,28 +1,111 @@
 """Evaluations by name. Each is given an `embed` function, never a model."""
 
+from collections.abc import Callable
+import pathlib
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Float
+import numpy as np
+
 from sigjax import errors
-from sigjax.evaluators import picture, retrieval, zeroshot
-
-EVALUATORS = dict(
-  retrieval=retrieval.Retrieval,
-  zeroshot=zeroshot.ZeroShot,
-  picture=picture.Picture,
-)
+from sigjax.data.example.tokenizer import Tokenizer
+from sigjax.data.source import Source
 
 
-def make(what, path, tokenizer, *, type=None, **options):
+class Embed(Protocol):
+  """Embeds a batch of images or of texts.
+
+  Returns:
+    zimg, ztxt, each (B, E) with unit rows, or None for an input not given.
+  """
+
+  def __call__(
+    self, *, image: Any = None, text: Any = None
+  ) -> tuple[
+    Float[Array | np.ndarray, "B E"] | None,
+    Float[Array | np.ndarray, "B E"] | None,
+  ]: ...
+
+
+class Row(NamedTuple):
+  """One result.
+
+  Attributes:
+    metric: its name.
+    value: a fraction, 0 to 1.
+    chance: the value that random embeddings reach on average.
+    n: the number of queries: images, or texts.
+  """
+
+  metric: str
+  value: float
+  chance: float
+  n: int
+
+
+class Evaluator(Protocol):
+  """What config.evals names.
+
+  Attributes:
+    source: the examples it evaluates on.
+  """
+
+  source: Source
+
+  def run(self, embed: Embed, mesh: jax.sharding.Mesh) -> list[Row]:
+    """Returns the results; every process calls it.
+
+    Args:
+      embed: the model.
+      mesh: the devices to compute on.
+    """
+    ...
+
+
+# An evaluation is imported when a config names it.
+
+
+def _retrieval() -> Callable[..., Evaluator]:
+  from sigjax.evaluators import retrieval
+
+  return retrieval.Retrieval
+
+
+def _zeroshot() -> Callable[..., Evaluator]:
+  from sigjax.evaluators import zeroshot
+
+  return zeroshot.ZeroShot
+
+
+def _picture() -> Callable[..., Evaluator]:
+  from sigjax.evaluators import picture
+
+  return picture.Picture
+
+
+EVALUATORS = dict(retrieval=_retrieval, zeroshot=_zeroshot, picture=_picture)
+
+
+def make(
+  what: str,
+  path: pathlib.Path,
+  tokenizer: Tokenizer,
+  options: dict[str, Any],
+) -> Evaluator:
   """Builds the evaluator of one section of config.evals.
 
   Args:
-    what: the section's name in errors.
-    path: where a picture goes.
+    what: the section's name in errors, such as "config.evals.retrieval".
+    path: the PNG that a picture is written to.
     tokenizer: of the run.
-    type: a name in EVALUATORS.
-    **options: the evaluator's own arguments.
+    options: "type", a name in EVALUATORS, and the evaluator's own arguments.
 
   Raises:
-    UserError: an unknown type, or an argument that it does not take.
+    UserError: the type is unknown, or an argument is.
   """
-  evaluator = errors.pick(EVALUATORS, type, f"{what}.type")
-  extra = {"path": path} if evaluator is picture.Picture else {}
+  options = dict(options)
+  name = options.pop("type", None)
+  evaluator = errors.pick(EVALUATORS, name, f"{what}.type")()
+  extra = {"path": path} if name == "picture" else {}
   return errors.call(evaluator, options, what, tokenizer, **extra)

@@ -1,35 +1,50 @@
 """A picture for people: images with their five best captions."""
 
+import pathlib
+from typing import Any
+
 import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sigjax import errors
-from sigjax.data.example import preprocess
-from sigjax.evaluators import retrieval
+from sigjax.data.example import images
+from sigjax.data.example.tokenizer import Tokenizer
+from sigjax.data.source import Source
+from sigjax.evaluators import Embed, Row, retrieval
 
 SIDE, WIDTH, LINE, GAP = 112, 400, 20, 12  # pixels: image, cell, text, margin
 
 
 class Picture:
-  """Draws examples of a split and their best captions to a PNG.
+  """Draws examples and their best captions to a PNG.
 
   Args:
     tokenizer: of the run.
-    path: the PNG that is written.
-    count: how many examples, evenly spread over the split.
-    best: how many captions of each.
+    path: the PNG to write.
+    count: the number of examples, evenly spread over the split.
+    best: the number of captions of each.
     **options: keyword arguments of Retrieval.
   """
 
-  def __init__(self, tokenizer, *, path, count=24, best=5, **options):
-    self._retrieval = errors.call(
+  source: Source
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    *,
+    path: pathlib.Path,
+    count: int = 24,
+    best: int = 5,
+    **options: Any,
+  ):
+    self._retrieval: retrieval.Retrieval = errors.call(
       retrieval.Retrieval, options, "config of the picture", tokenizer
     )
     self.source = self._retrieval.source
     self._path, self._count, self._best = path, count, best
 
-  def run(self, embed, mesh):
+  def run(self, embed: Embed, mesh: jax.sharding.Mesh) -> list[Row]:
     """Writes the picture. Returns no rows."""
     del mesh
     r = self._retrieval
@@ -42,11 +57,10 @@ class Picture:
     )
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
-    decode = preprocess.parse("decode|keep('image')")
     for place, i in enumerate(chosen):
       y, x = divmod(place, columns)
       x, y = GAP + x * WIDTH, GAP + y * (SIDE + GAP)
-      image = Image.fromarray(decode(r.source[i], None)["image"])
+      image = Image.fromarray(images.decode(r.source[int(i)]["image"]))
       sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
       for line, j in enumerate(np.argsort(-ztxt @ zimg[i])[: self._best]):
         right = r.text_ids[j] == r.image_ids[i]

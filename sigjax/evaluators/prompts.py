@@ -1,12 +1,15 @@
 """Class names and prompt templates of zero-shot classification."""
 
+from jaxtyping import Int
 import numpy as np
 
 from sigjax import errors
 from sigjax.data.example import captions as captions_lib
+from sigjax.data.source import Source
 from sigjax.evaluators import ranking
 
-# "{}" is the class's name. "photo" are ways in which people caption photos.
+# "{}" stands for the class's name. The templates of "photo" are common wordings
+# of photo captions.
 TEMPLATES = dict(
   plain=("{}",),
   photo=(
@@ -21,8 +24,10 @@ TEMPLATES = dict(
 )
 
 
-def from_labels(source, label):
-  """Integer labels, their names from the dataset's own description."""
+def from_labels(
+  source: Source, label: str
+) -> tuple[Int[np.ndarray, " N"], list[list[str]]]:
+  """Takes integer labels; the dataset knows the names of the classes."""
   names = errors.pick(
     source.label_names, label, f"{source.name}: the class label"
   )
@@ -30,8 +35,10 @@ def from_labels(source, label):
   return ids, [[name.replace("_", " ")] for name in names]
 
 
-def from_captions(source, label, captions="captions"):
-  """The distinct values of a feature; each class's prompts are its captions."""
+def from_captions(
+  source: Source, label: str, captions: str = "captions"
+) -> tuple[Int[np.ndarray, " N"], list[list[str]]]:
+  """Makes each value of a feature a class, named by its examples' captions."""
   texts = {}
   labels = []
   for i in range(len(source)):
@@ -46,20 +53,22 @@ def from_captions(source, label, captions="captions"):
 CLASSES = dict(labels=from_labels, captions=from_captions)
 
 
-def classes(source, label, kind, templates):
-  """Returns the class of each example, and each class's prompts.
+def classes(
+  source: Source, label: str, kind: str, templates: str
+) -> tuple[Int[np.ndarray, " N"], list[list[str]]]:
+  """Returns the class of each example, and the prompts of each class.
 
   Args:
-    source: a data source of N examples.
+    source: N examples.
     label: the feature that holds the class.
     kind: one of CLASSES.
     templates: one of TEMPLATES.
 
   Returns:
-    (N,) int32 class numbers, and a list (one item a class) of lists of texts.
+    (N,) int32 class numbers, and a list of prompts for each class.
   """
   ids, names = errors.pick(CLASSES, kind, "classes")(source, label)
-  templates = errors.pick(TEMPLATES, templates, "templates")
+  forms = errors.pick(TEMPLATES, templates, "templates")
   return ids, [
-    [t.format(name) for name in group for t in templates] for group in names
+    [form.format(name) for name in group for form in forms] for group in names
   ]

@@ -1,31 +1,39 @@
 """Embedding a whole dataset, and the rank of the right answer."""
 
+from collections.abc import Hashable, Sequence
 import math
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from sigjax import sharding
 from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
+from sigjax.data.example.tokenizer import Tokenizer
+from sigjax.data.source import Source
+from sigjax.evaluators import Embed
 
 BLOCK = 1024  # queries compared at a time, on all devices together
 
 
-def embed_all(embed, source, pp, tokenizer, batch_size):
+def embed_all(
+  embed: Embed, source: Source, pp: str, tokenizer: Tokenizer, batch_size: int
+) -> Float[np.ndarray, "N E"]:
   """Embeds every example of a source once, in order.
 
   Args:
-    embed: fn(image=..., text=...) -> (zimg, ztxt), (B, E) or None.
-    source: a data source.
+    embed: the model.
+    source: N examples.
     pp: preprocessing string that keeps "image" or "text".
     tokenizer: for its tokenize op.
     batch_size: B.
 
   Returns:
-    (N, E) float32 numpy array, on every process.
+    (N, E) float32, on every process.
   """
   fn = preprocess.parse(pp, tokenizer=tokenizer)
   rows = []
@@ -45,26 +53,40 @@ def embed_all(embed, source, pp, tokenizer, batch_size):
 
 
 @jax.jit
-def _ranks(queries, keys, query_ids, key_ids):
+def _ranks(
+  queries: Float[Array, "n E"],
+  keys: Float[Array, "M E"],
+  query_ids: Int[Array, " n"],
+  key_ids: Int[Array, " M"],
+) -> Int[Array, " n"]:
   scores = jnp.matmul(queries, keys.T, precision="highest")
-  right = query_ids[:, None] == key_ids[None, :]
+  right: Bool[Array, "n M"] = query_ids[:, None] == key_ids[None, :]
   best = jnp.max(jnp.where(right, scores, -jnp.inf), axis=1, keepdims=True)
   # Not "scores >= best": with a NaN every wrong key must count as better.
   return jnp.sum(~right & ~(scores < best), axis=1)
 
 
-def ranks(queries, keys, query_ids, key_ids, mesh):
-  """How many wrong keys score at least as high as each query's best right one.
+def ranks(
+  queries: Float[np.ndarray, "N E"],
+  keys: Float[np.ndarray, "M E"],
+  query_ids: Int[np.ndarray, " N"],
+  key_ids: Int[np.ndarray, " M"],
+  mesh: jax.sharding.Mesh,
+) -> Int[np.ndarray, " N"]:
+  """Counts the wrong keys that score at least as high as the best right key.
 
-  A tie counts against the query, so that equal embeddings are worth nothing.
+  A tie counts against the query: a model whose embeddings are all equal ranks
+  last, not first.
 
   Args:
-    queries: (N, E), keys: (M, E): unit rows.
-    query_ids: (N,), key_ids: (M,) int: a key is right where they are equal.
-    mesh: the queries are split over it, BLOCK at a time.
+    queries: unit rows.
+    keys: unit rows.
+    query_ids: see key_ids.
+    key_ids: a key is right for a query if their ids are equal.
+    mesh: the devices; each takes a share of the queries, BLOCK at a time.
 
   Returns:
-    (N,) int array; 0 is the best. M where a query has no right key.
+    The rank of each query; 0 is the best, M means that no key is right.
   """
   block = max(BLOCK // mesh.size, 1) * mesh.size
   part = block // jax.process_count()
@@ -82,21 +104,25 @@ def ranks(queries, keys, query_ids, key_ids, mesh):
   return np.concatenate(found)
 
 
-def chance(k, right, total):
-  """Mean probability that one of `right` keys is among k drawn of `total`.
+def chance(k: int, right: Int[np.ndarray, " N"], total: int) -> float:
+  """Returns the mean probability that k random keys hold a right one.
 
   Args:
-    k: how many are drawn.
-    right: (N,) int, the number of right keys of each query.
-    total: M.
+    k: the number of keys drawn, without replacement.
+    right: the number of right keys of each query.
+    total: M, the number of keys.
   """
   values, counts = np.unique(right, return_counts=True)
   miss = [math.comb(total - int(m), k) / math.comb(total, k) for m in values]
   return float(1 - np.dot(miss, counts) / counts.sum())
 
 
-def number(labels):
-  """Returns (ids, values): ids[i] is the place of labels[i] among values."""
-  values = list(dict.fromkeys(labels))
+def number(labels: Sequence[Any]) -> tuple[Int[np.ndarray, " N"], list[Any]]:
+  """Numbers the distinct labels in order of appearance.
+
+  Returns:
+    (ids, values): values[ids[i]] == labels[i].
+  """
+  values: list[Hashable] = list(dict.fromkeys(labels))
   place = {v: i for i, v in enumerate(values)}
   return np.array([place[label] for label in labels], np.int32), values

@@ -24,7 +24,7 @@ class Known(NamedTuple):
       such model here.
     resolution: H and W of images, pixels.
     text_length: L, tokens; None without a text tower.
-    tokenizer: a name in data.tokenizer.NAMES; None without a text tower.
+    tokenizer: a name in vocabulary.NAMES; None without a text tower.
     scores: published ones in percent: ImageNet zero-shot accuracy "imagenet",
       COCO recall@1 "i2t" (of texts, given an image) and "t2i"; None if none.
   """

@@ -57,7 +57,8 @@ def test_probabilities_are_pairwise_sigmoids(trained, tiny_config):
   pixels = np.stack(
     [np.full((16, 16, 3), c) for c in ((1, -1, -1), (-1, -1, 1))]
   ).astype(np.float32)
-  tokens = tokenizer_lib.Tokenizer(trained / "tokenizer.model").batch(TEXTS, 8)
+  tokenizer = tokenizer_lib.Tokenizer(trained / "tokenizer.model")
+  tokens = np.stack([tokenizer(text, 8) for text in TEXTS])
   zimg, ztxt, out = model.apply({"params": params}, pixels, tokens)
   logits = np.asarray(zimg, np.float64) @ np.asarray(ztxt, np.float64).T
   logits = logits * float(out["t"][0]) + float(out["b"][0])

@@ -16,8 +16,7 @@ import pytest
 
 from sigjax import errors
 from sigjax.checkpoints import restore
-from sigjax.data.example import tokenizer
-from sigjax.weights import fetch, npz
+from sigjax.weights import fetch, npz, vocabulary
 
 DATA = np.random.default_rng(0).bytes(3_000_000)
 
@@ -405,16 +404,16 @@ def test_weights_by_url(server, tmp_path):
 
 def test_tokenizers_by_name(server, tmp_path):
   texts = lambda captions: ["some words of a text"] * 9
-  tokenizer.of_run(str(tmp_path / "a"), texts, vocab_size=16)
+  vocabulary.of_run(tmp_path / "a", texts, vocab_size=16)
   name = "/t5-data/vocabs/cc_en.32000/sentencepiece.model"
   server.files[name] = read(tmp_path / "a")
   for i, path in enumerate(["c4_en", f"gs:/{name}", f"{server.url}{name}"]):
-    copy = str(tmp_path / f"copy{i}")
-    assert tokenizer.of_run(copy, None, path=path).vocab_size == 16
+    copy = tmp_path / f"copy{i}"
+    assert vocabulary.of_run(copy, None, path=path).vocab_size == 16
     assert read(copy) == server.files[name]
   assert len(server.asked) == 1
   with pytest.raises(errors.UserError, match='did you mean "c4_en".*known are'):
-    tokenizer.of_run(str(tmp_path / "no"), None, path="c4_e")
+    vocabulary.of_run(tmp_path / "no", None, path="c4_e")
   with pytest.raises(errors.UserError, match="known are: c4_en, mc4, gemma"):
-    tokenizer.of_run(str(tmp_path / "no"), None, path="gemma")
+    vocabulary.of_run(tmp_path / "no", None, path="gemma")
   assert not os.path.exists(tmp_path / "no")

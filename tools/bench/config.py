@@ -18,9 +18,9 @@ from sigjax import state as state_lib
 from sigjax.data import kinds
 from sigjax.data.batches import pipeline
 from sigjax.data.example import pipe_string, preprocess
-from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
 from sigjax.runtime import metrics
+from sigjax.weights import vocabulary
 from tools.aot import compiler
 from tools.bench import loaders, timing
 
@@ -199,7 +199,7 @@ def data_rows(threads, batches, rounds, *, batch_size, data, pp, tokenizer):
   source = kinds.open_source(**data)
   with tempfile.TemporaryDirectory() as folder:
     tokenizer = errors.call(
-      tokenizer_lib.of_run,
+      vocabulary.of_run,
       tokenizer,
       "config.tokenizer",
       pathlib.Path(folder) / "tokenizer.model",

@@ -138,7 +138,7 @@ def tf_data(paths, tokenizer, threads):
 
   def tokenize(image, texts):
     ids = tf.numpy_function(
-      lambda rows: tokenizer.batch([row.decode() for row in rows], LENGTH),
+      lambda rows: np.stack([tokenizer(r.decode(), LENGTH) for r in rows]),
       [texts],
       tf.int32,
     )

@@ -1,12 +1,13 @@
-"""Encoded images to arrays: carefully by Pillow, or fast for training.
+"""Decoding of images: by Pillow, or faster and nearly the same for training.
 
-What cannot be used is a BadExample, of one of the kinds "damaged image",
-"truncated image" and "decompression bomb".
+An image that cannot be used raises BadExample, its kind being "damaged image",
+"truncated image" or "decompression bomb".
 """
 
 import io
 
 import cv2
+from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 import simplejpeg
@@ -14,23 +15,20 @@ import simplejpeg
 from sigjax import errors
 from sigjax.data.faults import BadExample
 
-MAX_PIXELS = 89_478_485  # of an image; what Pillow, too, takes for suspicious
+MAX_PIXELS = 89_478_485  # height * width; above it Pillow warns, too
 
-cv2.setNumThreads(1)  # the pipeline has its own
+cv2.setNumThreads(1)  # the data pipeline has threads of its own
 
 
-def decode(data):
-  """Decodes an image to (h, w, 3) uint8.
+def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+  """Decodes an image to RGB.
 
-  Whatever Pillow reads: grey, palette, 16 bits, CMYK. Transparent pixels are
-  shown on white. Rotations asked for by EXIF are not made.
-
-  Args:
-    data: bytes.
+  All modes of Pillow are converted: grey, palette, 16 bits, CMYK. Transparent
+  pixels are shown on white. A rotation in the EXIF data is ignored.
 
   Raises:
-    BadExample: it is damaged or cut, or its header claims more than MAX_PIXELS,
-      of which no pixel is then decoded.
+    BadExample: the image is damaged or truncated, or its header claims more
+      than MAX_PIXELS; in that case no pixel is decoded.
   """
   try:
     with Image.open(io.BytesIO(_bytes(data))) as image:
@@ -43,24 +41,24 @@ def decode(data):
     raise _undecodable(e) from e
 
 
-def decode_small(data, size):
-  """Decodes an image to (h, w, 3) uint8, its shorter side `size`.
+def decode_small(data: bytes, size: int) -> UInt8[np.ndarray, "h w 3"]:
+  """Decodes an image to RGB with a shorter side of `size` pixels.
 
-  JPEGs are decoded at the smallest multiple of an eighth that is no smaller
-  than that, in which case the decoder averages. What is left to shrink is
-  bilinear: between neighbours, if it is less than a third of larger images,
-  else as Pillow, antialiased. Other images are as decode() and Pillow have
-  them.
+  The JPEG decoder scales by eighths, averaging pixels. It decodes at the
+  smallest scale whose result is no smaller than asked for. The rest of the way
+  is bilinear: not antialiased if it is a reduction by less than a third and the
+  image is not small, otherwise antialiased as in Pillow. Images of other
+  formats are decoded and resized by Pillow.
 
   Raises:
-    BadExample: as decode.
+    BadExample: as for decode().
   """
-  image = None
-  if _bytes(data).startswith(b"\xff\xd8"):
-    image, (h, w) = _jpeg(data, size)
-  if image is None:
+  found = _jpeg(data, size) if _bytes(data).startswith(b"\xff\xd8") else None
+  if found is None:
     image = decode(data)
     h, w = image.shape[:2]
+  else:
+    image, h, w = found
   new_h, new_w = smaller(h, w, size)
   got_h, got_w = image.shape[:2]
   if (new_h, new_w) == (got_h, got_w):
@@ -70,9 +68,11 @@ def decode_small(data, size):
     and got_h < 1.5 * new_h
     and min(got_h, got_w) >= 128
   ):
-    return cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR)
-  # A reduced image is rounded up to whole pixels, of which the last ones stand
-  # for less: of small images one pixel would be a shift that is seen.
+    resized = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(resized, np.uint8)
+  # The decoder rounds the reduced size up to whole pixels, so the last row and
+  # column stand for less than the others. In a small image, ignoring this would
+  # shift the content visibly.
   eighths = round(8 * got_h / h) / 8
   return np.asarray(
     Image.fromarray(image).resize(
@@ -83,41 +83,47 @@ def decode_small(data, size):
   )
 
 
-def smaller(h, w, size):
-  """Returns (h, w) of the same aspect ratio whose smaller one is `size`."""
-  return [max(size, round(n * size / min(h, w))) for n in (h, w)]
+def smaller(h: int, w: int, size: int) -> tuple[int, int]:
+  """Returns (h, w) scaled so that the shorter side is `size`."""
+  short = min(h, w)
+  return max(size, round(h * size / short)), max(size, round(w * size / short))
 
 
-def _jpeg(data, size):
+def _jpeg(
+  data: bytes, size: int
+) -> tuple[UInt8[np.ndarray, "h w 3"], int, int] | None:
   """Decodes a JPEG at a reduced scale.
 
   Returns:
-    The image and its own (h, w); None for both if its colours are unusual, or
-    it is not beyond doubt: then Pillow decides.
+    The image, and the height and width of the whole image. None if its colour
+    space is unusual or the fast decoder refuses it: then Pillow decides.
   """
-  nothing = None, (None, None)
   try:
-    h, w, colours, _ = simplejpeg.decode_jpeg_header(data)
+    *shape, colours, _ = simplejpeg.decode_jpeg_header(data)
+    h, w = map(int, shape)
     _check_size(w, h)
     if colours not in ("YCbCr", "Gray"):
-      return nothing
+      return None
     low_h, low_w = smaller(h, w, size)
-    return simplejpeg.decode_jpeg(
+    image = simplejpeg.decode_jpeg(
       data, min_height=min(low_h, h), min_width=min(low_w, w)
-    ), (h, w)
+    )
+    return image, h, w
   except errors.UserError:
     raise
   except ValueError:
-    return nothing
+    return None
 
 
-def _bytes(data):
+def _bytes(data: bytes) -> bytes:
+  """Raises UserError unless data is bytes."""
   if not isinstance(data, bytes):
     raise errors.UserError("decode needs an encoded image")
   return data
 
 
-def _check_size(width, height):
+def _check_size(width: int, height: int) -> None:
+  """Raises BadExample for an image of more than MAX_PIXELS."""
   if width * height > MAX_PIXELS:
     raise BadExample(
       f"image cannot be decoded: it has {width} x {height} pixels, of which "
@@ -126,8 +132,8 @@ def _check_size(width, height):
     )
 
 
-def _undecodable(error):
-  """Returns the BadExample for what Pillow raised."""
+def _undecodable(error: Exception) -> BadExample:
+  """Returns the BadExample for an exception of Pillow."""
   reason = str(error).split(" <")[0]  # without the address of the BytesIO
   kind = "damaged image"
   if isinstance(
@@ -139,18 +145,18 @@ def _undecodable(error):
   return BadExample(f"image cannot be decoded: {reason}", kind=kind)
 
 
-def _to_rgb(image):
+def _to_rgb(image: Image.Image) -> Image.Image:
   """Converts a loaded Pillow image of any mode to RGB."""
   if image.mode == "RGB" and "transparency" not in image.info:
     return image
   if image.mode == "F":
     raise ValueError("the range of float pixels is not known")
-  if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips
+  if image.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip
     deep = np.asarray(image).astype(np.uint32)
     grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
   if "A" in image.getbands() or "transparency" in image.info:
-    image = image.convert("RGBA")  # from PNG, palettes may have alpha, too
+    image = image.convert("RGBA")  # a PNG's palette may hold alpha, too
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image.getchannel("A"))
     return white

@@ -1,22 +1,35 @@
 """Pipe strings: op|op(arg, key=arg)|..., read with `ast`, never evaluated."""
 
 import ast
+from collections.abc import Callable, Iterator, Mapping
 import inspect
+from typing import Any, TypeVar
 
 from sigjax import errors
 
+Built = TypeVar("Built")
 
-def build(string, ops, context):
-  """Returns the list of what the ops of a pipe string return.
+
+def build(
+  string: str,
+  ops: Mapping[str, Callable[..., Built]],
+  context: Mapping[str, Any],
+) -> list[Built]:
+  """Calls the ops of a pipe string.
 
   Args:
-    string: calls joined by "|"; the arguments are literals.
-    ops: {name: function}. Its arguments are checked against its signature and
-      annotations; those that are keyword-only come from the context.
+    string: calls joined by "|", whose arguments are literals.
+    ops: {name: function}. Arguments are checked against the function's
+      signature and annotations. Keyword-only parameters are filled from the
+      context.
     context: {name: value}.
 
+  Returns:
+    What each op returned, in order.
+
   Raises:
-    UserError: no valid pipe string, an unknown op, or wrong arguments.
+    UserError: the string is not a pipe string, an op is unknown, or its
+      arguments are wrong.
   """
   try:
     tree = ast.parse(string.strip(), mode="eval")
@@ -27,7 +40,9 @@ def build(string, ops, context):
   return [_build(ops, *call, context) for call in _calls(tree.body, string)]
 
 
-def _calls(node, string):
+def _calls(
+  node: ast.expr, string: str
+) -> Iterator[tuple[str, list[Any], dict[Any, Any]]]:
   """Yields (name, args, kwargs) of each call in a|b(1)|c(d=2)."""
   if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
     yield from _calls(node.left, string)
@@ -50,14 +65,20 @@ def _calls(node, string):
     raise errors.UserError(f'"{ast.unparse(node)}" in "{string}" is not an op')
 
 
-def _build(ops, name, args, kwargs, context):
-  """Makes one op's function, its arguments checked against its signature."""
-  factory = errors.pick(ops, name, "preprocessing op")
-  signature = inspect.signature(factory)
+def _build(
+  ops: Mapping[str, Callable[..., Built]],
+  name: str,
+  args: list[Any],
+  kwargs: dict[Any, Any],
+  context: Mapping[str, Any],
+) -> Built:
+  """Calls one op after checking its arguments against its signature."""
+  op = errors.pick(ops, name, "preprocessing op")
+  signature = inspect.signature(op)
   params = signature.parameters.values()
   needs = [p.name for p in params if p.kind == p.KEYWORD_ONLY]
-  taken = [str(p) for p in params if p.kind != p.KEYWORD_ONLY]
-  face = f"{name}({', '.join(taken)})"
+  shown = [str(p) for p in params if p.kind != p.KEYWORD_ONLY]
+  title = f"preprocessing op {name}({', '.join(shown)})"
   for need in needs:
     if context.get(need) is None:
       raise errors.UserError(f'preprocessing op "{name}" needs a {need}')
@@ -66,14 +87,13 @@ def _build(ops, name, args, kwargs, context):
       *args, **kwargs, **{need: context[need] for need in needs}
     )
   except TypeError as e:
-    raise errors.UserError(f"preprocessing op {face}: {e}") from e
+    raise errors.UserError(f"{title}: {e}") from e
   for key, value in bound.arguments.items():
     param = signature.parameters[key]
     values = value if param.kind == param.VAR_POSITIONAL else [value]
-    kinds = {float: (int, float)}.get(param.annotation, param.annotation)
-    wrong = [v for v in values if not isinstance(v, kinds)]
-    if wrong and key not in needs:
-      raise errors.UserError(
-        f"preprocessing op {face}: {key} cannot be {wrong[0]!r}"
-      )
-  return factory(*bound.args, **bound.kwargs)
+    types = (int, float) if param.annotation is float else param.annotation
+    if key not in needs:
+      wrong = [v for v in values if not isinstance(v, types)]
+      if wrong:
+        raise errors.UserError(f"{title}: {key} cannot be {wrong[0]!r}")
+  return op(*bound.args, **bound.kwargs)

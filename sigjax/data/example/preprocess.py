@@ -1,26 +1,39 @@
-"""What is done to one example, written as a pipe string.
+"""Preprocessing of one example, written as a pipe string.
 
   fn = parse("decode|resize(64)|flip_lr|value_range(-1,1)|choice('captions')"
              "|lower|tokenize(16)|keep('image','text')", tokenizer=tokenizer)
   example = fn(example, np.random.default_rng(0))
 
 An op is a function of its arguments that returns fn(example, rng) -> example.
-It may change the dict it is given, never the values in it. All randomness is
-drawn from rng. Its arguments are annotated with the types that parse() checks.
-Between `decode` and `value_range`, "image" is (h, w, 3) uint8; "text" is a str
-from `choice` or `first` until `tokenize`.
+fn may change the dict, but not the values in it, and draws all random numbers
+from rng. parse() checks an op's arguments against the types in its signature.
+Between `decode` and `value_range`, "image" is (h, w, 3) uint8. From `choice` or
+`first` to `tokenize`, "text" is a str.
 """
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from sigjax import errors
-from sigjax.data.example import captions
+from sigjax.data.example import captions as captions_lib
 from sigjax.data.example import images, pipe_string
 from sigjax.data.faults import BadExample
 
-# Pillow widens the filter when it shrinks an image (antialiasing) in all of
-# these but nearest. "area" is the mean over the covered pixels.
+Example = dict[str, Any]  # {feature: value}
+Fn = Callable[[Example, np.random.Generator], Example]
+
+
+class Tokenize(Protocol):
+  """A tokenizer as `tokenize` calls it; see tokenizer.Tokenizer."""
+
+  def __call__(self, text: str, length: int, pad: int = ...) -> np.ndarray: ...
+
+
+# When an image shrinks, all of these but nearest are antialiased by Pillow.
+# "area" is the mean over the covered pixels.
 _RESAMPLING = {
   "nearest": Image.Resampling.NEAREST,
   "area": Image.Resampling.BOX,
@@ -30,10 +43,12 @@ _RESAMPLING = {
 }
 
 
-def _on_image(fn):
-  """Turns fn(image, rng) -> image into an op's function."""
+def _on_image(
+  fn: Callable[[Any, np.random.Generator], np.ndarray],
+) -> Fn:
+  """Applies fn(image, rng) -> image to the "image" of an example."""
 
-  def apply(example, rng):
+  def apply(example: Example, rng: np.random.Generator) -> Example:
     example["image"] = fn(example["image"], rng)
     return example
 
@@ -43,25 +58,30 @@ def _on_image(fn):
 # Decoding and sizes.
 
 
-def decode():
-  """Decodes "image" from bytes to (h, w, 3) uint8; see images.decode."""
+def decode() -> Fn:
+  """Decodes "image" to (h, w, 3) uint8; see images.decode."""
   return _on_image(lambda data, _: images.decode(data))
 
 
-def decode_small(size: int):
-  """Decodes "image" and makes its shorter side `size`, the fastest way.
+def decode_small(size: int) -> Fn:
+  """Decodes "image" and resizes its shorter side to `size`, fast.
 
-  For training; evaluations take decode|resize_small(size), which is antialiased
-  exactly as in Pillow. See images.decode_small.
+  Meant for training. Evaluations use decode|resize_small(size), which gives
+  exactly Pillow's antialiased result. See images.decode_small.
   """
   return _on_image(lambda data, _: images.decode_small(data, size))
 
 
-def resize(height: int, width: int = None, method: str = "bilinear"):
-  """Resizes to (height, width), or to a square, whatever the shape was.
+def resize(
+  height: int, width: int | None = None, method: str = "bilinear"
+) -> Fn:
+  """Resizes to (height, width); the aspect ratio may change.
 
-  Methods: nearest, bilinear, bicubic, lanczos, area. When an image shrinks, all
-  but nearest are antialiased, as in Pillow.
+  Args:
+    height: H, pixels.
+    width: W, pixels; None for a square.
+    method: nearest, bilinear, bicubic, lanczos or area, as in Pillow. When an
+      image shrinks, all but nearest are antialiased.
   """
   size = (width or height, height)
   resample = errors.pick(_RESAMPLING, method, "resize method")
@@ -74,8 +94,8 @@ def resize(height: int, width: int = None, method: str = "bilinear"):
   return _on_image(fn)
 
 
-def resize_small(size: int, method: str = "bilinear"):
-  """Resizes the shorter side to `size`, keeping the aspect ratio."""
+def resize_small(size: int, method: str = "bilinear") -> Fn:
+  """Resizes the shorter side to `size` and keeps the aspect ratio."""
 
   def fn(example, rng):
     h, w = example["image"].shape[:2]
@@ -85,8 +105,10 @@ def resize_small(size: int, method: str = "bilinear"):
   return fn
 
 
-def _crop(image, height, width, where):
-  """Cuts height x width out; where(room) -> offset, from 0 to room."""
+def _crop(
+  image: np.ndarray, height: int, width: int, where: Callable[[int], Any]
+) -> np.ndarray:
+  """Cuts out (height, width); where(room) -> an offset from 0 to room."""
   h, w = image.shape[:2]
   if h < height or w < width:
     raise BadExample(
@@ -97,8 +119,8 @@ def _crop(image, height, width, where):
   return image[top : top + height, left : left + width]
 
 
-def random_crop(height: int, width: int = None):
-  """Cuts a (height, width) part out of the image, at random."""
+def random_crop(height: int, width: int | None = None) -> Fn:
+  """Cuts out (height, width), or a square, at a random place."""
   return _on_image(
     lambda image, rng: _crop(
       image, height, width or height, lambda room: rng.integers(room + 1)
@@ -106,8 +128,8 @@ def random_crop(height: int, width: int = None):
   )
 
 
-def central_crop(height: int, width: int = None):
-  """Cuts the central (height, width) part out of the image."""
+def central_crop(height: int, width: int | None = None) -> Fn:
+  """Cuts out the central (height, width), or a square."""
   return _on_image(
     lambda image, _: _crop(
       image, height, width or height, lambda room: room // 2
@@ -118,7 +140,7 @@ def central_crop(height: int, width: int = None):
 # Augmentation.
 
 
-def flip_lr(p: float = 0.5):
+def flip_lr(p: float = 0.5) -> Fn:
   """Mirrors left and right with probability p."""
   return _on_image(
     lambda image, rng: image[:, ::-1] if rng.random() < p else image
@@ -127,15 +149,17 @@ def flip_lr(p: float = 0.5):
 
 def random_affine(
   scale: tuple = (0.9, 1.1), shift: float = 0.1, fill: int = 255
-):
-  """Scales about the centre and shifts; what comes into view is `fill`.
+) -> Fn:
+  """Scales the image about its centre and shifts it; its size stays.
+
+  The result is interpolated bilinearly without antialiasing, so the factor
+  should be at least about 0.5.
 
   Args:
-    scale: the range of the factor; log-uniform, so that 1/2 is as likely as 2.
-    shift: the most that it moves, as a fraction of each side; uniform.
-    fill: the value of new pixels in all channels.
-
-  Bilinear without antialiasing: for scales of about 0.5 and more.
+    scale: (low, high) of the factor, drawn log-uniformly: 1/2 is as likely as
+      2.
+    shift: the largest shift as a fraction of each side, drawn uniformly.
+    fill: the value of uncovered pixels in all channels.
   """
   low, high = np.log(scale[0]), np.log(scale[1])
 
@@ -143,7 +167,7 @@ def random_affine(
     h, w = image.shape[:2]
     zoom = np.exp(-rng.uniform(low, high))
     dx, dy = rng.uniform(-shift, shift, 2) * (w, h)
-    # Pillow asks where an output pixel comes from: input = zoom * output + c.
+    # Pillow maps output to input coordinates: input = zoom * output + c.
     cx = w / 2 - zoom * (w / 2 + dx)
     cy = h / 2 - zoom * (h / 2 + dy)
     return np.asarray(
@@ -159,19 +183,19 @@ def random_affine(
   return _on_image(fn)
 
 
-def color_gain(amount: float):
+def color_gain(amount: float) -> Fn:
   """Multiplies each channel by a random factor in [1 - amount, 1 + amount]."""
 
   def fn(image, rng):
     gain = rng.uniform(1 - amount, 1 + amount, 3).astype(np.float32)
-    # The values are positive, so adding a half and truncating rounds.
+    # The values are positive, so adding 0.5 and truncating rounds them.
     return np.minimum(image * gain + np.float32(0.5), 255).astype(np.uint8)
 
   return _on_image(fn)
 
 
-def random_grey(p: float):
-  """Drops the colours with probability p (luma as in ITU-R 601)."""
+def random_grey(p: float) -> Fn:
+  """Makes the image grey with probability p (luma of ITU-R 601)."""
 
   def fn(image, rng):
     if rng.random() >= p:
@@ -182,79 +206,86 @@ def random_grey(p: float):
   return _on_image(fn)
 
 
-def random_invert(p: float):
+def random_invert(p: float) -> Fn:
   """Replaces every value v by 255 - v with probability p."""
   return _on_image(
     lambda image, rng: 255 - image if rng.random() < p else image
   )
 
 
-def value_range(low: float, high: float):
+def value_range(low: float, high: float) -> Fn:
   """Maps 0..255 linearly to low..high, as float32."""
-  slope, low = np.float32((high - low) / 255), np.float32(low)
-  return _on_image(lambda image, _: image * slope + low)
+  slope, offset = np.float32((high - low) / 255), np.float32(low)
+  return _on_image(lambda image, _: image * slope + offset)
 
 
 # Text.
 
 
-def choice(key: str, out: str = "text"):
-  """Picks one of the texts at `key` at random; "" if there is none.
+def choice(key: str, out: str = "text") -> Fn:
+  """Sets `out` to a random one of the texts at `key`; "" if there is none.
 
-  The feature may be a text, several, or {"text": several, ...}, as in COCO.
+  Args:
+    key: a feature that holds a text, several texts, or {"text": several, ...}
+      as in COCO.
+    out: the feature to set.
   """
 
-  def fn(example, rng):
-    texts = captions.captions(example, key)
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    texts = captions_lib.captions(example, key)
     example[out] = texts[rng.integers(len(texts))] if texts else ""
     return example
 
   return fn
 
 
-def first(key: str, out: str = "text"):
-  """Like `choice`, but always the first text."""
+def first(key: str, out: str = "text") -> Fn:
+  """Sets `out` to the first of the texts at `key`; see `choice`."""
 
-  def fn(example, _):
-    example[out] = (captions.captions(example, key) or [""])[0]
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    del rng
+    example[out] = (captions_lib.captions(example, key) or [""])[0]
     return example
 
   return fn
 
 
-def lower():
+def lower() -> Fn:
   """Makes "text" lower case."""
 
-  def fn(example, _):
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    del rng
     example["text"] = example["text"].lower()
     return example
 
   return fn
 
 
-def tokenize(length: int, pad: int = 1, *, tokenizer):
-  """Replaces "text" by its tokens, (length,) int32; see Tokenizer.
+def tokenize(length: int, pad: int = 1, *, tokenizer: Tokenize) -> Fn:
+  """Replaces "text" by its token ids, (length,) int32.
 
-  SigLIP's texts are padded with 1, SigLIP 2's with 0.
+  Args:
+    length: L; longer texts are cut, see tokenizer.Tokenizer.
+    pad: the id of padding: 1 in SigLIP, 0 in SigLIP 2.
+    tokenizer: given by parse().
   """
 
-  def fn(example, _):
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    del rng
     example["text"] = tokenizer(example["text"], length, pad)
     return example
 
   return fn
 
 
-def keep(*names: str):
-  """Drops all features but these, and orders them so."""
-  return lambda example, _: {name: _get(example, name) for name in names}
+def keep(*names: str) -> Fn:
+  """Drops all other features; the order of the names is that of the result."""
+  return lambda example, _: {
+    name: errors.pick(example, name, "feature") for name in names
+  }
 
 
-def _get(example, key):
-  return errors.pick(example, key, "feature")
-
-
-OPS = {
+OPS: dict[str, Callable[..., Fn]] = {
   op.__name__: op
   for op in (
     decode,
@@ -278,24 +309,24 @@ OPS = {
 }
 
 
-def parse(string, **context):
-  """Builds the function that a pipe string describes.
+def parse(string: str, **context: Any) -> Fn:
+  """Returns the function that a pipe string describes.
 
   Args:
-    string: op|op(arg, ...)|..., the ops being names in OPS, the arguments
-      literals.
-    **context: what ops need beside their written arguments: tokenizer=.
+    string: op|op(arg, ...)|..., with the names of OPS and literal arguments.
+    **context: what ops need besides their written arguments: tokenizer=.
 
   Returns:
-    fn(example: dict, rng: np.random.Generator) -> dict. It leaves its argument
-    as it was, and raises BadExample for an example that cannot be used.
+    fn(example, rng) -> example. It does not change its argument, and raises
+    BadExample for an example that cannot be used.
 
   Raises:
-    UserError: no valid pipe string, an unknown op, or wrong arguments.
+    UserError: the string is not a pipe string, an op is unknown, or its
+      arguments are wrong.
   """
   fns = pipe_string.build(string, OPS, context)
 
-  def preprocess(example, rng):
+  def preprocess(example: Example, rng: np.random.Generator) -> Example:
     example = dict(example)
     for fn in fns:
       example = fn(example, rng)

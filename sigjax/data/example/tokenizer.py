@@ -1,45 +1,45 @@
-"""Texts to token ids: SentencePiece models, with an end token that sticks.
+"""Texts to token ids: SentencePiece models whose id 1 ends every text.
 
-Id 1 ends a text and fills what is left of the row, as in the c4_en and Gemma
-vocabularies of the released models. It is always the last of a row, for the
-text tower reads its representation there.
+Id 1 ends a text and pads the rest of the row, as in the c4_en and Gemma
+vocabularies of the released models. The last id of a row is always 1, because
+the text tower reads the representation of the last token.
 """
 
+from collections.abc import Iterable
 import io
 import logging
 import os
-import shutil
+import pathlib
 
+from jaxtyping import Int
 import numpy as np
 import sentencepiece
 
 from sigjax import errors
-from sigjax.weights import fetch
+from sigjax.runtime import files
 
 log = logging.getLogger("sigjax")
 
 EOS = 1
 
-# The vocabularies of the released models.
-NAMES = {
-  "c4_en": "gs://t5-data/vocabs/cc_en.32000/sentencepiece.model",
-  "mc4": "gs://t5-data/vocabs/mc4.250000.100extra/sentencepiece.model",
-  "gemma": "gs://big_vision/gemma_tokenizer.model",
-}
-
 
 class Tokenizer:
   """A SentencePiece model from a file.
 
+  Attributes:
+    vocab_size: the number of ids.
+
   Raises:
-    UserError: no such file, no SentencePiece model, or its end token is not 1.
+    UserError: the file is missing or is no SentencePiece model, or the model's
+      end token is not 1.
   """
 
-  def __init__(self, path):
+  vocab_size: int
+
+  def __init__(self, path: str | os.PathLike[str]):
     try:
-      with open(path, "rb") as f:
-        data = f.read()
-      # An empty file would load, as a model without pieces.
+      data = pathlib.Path(path).read_bytes()
+      # SentencePiece loads an empty file as a model without pieces.
       self._model = sentencepiece.SentencePieceProcessor(
         model_proto=data or b"empty"
       )
@@ -55,10 +55,18 @@ class Tokenizer:
       )
     self.vocab_size = self._model.vocab_size()
 
-  def __call__(self, text, length, pad=EOS):
-    """Returns the ids of a text and 1, (length,) int32, cut so that 1 is last.
+  def __call__(
+    self, text: str, length: int, pad: int = EOS
+  ) -> Int[np.ndarray, " length"]:
+    """Returns the ids of a text and 1, padded or cut to a length.
 
-    What is left of the row is `pad`: 1 of SigLIP, 0 of SigLIP 2.
+    Args:
+      text: any text; "" gives the end token alone.
+      length: L. A text of L pieces or more is cut to L - 1 pieces and 1.
+      pad: fills the rest of the row: 1 in SigLIP, 0 in SigLIP 2.
+
+    Returns:
+      (L,) int32.
     """
     row = np.full(length, pad, np.int32)
     ids = self._model.encode(text)[: length - 1]
@@ -66,30 +74,28 @@ class Tokenizer:
     row[len(ids)] = EOS
     return row
 
-  def batch(self, texts, length):
-    """Returns the ids of n texts, (n, length) int32."""
-    rows = [self(text, length) for text in texts]
-    return np.stack(rows) if rows else np.zeros((0, length), np.int32)
 
-
-def train(texts, vocab_size, path):
-  """Trains a unigram model of vocab_size pieces, the same every time.
-
-  It has fewer where the texts yield no more, which is logged.
+def train(
+  texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
+) -> None:
+  """Trains a unigram model; the same texts give the same model.
 
   Args:
-    texts: an iterable of str; for lower-cased text, lower-case it before.
-    vocab_size: the number of ids, those of padding (0, not used by Tokenizer),
-      end (1) and unknown (2) included.
-    path: where the model is written, all at once.
+    texts: training texts. Lower-case them first if the tokenizer is to read
+      lower-cased text.
+    vocab_size: the number of ids to aim for, including those of padding (0,
+      which Tokenizer does not use), end (1) and unknown (2). The model has
+      fewer if the texts yield fewer; that is logged.
+    path: the file to write.
 
   Raises:
-    UserError: there are no texts, or they have more characters than pieces.
+    UserError: there are no texts, or vocab_size is too small for the texts'
+      characters.
   """
   model = io.BytesIO()
   texts = [text for text in texts if text.strip()]
   if not texts:
-    raise errors.UserError("no tokenizer from no texts")
+    raise errors.UserError("no tokenizer can be trained: there are no texts")
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(texts),
@@ -110,12 +116,12 @@ def train(texts, vocab_size, path):
     # The last sentence says what is wrong.
     reason = " ".join(str(e).split()).split("] ")[-1]
     raise errors.UserError(
-      f"no tokenizer of {vocab_size} pieces from these texts: {reason}"
+      f"no tokenizer of {vocab_size} pieces can be trained on these texts: "
+      f"{reason}"
     ) from e
-  aside = f"{path}.{os.getpid()}.tmp"
-  with open(aside, "wb") as f:
-    f.write(model.getvalue())
-  found = Tokenizer(aside).vocab_size
+  with files.replacing(pathlib.Path(path)) as aside:
+    aside.write_bytes(model.getvalue())
+    found = Tokenizer(aside).vocab_size
   if found < vocab_size:
     log.info(
       "%d texts yield a vocabulary of %d pieces, not of %d",
@@ -123,48 +129,3 @@ def train(texts, vocab_size, path):
       found,
       vocab_size,
     )
-  os.replace(aside, path)
-
-
-def of_run(copy, texts, *, path=None, vocab_size=None, captions="captions"):
-  """The tokenizer of a run, of which the workdir keeps a copy.
-
-  Args:
-    copy: the workdir's copy; if it is there already, it is what is used.
-    texts: fn(captions) -> iterable of str, the training captions.
-    path: a SentencePiece model to copy: a file, a URL, or one of NAMES; or
-    vocab_size: the size of one to train, on lower-cased training captions.
-    captions: the feature that holds them.
-
-  Raises:
-    UserError: neither or both of path and vocab_size, or what Tokenizer, train
-      and fetch.local refuse.
-  """
-  if (path is None) == (vocab_size is None):
-    raise errors.UserError(
-      "config.tokenizer takes either path or vocab_size (to train one)"
-    )
-  if not os.path.exists(copy):
-    if path is None:
-      train((text.lower() for text in texts(captions)), vocab_size, copy)
-    else:
-      path = _local(path)
-      Tokenizer(path)  # refuses what is none before it is copied
-      aside = f"{copy}.{os.getpid()}.tmp"
-      shutil.copyfile(path, aside)
-      os.replace(aside, copy)
-  return Tokenizer(copy)
-
-
-def _local(path):
-  """Returns the local path of a SentencePiece model, fetched if need be."""
-  known = f"known are: {', '.join(NAMES)}"
-  url = NAMES.get(str(path), path)
-  if fetch.is_url(url):
-    return fetch.local(url, known)
-  if not os.path.exists(path):
-    raise errors.UserError(
-      f"there is no SentencePiece model {path}{errors.closest(path, NAMES)}; "
-      f"{known}"
-    )
-  return path

@@ -159,7 +159,7 @@ def test_random_crop_is_contiguous_and_goes_everywhere():
     top, left, _ = map(int, got[0, 0])
     np.testing.assert_array_equal(got, PLACES[top : top + 7, left : left + 4])
     corners.add((top, left))
-  assert corners == {(t, l) for t in range(3) for l in range(4)}
+  assert corners == {(y, x) for y in range(3) for x in range(4)}
   np.testing.assert_array_equal(on_image("random_crop(9, 7)", PLACES), PLACES)
 
 

@@ -1,5 +1,6 @@
-"""Recall and accuracy against brute force, and answers known by construction."""
+"""Recall and accuracy against brute force and answers known by construction."""
 
+import io
 import math
 
 import jax.numpy as jnp
@@ -99,8 +100,6 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def animals(monkeypatch):
   """Three images of each animal; the colour tells the class: 10 * i."""
-  import io  # pylint: disable=g-import-not-at-top
-
   records = []
   for copy in range(3):
     for i, name in enumerate(NAMES):
@@ -132,7 +131,7 @@ PP = dict(
 
 
 def make(tokenizer, path=None, **section):
-  return evaluators.make("config.evals.x", path, tokenizer, **section, **PP)
+  return evaluators.make("config.evals.x", path, tokenizer, {**section, **PP})
 
 
 def test_zeroshot(animals, tokenizer, mesh):

@@ -1,0 +1,141 @@
+"""Fills a config with the defaults of the functions that its sections call.
+
+So config.json says everything, and every value can be overridden on the command
+line: --config.seed=1, --config.optim.options.b2=0.99.
+"""
+
+from collections.abc import Callable, Mapping
+import inspect
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from sigjax import errors
+from sigjax import losses
+from sigjax import optim
+from sigjax import sharding
+from sigjax.models import two_towers
+
+MODULE = ("parent", "name")  # of every flax module; no settings
+UNITS = ("steps", "epochs", "examples", "percent")  # of durations
+
+
+def define_config_flag(main: Callable[..., Any] | None = None) -> None:
+  """Defines --config: a config file, filled when it is loaded, and locked.
+
+  Args:
+    main: its keyword arguments are the config's top-level keys; None leaves
+      these as the file has them.
+  """
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, with its argument: FILE.py[:key=value,...].",
+    lock_config=True,
+  )
+  parser = flags.FLAGS["config"].parser
+  load = parser.parse
+
+  def load_and_fill(path: str) -> ConfigDict:
+    config = load(path)
+    with config.unlocked():
+      fill(config, main)
+    return config
+
+  parser.parse = load_and_fill
+
+
+def fill(config: ConfigDict, main: Callable[..., Any] | None = None) -> None:
+  """Adds to a config, in place, each key that it leaves at its default."""
+  # Imported here: it is the tools that open no data which import this file.
+  from sigjax import evaluators
+  from sigjax.checkpoints import restore, save
+  from sigjax.data import kinds
+  from sigjax.weights import vocabulary
+
+  if main:
+    sections = ("loss", "mesh", "init", "checkpoints", "evals")
+    for key in sections:
+      if config.get(key) is None:
+        config[key] = ConfigDict()
+    _add(config, main, skip=("eval_only",))
+  if (model := config.get("model")) is not None:
+    _add(model, two_towers.TwoTowers, MODULE)
+    image = model.get("image", ConfigDict())
+    kind = image.get("kind", "vit")
+    _add(image, two_towers.IMAGE_TOWERS.get(kind), (*MODULE, "out_dim", "dtype"))
+    text = model.get("text", ConfigDict())
+    _add(text, two_towers.text_lib.TextTransformer, (*MODULE, "out_dim", "dtype"))
+  if (section := config.get("optim")) is not None:
+    _add(section, optim.make_optimizer)
+    for key in ("schedule", "options"):
+      if section[key] is None:
+        section[key] = ConfigDict()
+    _add(section.schedule, optim.make_schedule)
+    _add(section.schedule, optim.SCHEDULES.get(section.schedule.name))
+    _add(section.options, optim.OPTIMIZERS.get(section.name))
+  if (section := config.get("loss")) is not None:
+    _add(section, losses.make)
+    _add(section, losses.LOSSES.get(section.name), ("b", "axes"))
+  if (section := config.get("mesh")) is not None:
+    _add(section, sharding.make_mesh, ("devices",))
+  if (section := config.get("init")) is not None:
+    _add(section, restore.read_init)
+  if (section := config.get("checkpoints")) is not None:
+    _add(section, save.Checkpoints, ("read_only",))
+    _add_duration(section, "every")
+  if (section := config.get("tokenizer")) is not None:
+    _add(section, vocabulary.of_run)
+  _add_source(config.get("data"), kinds)
+  for section in (config.get("evals") or {}).values():
+    make = evaluators.EVALUATORS.get(section.get("type"))
+    _add(section, make and make(), ("path",))
+    _add_duration(section, "every")
+    _add_source(section.get("data"), kinds)
+
+
+def _add_source(section: ConfigDict | None, kinds: Any) -> None:
+  if section is not None:
+    _add(section, kinds.open_source)
+    make = kinds.SOURCES.get(section.get("kind"))
+    _add(section, make and make())
+    for part in section.get("sources", ()):
+      if isinstance(part, ConfigDict):
+        _add_source(part, kinds)
+
+
+def _add_duration(section: ConfigDict, name: str) -> None:
+  if not any(f"{name}_{unit}" in section for unit in UNITS):
+    section[f"{name}_steps"] = _value(None)
+
+
+def _add(
+  section: ConfigDict,
+  fn: Callable[..., Any] | None,
+  skip: tuple[str, ...] = (),
+) -> None:
+  """Adds the arguments of fn that have defaults and are not there yet."""
+  if fn is None:  # an unknown name, which is an error when it is used
+    return
+  for key in section:  # None may be overridden by anything
+    if section[key] is None:
+      section[key] = _value(None)
+  for key, param in inspect.signature(fn).parameters.items():
+    if key in section or key in skip:
+      continue
+    stem, _, unit = key.rpartition("_")
+    if param.default is inspect.Parameter.empty:
+      continue
+    if param.default is not None and unit in UNITS:
+      if any(f"{stem}_{u}" in section for u in UNITS):
+        continue  # the same duration is given in another unit
+    section[key] = _value(param.default)
+
+
+def _value(default: Any) -> Any:
+  if default is None:
+    return config_dict.placeholder(object)
+  if isinstance(default, Mapping):
+    return ConfigDict(default)
+  return default
