@@ -23,6 +23,10 @@ class TrainState:
   # is locked is in the model's compute dtype
   opt_state: optax.OptState
 
+  def restored(self, params, step, opt_state):
+    """Returns the same kind of state with the values of a checkpoint."""
+    return self.replace(params=params, step=step, opt_state=opt_state)
+
 
 def init_params(model, rng, example):
   """Parameters from scratch, for examples like this dict(image=, text=)."""
