@@ -1,17 +1,18 @@
-"""What is where in the shards of a dataset: indices, built once and kept.
+"""Indices of shards, which tell where each example lies.
 
-The index of a shard is an array with a row for each example in it, kept in a
-file. The rows of a large dataset are joined in one more file, in the cache,
-which is mapped into memory: an example costs no Python object.
+The index of a shard is an array with a row per example, kept in a file. The
+indices of all shards of a dataset are joined. A large joined index is kept in
+the cache folder as one more file, and mapped into memory: then an example costs
+no Python object.
 """
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import io
 import json
 import logging
-import os
+import pathlib
 import random
 from typing import Any, NamedTuple
 import uuid
@@ -23,59 +24,83 @@ import tqdm
 from sigjax import errors
 from sigjax.data import faults
 from sigjax.data.shards import files, index_files
+from sigjax.data.shards.index_files import Faults
+from sigjax.runtime import files as local_files
 
 log = logging.getLogger("sigjax")
 
-IN_MEMORY = 1 << 20  # rows; more are mapped from a file
+IN_MEMORY = 1 << 20  # rows; a larger joined index is mapped from a file
 
 
 class Kind(NamedTuple):
   """A kind of index.
 
   Attributes:
-    name: in the names of its files.
-    dtype: of its rows, an np.dtype.
-    build: fn(Files, number of the shard, its size) -> rows, an array, and
-      what is wrong with the shard, {kind: (count, the name of one)}.
+    name: part of the names of its files.
+    dtype: of its rows.
+    build: fn(files, number of the shard, its size in bytes) -> the rows of one
+      shard, and what is wrong with it: {kind: (count, an example's name)}.
   """
 
   name: str
-  dtype: Any
-  build: Callable
+  dtype: np.dtype
+  build: Callable[[files.Files, int, int], tuple[np.ndarray, Faults]]
 
 
-def _part(opened, number, stamp, kind):
-  """Returns (rows, faults, whether they last) of one shard.
+class Part(NamedTuple):
+  """The index of one shard.
 
-  From its index, or by building that. They do not last if the shard could not
-  be read: next time it may.
+  Attributes:
+    number: of the shard.
+    rows: the index.
+    faults: what is wrong with the shard.
+    lasting: False if the shard could not be read; it may be readable next time.
   """
+
+  number: int
+  rows: np.ndarray
+  faults: Faults
+  lasting: bool
+
+
+def _part(
+  opened: files.Files, number: int, stamp: files.Stamp, kind: Kind
+) -> Part:
+  """Loads the index of one shard, or builds and keeps it."""
   path = opened.paths[number]
-  found = index_files.load(path, kind.name, stamp)
+  found = index_files.load_index(path, kind.name, stamp)
   if found is None:
     try:
-      found = rows, wrong = kind.build(opened, number, stamp[0])
+      found = kind.build(opened, number, stamp[0])
     except faults.BadExample as e:
       log.warning("%s", e)
-      return np.zeros(0, kind.dtype), {e.kind: (1, path)}, False
+      empty = np.zeros(0, kind.dtype)
+      return Part(number, empty, {e.kind: (1, path)}, lasting=False)
+    rows, wrong = found
     faults.report(path, wrong)
-    index_files.save(path, kind.name, stamp, rows, wrong)
-  return *found, True
+    index_files.save_index(path, kind.name, stamp, rows, wrong)
+  return Part(number, *found, lasting=True)
 
 
 class Shards:
-  """The shards of a dataset, as they are now.
+  """The shards of a dataset.
+
+  Args:
+    paths: as files.expand() returns them.
+    what: names the shards in messages, such as "tar shards".
 
   Attributes:
-    paths: list of str.
-    files: reads them.
-    faults: {kind: (count, the name of one)}; so far, the shards not there.
+    paths: the same.
+    what: the same.
+    files: reads the shards.
+    faults: {kind: (count, the name of one)}: the missing shards, and after
+      index() all that is wrong with the others.
 
   Raises:
-    UserError: none of them is there.
+    UserError: all shards are missing.
   """
 
-  def __init__(self, paths, what):
+  def __init__(self, paths: Sequence[str], what: str):
     self.paths = paths
     self.what = what
     self.files = files.Files(paths)
@@ -87,17 +112,18 @@ class Shards:
         "the path, which is taken from the working directory unless it is "
         "absolute"
       )
-    self.faults = {"vanished shard": (len(gone), gone[0])} if gone else {}
+    self.faults: Faults = (
+      {"vanished shard": (len(gone), gone[0])} if gone else {}
+    )
     faults.report(what, self.faults)
 
-  def parts(self, kind):
-    """Returns an iterator over (number, rows, faults, lasting) of all shards.
+  def parts(self, kind: Kind) -> Iterator[Part]:
+    """Yields the indices of all shards that exist, in the order of completion.
 
-    See _part(). They come as they are done, those that are not there left out.
-    The order is random, so that processes that start together find each other's
-    work.
+    Shards are indexed in random order: processes that start at the same time
+    then find each other's index files instead of building the same ones.
     """
-    todo = [n for n, stamp in enumerate(self._stamps) if stamp]
+    todo = [(n, stamp) for n, stamp in enumerate(self._stamps) if stamp]
     random.Random(uuid.uuid4().int).shuffle(todo)
     with (
       files.pool() as threads,
@@ -105,33 +131,29 @@ class Shards:
         total=len(todo), unit="shard", desc=f"indexing {self.what}", delay=2
       ) as bar,
     ):
-      waiting = {}
+      waiting: set[concurrent.futures.Future[Part]] = set()
       try:
         while todo or waiting:
-          while todo and len(waiting) < 64:  # what is done is in memory
-            n = todo.pop()
-            waiting[
-              threads.submit(_part, self.files, n, self._stamps[n], kind)
-            ] = n
-          done, _ = concurrent.futures.wait(
+          while todo and len(waiting) < 64:  # their results are in memory
+            waiting.add(threads.submit(_part, self.files, *todo.pop(), kind))
+          done, waiting = concurrent.futures.wait(
             waiting, return_when=concurrent.futures.FIRST_COMPLETED
           )
           for future in done:
-            n = waiting.pop(future)
-            yield n, *future.result()
+            yield future.result()
             bar.update()
       finally:
         for future in waiting:
           future.cancel()
 
-  def column(self, kind):
-    """Yields the rows of each shard, in order."""
-    parts = {n: rows for n, rows, *_ in self.parts(kind)}
+  def column(self, kind: Kind) -> Iterator[np.ndarray]:
+    """Yields the rows of each shard, in the order of the shards."""
+    parts = {part.number: part.rows for part in self.parts(kind)}
     for n in sorted(parts):
       yield parts.pop(n)
 
-  def index(self, kind):
-    """Returns the Index of all shards, and adds to `faults` what is wrong.
+  def index(self, kind: Kind) -> "Index":
+    """Returns the joined index, and adds to `faults` what is wrong.
 
     Raises:
       UserError: there is no row at all, or no place to keep an index.
@@ -139,8 +161,8 @@ class Shards:
     told = json.dumps(
       [index_files.VERSION, kind.name, self.paths, self._stamps]
     )
-    place = index_files.cached(told, ".npy")
-    found = self._joined(place)
+    place = index_files.cache_path(told, ".npy")
+    found = self._load_joined(place)
     if found is None:
       found = self._join(place, kind)
     rows, starts, wrong = found
@@ -157,10 +179,12 @@ class Shards:
       )
     return Index(rows, starts)
 
-  def _joined(self, place):
-    """Returns (rows, starts, faults) if a former process joined them."""
+  def _load_joined(
+    self, place: pathlib.Path
+  ) -> tuple[np.ndarray, np.ndarray, Faults] | None:
+    """Returns (rows, starts, faults) that an earlier process has joined."""
     try:
-      with open(place + ".npz", "rb") as f, np.load(f) as head:
+      with open(f"{place}.npz", "rb") as f, np.load(f) as head:
         starts, wrong = head["starts"], json.loads(str(head["faults"]))
       rows = np.load(place, mmap_mode="r")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
@@ -168,37 +192,43 @@ class Shards:
     wrong = {k: tuple(v) for k, v in wrong.items()}
     return (rows, starts, wrong) if len(rows) == starts[-1] else None
 
-  def _join(self, place, kind):
-    """Returns (rows, starts, faults), many rows from a new file at `place`."""
+  def _join(
+    self, place: pathlib.Path, kind: Kind
+  ) -> tuple[np.ndarray, np.ndarray, Faults]:
+    """Returns (rows, starts, faults); many rows are written to `place`."""
     counts, wrong = np.zeros(len(self.paths), np.int64), {}
-    kept, last = {}, True
-    for n, rows, found, lasting in self.parts(kind):
-      counts[n], last = len(rows), last and lasting
-      faults.merge(wrong, found)
+    kept, lasting = {}, True
+    for part in self.parts(kind):
+      counts[part.number] = len(part.rows)
+      lasting = lasting and part.lasting
+      faults.merge(wrong, part.faults)
       if counts.sum() <= IN_MEMORY:
-        kept[n] = rows
+        kept[part.number] = part.rows
     starts = np.concatenate([[0], np.cumsum(counts)])
     if starts[-1] <= IN_MEMORY:
       joined = [kept[n] for n in sorted(kept)]
       return np.concatenate(joined), starts, wrong
     try:
       self._write_joined(place, kind, starts)
-      if last:  # what makes it trusted
-        head = io.BytesIO()
+      if lasting:  # the rows are only trusted if this file is there
+        head: Any = io.BytesIO()
         np.savez(head, starts=starts, faults=np.array(json.dumps(wrong)))
-        index_files.write(place + ".npz", head.getvalue())
+        local_files.write(pathlib.Path(f"{place}.npz"), head.getvalue())
     except OSError as e:
       raise errors.UserError(
         f"the joined index of {len(self.paths)} {self.what} cannot be "
-        f"written to {index_files.cache_dir()}: {e.strerror}; set "
+        f"written to {local_files.cache_dir()}: {e.strerror}; set "
         "SIGJAX_CACHE to a folder with room"
       ) from e
     return np.load(place, mmap_mode="r"), starts, wrong
 
-  def _write_joined(self, place, kind, starts):
-    os.makedirs(index_files.cache_dir(), exist_ok=True)
-    # Not through a mapped file: on a full disk that would kill the process.
-    with index_files.aside(place) as aside, open(aside, "wb") as f:
+  def _write_joined(
+    self, place: pathlib.Path, kind: Kind, starts: np.ndarray
+  ) -> None:
+    """Writes the rows of all shards to one .npy file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Not through a mapped file: a full disk would then kill the process.
+    with local_files.replacing(place) as aside, open(aside, "wb") as f:
       np.lib.format.write_array_header_2_0(
         f,
         {
@@ -208,7 +238,7 @@ class Shards:
         },
       )
       begin = f.tell()
-      for n, rows, *_ in self.parts(kind):  # from the files just made
+      for n, rows, *_ in self.parts(kind):  # from the index files just written
         if len(rows) != starts[n + 1] - starts[n]:
           raise errors.UserError(
             f"{self.paths[n]} changed while it was indexed; start again"
@@ -218,26 +248,34 @@ class Shards:
 
 
 class Index:
-  """Which shard record i is in, and its row there."""
+  """The joined index of all shards.
 
-  def __init__(self, rows, starts):
-    # A plain array on the mapped file: np.memmap is slow to take rows from.
+  Args:
+    rows: (n,), a row per record.
+    starts: (shards + 1,), the first record of each shard, and n.
+
+  Attributes:
+    rows: the same.
+  """
+
+  def __init__(self, rows: np.ndarray, starts: np.ndarray):
+    # A plain array on the mapped file: indexing an np.memmap is slow.
     self.rows = np.asarray(rows)
-    self._starts = starts.tolist()  # bisect on a list is quicker
+    self._starts: list[int] = starts.tolist()  # bisect is faster on a list
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.rows)
 
-  def locate(self, i):
-    """Returns (number of the shard, the row's fields as ints)."""
+  def locate(self, i: int) -> tuple[int, Any]:
+    """Returns the number of record i's shard, and its row as Python ints."""
     if not 0 <= i < len(self.rows):
       raise IndexError(i)
     return bisect.bisect_right(self._starts, i) - 1, self.rows[i].item()
 
-  def first(self, number):
+  def first(self, number: int) -> int:
     """Returns the number of a shard's first record."""
     return self._starts[number]
 
-  def of_shard(self, number):
+  def of_shard(self, number: int) -> np.ndarray:
     """Returns the rows of a shard."""
     return self.rows[self._starts[number] : self._starts[number + 1]]

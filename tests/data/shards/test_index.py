@@ -249,23 +249,24 @@ def test_a_damaged_joined_index_is_rebuilt(folder, cache, large, ending):
 
 KILLED = """
 import os, signal, sys
-from sigjax.data import index_files, shards
+from sigjax.data.shards import index
+from sigjax.runtime import files
 sys.path.insert(0, {tests!r})
-import test_shards
+import test_index
 step = {step!r}
 if step == "index":  # it is written, but not under its name
   def replace(old, new):
     os.kill(os.getpid(), signal.SIGKILL)
   os.replace = replace
 else:  # the joined rows are there, but not what says that they are whole
-  shards.IN_MEMORY = 5
-  write = index_files.write
+  index.IN_MEMORY = 5
+  write = files.write
   def killed(path, data):
-    if path.endswith(".npy.npz"):
+    if path.name.endswith(".npy.npz"):
       os.kill(os.getpid(), signal.SIGKILL)
     write(path, data)
-  index_files.write = killed
-test_shards.Builder().index({pattern!r})
+  files.write = killed
+test_index.Builder().index({pattern!r})
 """
 
 
@@ -306,8 +307,9 @@ def test_nothing_is_written_where_that_is_publishing(
   asked = []
   monkeypatch.setattr(files, "file_system", asked.append)
   path, rows = f"{scheme}://a/b.x", np.arange(3)
-  index_files.save(path, "rows", (1, "m"), rows, {"odd": (1, "n")})
-  found, wrong = index_files.load(path, "rows", (1, "m"))
+  stamp = (1, "m")
+  index_files.save_index(path, "rows", stamp, rows, {"odd": (1, "n")})
+  found, wrong = index_files.load_index(path, "rows", stamp)
   assert not asked and len(list(cache.iterdir())) == 1
   assert found.tolist() == [0, 1, 2] and wrong == {"odd": (1, "n")}
 
