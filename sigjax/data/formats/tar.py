@@ -1,12 +1,13 @@
 """Tar shards, as WebDataset and img2dataset write them, with random access.
 
-Members whose names differ only after the last dot are one sample:
-000000000.jpg, 000000000.txt, 000000000.json. The index tells where the members
-of a sample lie; it is made from the headers alone. A sample is then read at
-once.
+Consecutive members whose names differ only after the last dot are one sample:
+000000000.jpg, 000000000.txt, 000000000.json. If the same name appears again
+later, it begins another sample, as in webdataset. The index tells where the
+members of a sample lie; it is made from the headers alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import functools
 import json as json_lib
 from typing import Any
 
@@ -37,14 +38,14 @@ _NOWHERE: _Place = (0, 0, 0)
 
 def _samples(
   window: files.Window,
-) -> tuple[dict[bytes, dict[str, _Place]], bool]:
+) -> tuple[list[tuple[bytes, dict[str, _Place]]], bool]:
   """Reads a shard's headers.
 
   Returns:
-    {name without extension: {"image", "txt" or "json": place}}, in the order of
-    first members, and whether the shard is whole.
+    [(name without extension, {"image", "txt" or "json": place})], and whether
+    the shard is whole.
   """
-  samples: dict[bytes, dict[str, _Place]] = {}
+  samples: list[tuple[bytes, dict[str, _Place]]] = []
   at = 0
   while True:
     try:
@@ -57,12 +58,16 @@ def _samples(
     end = data + size
     if end > window.size:
       return samples, False
-    if name:
-      key, _, ending = name.rpartition(b".")
+    key, _, ending = (name or b"").rpartition(b".")
+    # macOS adds a file ._NAME with its attributes before each file NAME.
+    hidden = key.rpartition(b"/")[2].startswith(b"._")
+    if key and b"/" not in ending and not hidden:
       ending = ending.decode("latin-1").lower()
       part = "image" if ending in IMAGES else ending
-      if key and part in ("image", "txt", "json"):
-        samples.setdefault(key, {})[part] = at, data, size
+      if not samples or samples[-1][0] != key or part in samples[-1][1]:
+        samples.append((key, {}))
+      if part in ("image", "txt", "json"):
+        samples[-1][1][part] = at, data, size
     at = -(-end // BLOCK) * BLOCK
 
 
@@ -72,7 +77,9 @@ def _build(
   """Builds the index of a tar; see index.Kind."""
   samples, whole = _samples(files.Window(opened, number, size))
   rows, wrong = [], {}
-  for key, parts in samples.items():
+  for key, parts in samples:
+    if not parts:
+      continue  # other files, such as .npz
     head, data, image = parts.get("image", _NOWHERE)
     _, text_at, text = parts.get("txt", _NOWHERE)
     _, json_at, json = parts.get("json", _NOWHERE)
@@ -124,7 +131,11 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
 
 
 class TarRecords:
-  """Random access to the samples of tar shards; see tar()."""
+  """Random access to the samples of tar shards; see tar().
+
+  Attributes:
+    identity: of the shards.
+  """
 
   def __init__(
     self, shards: index.Shards, captions: str | None, json: Sequence[str]
@@ -132,6 +143,7 @@ class TarRecords:
     self._shards = shards
     self._captions, self._json = captions, json
     self._index = shards.index(_INDEX)
+    self.identity = shards.identity
 
   def __len__(self) -> int:
     return len(self._index)
@@ -209,33 +221,38 @@ class TarRecords:
   def column(self, name: str) -> Iterator[np.ndarray] | None:
     """Yields the values at key `name` of all samples' .json, in order.
 
-    They are read once, and kept as indices are. Returns None if the first
-    sample's .json has no such key.
+    They are read once, and kept as indices are. Returns None if no .json of up
+    to 100 samples, spread over the shards, has this key.
     """
+    what = self._shards.what
 
-    def fields(read: Any, row: Any) -> dict[str, Any]:
+    def fields(read: Callable[[int, int], bytes], row: Any) -> dict[str, Any]:
       json_at, json = row[-2:]
-      data = read(json_at * BLOCK, json) if json_at else b"{}"
-      return _parsed(data, self._shards.what)
+      try:
+        return _parsed(read(json_at * BLOCK, json), what) if json_at else {}
+      except BadExample:
+        return {}  # a sample without a value passes no filter
 
     def build(
       opened: files.Files, number: int, size: int
     ) -> tuple[np.ndarray, index.Faults]:
       window = files.Window(opened, number, size)
-      values = []
-      for row in self._index.of_shard(number).tolist():
-        try:
-          values.append(fields(window, row).get(name))
-        except BadExample:
-          values.append(None)  # passes no filter
-      return source_lib.as_column(values, name, self._shards.what), {}
+      rows = self._index.of_shard(number).tolist()
+      values = [fields(window, row).get(name) for row in rows]
+      # As JSON: an array would turn integers beside None into floats.
+      return np.frombuffer(json_lib.dumps(values).encode(), np.uint8), {}
 
-    number, row = self._index.locate(0)
-    first = fields(lambda *at: self._shards.files.read(number, *at), row)
-    if name not in first:
+    def known(i: int) -> bool:
+      number, row = self._index.locate(i)
+      read = functools.partial(self._shards.files.read, number)
+      return name in fields(read, row)
+
+    if not any(map(known, range(0, len(self), -(-len(self) // 100)))):
       return None
-    return self._shards.column(
-      index.Kind(f"json-{name}", np.dtype(float), build)
+    kind = index.Kind(f"values-{name}", np.dtype(np.uint8), build)
+    return (
+      source_lib.as_column(json_lib.loads(data.tobytes() or b"[]"), name, what)
+      for data in self._shards.column(kind)
     )
 
 
@@ -259,8 +276,8 @@ def tar(
       keys that are not listed here.
 
   Returns:
-    A Source. Its `faults` count samples without an image or a caption, and
-    shards that are truncated or missing.
+    A Source. Its `faults` count samples without an image or a caption, and the
+    examples that truncated or missing shards lack.
 
   Raises:
     UserError: there is no example.

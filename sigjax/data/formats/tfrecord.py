@@ -62,6 +62,9 @@ class TFRecordRecords:
     ranges: [(number of the shard, its first record, how many)]. Records past
       the end of a truncated shard are left out.
     parse: fn(bytes) -> dict of features.
+
+  Attributes:
+    identity: of the shards.
   """
 
   def __init__(
@@ -71,10 +74,23 @@ class TFRecordRecords:
     parse: Callable[[bytes], dict[str, Any]],
   ):
     self._files, self._parse = shards.files, parse
-    self._index = index = shards.index(_INDEX)
+    self.identity = shards.identity
+
+    def there(index: index_lib.Index, number: int, skip: int, take: int) -> int:
+      return max(0, min(take, len(index.of_shard(number)) - skip))
+
+    def missing(index: index_lib.Index) -> dict[int, int]:
+      counts: dict[int, int] = {}
+      for number, skip, take in ranges:
+        lacks = take - there(index, number, skip, take)
+        if lacks:
+          counts[number] = counts.get(number, 0) + lacks
+      return counts
+
+    self._index = index = shards.index(_INDEX, missing)
     self._firsts, self._starts = [], [0]
     for number, skip, take in ranges:
-      take = min(take, len(index.of_shard(number)) - skip)
+      take = there(index, number, skip, take)
       if take > 0:
         self._firsts.append(index.first(number) + skip)
         self._starts.append(self._starts[-1] + take)

@@ -7,8 +7,9 @@ no Python object.
 """
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
+import hashlib
 import io
 import json
 import logging
@@ -16,7 +17,6 @@ import pathlib
 import random
 from typing import Any, NamedTuple
 import uuid
-import zipfile
 
 import numpy as np
 import tqdm
@@ -30,6 +30,13 @@ from sigjax.runtime import files as local_files
 log = logging.getLogger("sigjax")
 
 IN_MEMORY = 1 << 20  # rows; a larger joined index is mapped from a file
+# Faults of a shard by which all its examples, or those at its end, are lost.
+LOST = (
+  "vanished shard",
+  "unreadable shard",
+  "damaged shard",
+  "truncated shard",
+)
 
 
 class Kind(NamedTuple):
@@ -39,12 +46,15 @@ class Kind(NamedTuple):
     name: part of the names of its files.
     dtype: of its rows.
     build: fn(files, number of the shard, its size in bytes) -> the rows of one
-      shard, and what is wrong with it: {kind: (count, an example's name)}.
+      shard, and what is wrong with it: {kind: (count, an example's name)}. The
+      count of a kind in LOST is ignored.
+    examples: fn(rows of one shard) -> how many examples they stand for.
   """
 
   name: str
   dtype: np.dtype
   build: Callable[[files.Files, int, int], tuple[np.ndarray, Faults]]
+  examples: Callable[[np.ndarray], int] = len
 
 
 class Part(NamedTuple):
@@ -69,6 +79,8 @@ def _part(
   """Loads the index of one shard, or builds and keeps it."""
   path = opened.paths[number]
   found = index_files.load_index(path, kind.name, stamp)
+  if found and (found[0].dtype != kind.dtype or found[0].ndim != 1):
+    found = None
   if found is None:
     try:
       found = kind.build(opened, number, stamp[0])
@@ -77,9 +89,31 @@ def _part(
       empty = np.zeros(0, kind.dtype)
       return Part(number, empty, {e.kind: (1, path)}, lasting=False)
     rows, wrong = found
-    faults.report(path, wrong)
+    faults.report(path, _of_examples(wrong))
     index_files.save_index(path, kind.name, stamp, rows, wrong)
   return Part(number, *found, lasting=True)
+
+
+def _of_examples(wrong: Faults) -> Faults:
+  """Returns the faults of examples, without those of whole shards."""
+  return {kind: found for kind, found in wrong.items() if kind not in LOST}
+
+
+def _estimated(
+  counts: Sequence[int], lost: Mapping[int, str]
+) -> dict[int, int]:
+  """Estimates how many examples each lost shard lacks.
+
+  It is assumed to have held as many as the other shards do on average or, if
+  all are lost, as the longest of them. It lacks at least one.
+
+  Args:
+    counts: how many examples each shard has.
+    lost: the numbers of the lost shards.
+  """
+  whole = [count for n, count in enumerate(counts) if n not in lost]
+  expected = round(sum(whole) / len(whole)) if whole else max(counts)
+  return {n: max(1, expected - counts[n]) for n in lost}
 
 
 class Shards:
@@ -93,8 +127,11 @@ class Shards:
     paths: the same.
     what: the same.
     files: reads the shards.
-    faults: {kind: (count, the name of one)}: the missing shards, and after
-      index() all that is wrong with the others.
+    identity: a digest of the shards' names and sizes. The names are relative to
+      their common folder: a dataset that was moved keeps its identity.
+    lost: {number: kind} of the shards that are missing and, after index(), of
+      those that are damaged.
+    faults: after index(), {kind: (how many examples are left out, a name)}.
 
   Raises:
     UserError: all shards are missing.
@@ -112,10 +149,11 @@ class Shards:
         "the path, which is taken from the working directory unless it is "
         "absolute"
       )
-    self.faults: Faults = (
-      {"vanished shard": (len(gone), gone[0])} if gone else {}
-    )
-    faults.report(what, self.faults)
+    self.identity = _identity(paths, self._stamps)
+    self.lost = {
+      n: "vanished shard" for n, stamp in enumerate(self._stamps) if not stamp
+    }
+    self.faults: Faults = {}
 
   def parts(self, kind: Kind) -> Iterator[Part]:
     """Yields the indices of all shards that exist, in the order of completion.
@@ -152,8 +190,17 @@ class Shards:
     for n in sorted(parts):
       yield parts.pop(n)
 
-  def index(self, kind: Kind) -> "Index":
-    """Returns the joined index, and adds to `faults` what is wrong.
+  def index(
+    self,
+    kind: Kind,
+    missing: Callable[["Index"], dict[int, int]] | None = None,
+  ) -> "Index":
+    """Returns the joined index, and sets `faults` and `lost`.
+
+    Args:
+      kind: of the index.
+      missing: fn(index) -> {number of a shard: how many examples it lacks}, if
+        the format tells; None: this is estimated from the other shards.
 
     Raises:
       UserError: there is no row at all, or no place to keep an index.
@@ -165,54 +212,68 @@ class Shards:
     found = self._load_joined(place)
     if found is None:
       found = self._join(place, kind)
-    rows, starts, wrong = found
-    faults.merge(self.faults, wrong)
-    faults.report(self.what, wrong)
+    rows, starts, wrong, lost = found
+    self.lost.update(lost)
+    index = Index(rows, starts)
+    if missing:
+      counts = missing(index)
+    else:
+      shards = range(len(self.paths))
+      counts = _estimated(
+        [kind.examples(index.of_shard(n)) for n in shards], self.lost
+      )
+    self.faults = dict(wrong)
+    for n, count in sorted(counts.items()):
+      fault = self.lost.get(n, "truncated shard")
+      faults.merge(self.faults, {fault: (count, self.paths[n])})
+    faults.report(self.what, self.faults)
     if not len(rows):
       raise errors.UserError(
         f"there is no example in {len(self.paths)} {self.what}, such as "
         f"{self.paths[0]}: "
         + (
-          ", ".join(f"{n} x {fault}" for fault, (n, _) in wrong.items())
+          ", ".join(f"{n} x {fault}" for fault, (n, _) in self.faults.items())
           or "they are empty"
         )
       )
-    return Index(rows, starts)
+    return index
 
-  def _load_joined(
-    self, place: pathlib.Path
-  ) -> tuple[np.ndarray, np.ndarray, Faults] | None:
-    """Returns (rows, starts, faults) that an earlier process has joined."""
+  def _load_joined(self, place: pathlib.Path) -> "_Joined | None":
+    """Returns what an earlier process has joined, None if it is not valid."""
     try:
       with open(f"{place}.npz", "rb") as f, np.load(f) as head:
-        starts, wrong = head["starts"], json.loads(str(head["faults"]))
+        starts, told = head["starts"], json.loads(str(head["faults"]))
       rows = np.load(place, mmap_mode="r")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+      wrong = {k: (int(n), str(x)) for k, (n, x) in told["faults"].items()}
+      lost = {int(n): str(fault) for n, fault in told["lost"].items()}
+      whole = len(rows) == starts[-1] and len(starts) == len(self.paths) + 1
+    except Exception:  # zipfile, NumPy and json raise whatever damage leads to
       return None
-    wrong = {k: tuple(v) for k, v in wrong.items()}
-    return (rows, starts, wrong) if len(rows) == starts[-1] else None
+    return _Joined(rows, starts, wrong, lost) if whole else None
 
-  def _join(
-    self, place: pathlib.Path, kind: Kind
-  ) -> tuple[np.ndarray, np.ndarray, Faults]:
-    """Returns (rows, starts, faults); many rows are written to `place`."""
-    counts, wrong = np.zeros(len(self.paths), np.int64), {}
+  def _join(self, place: pathlib.Path, kind: Kind) -> "_Joined":
+    """Joins the indices of all shards; many rows are written to `place`."""
+    counts, wrong, lost = np.zeros(len(self.paths), np.int64), {}, {}
     kept, lasting = {}, True
     for part in self.parts(kind):
       counts[part.number] = len(part.rows)
       lasting = lasting and part.lasting
-      faults.merge(wrong, part.faults)
+      faults.merge(wrong, _of_examples(part.faults))
+      for fault in part.faults:
+        if fault in LOST:
+          lost[part.number] = fault
       if counts.sum() <= IN_MEMORY:
         kept[part.number] = part.rows
     starts = np.concatenate([[0], np.cumsum(counts)])
     if starts[-1] <= IN_MEMORY:
       joined = [kept[n] for n in sorted(kept)]
-      return np.concatenate(joined), starts, wrong
+      return _Joined(np.concatenate(joined), starts, wrong, lost)
     try:
       self._write_joined(place, kind, starts)
       if lasting:  # the rows are only trusted if this file is there
         head: Any = io.BytesIO()
-        np.savez(head, starts=starts, faults=np.array(json.dumps(wrong)))
+        told = json.dumps({"faults": wrong, "lost": lost})
+        np.savez(head, starts=starts, faults=np.array(told))
         local_files.write(pathlib.Path(f"{place}.npz"), head.getvalue())
     except OSError as e:
       raise errors.UserError(
@@ -220,7 +281,7 @@ class Shards:
         f"written to {local_files.cache_dir()}: {e.strerror}; set "
         "SIGJAX_CACHE to a folder with room"
       ) from e
-    return np.load(place, mmap_mode="r"), starts, wrong
+    return _Joined(np.load(place, mmap_mode="r"), starts, wrong, lost)
 
   def _write_joined(
     self, place: pathlib.Path, kind: Kind, starts: np.ndarray
@@ -245,6 +306,31 @@ class Shards:
           )
         f.seek(begin + int(starts[n]) * kind.dtype.itemsize)
         f.write(rows.tobytes())
+
+
+class _Joined(NamedTuple):
+  """The joined rows, where each shard's begin, and what is wrong."""
+
+  rows: np.ndarray
+  starts: np.ndarray
+  faults: Faults
+  lost: dict[int, str]
+
+
+def _identity(
+  paths: Sequence[str], stamps: Sequence[files.Stamp | None]
+) -> str:
+  """Returns a digest of the names and sizes of shards."""
+  split = [path.split("/") for path in paths]
+  first, last = min(split), max(split)
+  common = 0
+  while first[common] == last[common] and common < len(first) - 1:
+    common += 1
+  told = [
+    ["/".join(parts[common:]), stamp and stamp[0]]
+    for parts, stamp in zip(split, stamps)
+  ]
+  return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class Index:

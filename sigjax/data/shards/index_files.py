@@ -20,7 +20,7 @@ from sigjax.runtime import files as local_files
 
 log = logging.getLogger("sigjax")
 
-VERSION = 1  # of the format of index files
+VERSION = 2  # of the format of index files
 Faults = dict[str, tuple[int, str]]  # {kind: (count, an example's name)}
 
 # Stores in which an index may be written beside a shard. Writing to hf:// makes
@@ -103,10 +103,12 @@ def load_index(
     try:
       with np.load(io.BytesIO(data)) as index:
         rows, meta = index["rows"], json.loads(str(index["meta"]))
+      faults = {k: (int(n), str(x)) for k, (n, x) in meta["faults"].items()}
+      valid = meta["of"] == [VERSION, kind, *stamp]
     except Exception:
       # zipfile, NumPy and json raise whatever the damage leads to.
       log.warning("the index %s is damaged; it is built anew", place)
       continue
-    if meta["of"] == [VERSION, kind, *stamp]:
-      return rows, {k: tuple(v) for k, v in meta["faults"].items()}
+    if valid:
+      return rows, faults
   return None
