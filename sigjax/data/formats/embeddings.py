@@ -1,13 +1,14 @@
-"""Image embeddings that were computed before, with their captions.
+"""Precomputed image embeddings, with their captions.
 
-Two forms of a folder are read. What tools.embed writes:
+Folders of two layouts are read. The layout that tools.embed writes:
 
-  embeddings-00000-of-00004.array_record ..  a record is the other features as
-      JSON in UTF-8, followed by the embedding's width * itemsize bytes
-  index.json  count, width, dtype, the tower's checksum, its preprocessing, the
-      shards' names, counts and sizes; written last: a folder with it is whole
+  embeddings-00000-of-00004.array_record ..  a record consists of the other
+      features as JSON in UTF-8, and the embedding's width * itemsize bytes
+  index.json  count, width, dtype, the tower's checksum, its preprocessing, and
+      the shards' names, counts and sizes; it is written last, so a folder
+      that has it is complete
 
-And what any other program may write:
+A layout that is easy to write for other programs:
 
   embeddings.npy  (N, W) float16 or float32 (or bfloat16, as ml_dtypes saves it)
   captions.jsonl  N lines, each a JSON string (the caption), a list of strings
@@ -15,13 +16,15 @@ And what any other program may write:
   info.json       optional: {"tower": any text that names the tower, "pp_image":
       its preprocessing, "label_names": {feature: [names of its classes]}}
 
-Either way an example is its features, and "image", the embedding (W,).
+In both, an example has these features, and "image", the embedding (W,).
 """
 
 import json
 import math
 import mmap
+import os
 import pathlib
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -36,15 +39,15 @@ DTYPES = {
 INDEX = "index.json"
 
 
-def encode(features):
-  """Returns the first half of a record; the embedding's bytes follow."""
+def encode(features: dict[str, Any]) -> bytes:
+  """Returns the first part of a record; the embedding's bytes follow it."""
   return json.dumps(
     plain(features), ensure_ascii=False, separators=(",", ":")
   ).encode()
 
 
-def plain(value):
-  """Turns a feature's value into what JSON can hold; bytes have to be text."""
+def plain(value: Any) -> Any:
+  """Converts a feature's value for JSON; bytes have to be text in UTF-8."""
   if isinstance(value, bytes):
     return value.decode()
   if isinstance(value, dict):
@@ -56,10 +59,18 @@ def plain(value):
   return value
 
 
-class Shards:
-  """Random access to the records of tools.embed's form."""
+class ArrayRecordEmbeddings:
+  """Random access to the embeddings that tools.embed wrote.
 
-  def __init__(self, path, index):
+  Args:
+    path: the folder.
+    index: its index.json.
+
+  Raises:
+    UserError: a shard is missing or has another size than it was written with.
+  """
+
+  def __init__(self, path: pathlib.Path, index: dict[str, Any]):
     from array_record.python import array_record_data_source
 
     for shard in index["shards"]:
@@ -68,8 +79,8 @@ class Shards:
       if size != shard["bytes"]:
         found = "is missing" if size is None else f"has {size} bytes"
         raise errors.UserError(
-          f"{file} {found}, but {shard['bytes']} were written: copy it once "
-          "more, or delete it and index.json and run tools.embed again"
+          f"{file} {found}, but {shard['bytes']} were written: copy it "
+          "again, or delete it and index.json and run tools.embed again"
         )
     self._records = array_record_data_source.ArrayRecordDataSource(
       [str(path / shard["file"]) for shard in index["shards"]]
@@ -82,10 +93,10 @@ class Shards:
     self._dtype = DTYPES[index["dtype"]]
     self._bytes = index["width"] * self._dtype.itemsize
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._records)
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: int) -> dict[str, Any]:
     record = self._records[i]
     return {
       **json.loads(record[: -self._bytes]),
@@ -93,10 +104,17 @@ class Shards:
     }
 
 
-class Rows:
-  """Random access to embeddings.npy and captions.jsonl; both are mapped."""
+class NpyEmbeddings:
+  """Random access to embeddings.npy and captions.jsonl, both memory-mapped.
 
-  def __init__(self, path):
+  Args:
+    path: the folder.
+
+  Raises:
+    UserError: a file is missing or damaged, or their lengths differ.
+  """
+
+  def __init__(self, path: pathlib.Path):
     try:
       self._z = np.load(
         path / "embeddings.npy", mmap_mode="r", allow_pickle=False
@@ -108,11 +126,11 @@ class Rows:
         f"{path} has neither {INDEX} nor embeddings.npy and captions.jsonl; "
         "is it still being written by tools.embed?"
       ) from e
-    except (ValueError, EOFError, OSError) as e:  # cut short, empty, no .npy
+    except (ValueError, EOFError, OSError) as e:  # truncated, empty, no .npy
       raise errors.UserError(
         f"{path}: embeddings.npy or captions.jsonl cannot be read: {e}"
       ) from e
-    if self._z.dtype == "V2":  # what numpy makes of bfloat16
+    if self._z.dtype == "V2":  # as NumPy reads bfloat16
       self._z = self._z.view(ml_dtypes.bfloat16)
     if self._z.ndim != 2 or self._z.dtype not in DTYPES.values():
       raise errors.UserError(
@@ -127,13 +145,13 @@ class Rows:
     if len(ends) != len(self._z):
       raise errors.UserError(
         f"{path}: embeddings.npy has {len(self._z)} rows, captions.jsonl "
-        f"{len(ends)} lines: they have to agree"
+        f"{len(ends)} lines; both need one per example"
       )
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._z)
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: int) -> dict[str, Any]:
     start = int(self._ends[i - 1]) + 1 if i else 0
     try:
       value = json.loads(self._lines[start : int(self._ends[i])])
@@ -148,8 +166,8 @@ class Rows:
     return {**value, "image": np.array(self._z[i])}
 
 
-def read_index(path):
-  """Returns index.json of a folder as a dict, or None if there is none."""
+def read_index(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """Returns the index.json of a folder, or None if there is none."""
   file = pathlib.Path(path) / INDEX
   try:
     return json.loads(file.read_text()) if file.exists() else None
@@ -157,29 +175,33 @@ def read_index(path):
     raise errors.UserError(f"{file} is damaged: {e}") from e
 
 
-def open_folder(path, tower=None, pp_image=None):
-  """Opens a folder of either form.
+def open_folder(
+  path: str | os.PathLike[str],
+  tower: str | None = None,
+  pp_image: str | None = None,
+) -> tuple[Any, str | None, dict[str, list[str]]]:
+  """Opens a folder of either layout.
 
   Args:
     path: the folder.
-    tower: what its "tower" has to be, or begin with; None for any.
-    pp_image: what its "pp_image" has to be; None for any.
+    tower: what its "tower" has to be or begin with; None: anything.
+    pp_image: what its "pp_image" has to be; None: anything.
 
   Returns:
     (records, tower or None, label_names).
 
   Raises:
-    UserError: no such folder, a shard that is missing or not whole, rows that
-      do not agree, another tower or another preprocessing.
+    UserError: there is no such folder, it is incomplete or damaged, or it has
+      another tower or preprocessing.
   """
   path = pathlib.Path(path)
   index = read_index(path)
   if index is None:
     info = path / "info.json"
     about = json.loads(info.read_text()) if info.exists() else {}
-    records = Rows(path)
+    records = NpyEmbeddings(path)
   else:
-    about, records = index, Shards(path, index)
+    about, records = index, ArrayRecordEmbeddings(path, index)
   found = about.get("tower")
   for key, want, same in (
     ("tower", tower, (found or "").startswith(tower or "")),
@@ -193,6 +215,6 @@ def open_folder(path, tower=None, pp_image=None):
   return records, found, about.get("label_names", {})
 
 
-def storage(count, width, dtype):
-  """Bytes that `count` embeddings take, captions left out."""
+def storage(count: int, width: int, dtype: str) -> int:
+  """Returns the bytes that `count` embeddings take, without captions."""
   return math.prod((count, width, DTYPES[dtype].itemsize))

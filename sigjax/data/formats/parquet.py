@@ -1,17 +1,18 @@
-"""Parquet files with images and captions, as Hugging Face's datasets have them.
+"""Parquet files with images and captions, in the layout of Hugging Face.
 
-Parquet is read by whole row groups: one example drawn at random costs the
-decoding of all the rows of its group, however few bytes it has itself. Groups
-that were decoded are kept, up to a number of bytes, but a shuffled run over a
-large dataset seldom meets one again. So small row groups are what makes reading
-quick: 16 rows are good, 100 bearable. Where they are large, a log line gives
-the one line that rewrites a file.
+Parquet is decoded by whole row groups: reading one example at random means
+decoding all rows of its group. Decoded groups are kept in memory up to a limit,
+but a shuffled run over a large dataset rarely needs the same group again soon.
+So small row groups are fast to read: 16 rows are good, 100 bearable. For larger
+ones a log line gives the command that rewrites a file.
 """
 
 import collections
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent import futures
 import logging
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from sigjax.data.shards import index as index_lib
 
 log = logging.getLogger("sigjax")
 
-_LARGE = 8 << 20  # bytes of a row group, about ten milliseconds of decoding
+_LARGE = 8 << 20  # bytes of a row group; decoding takes about 10 ms
 _ROW = np.dtype([("rows", "<i8"), ("bytes", "<i8")])  # of a row group
 _REWRITE = (
   'python -c "import sys, pyarrow.parquet as p; f = p.ParquetFile('
@@ -35,9 +36,10 @@ _REWRITE = (
 )
 
 
-def _library():
+def _library() -> Any:
+  """Returns pyarrow.parquet."""
   try:
-    import pyarrow.parquet  # pylint: disable=import-outside-toplevel
+    import pyarrow.parquet
 
     return pyarrow.parquet
   except ImportError:
@@ -47,8 +49,8 @@ def _library():
     ) from None
 
 
-def _opened(path, metadata=None):
-  """Opens a file; ParquetFile may not be shared by threads, metadata may."""
+def _opened(path: str, metadata: Any = None) -> Any:
+  """Returns a ParquetFile. Threads may share its metadata, but not the file."""
   if not files.is_remote(path):
     return _library().ParquetFile(path, memory_map=True, metadata=metadata)
   return _library().ParquetFile(
@@ -56,8 +58,10 @@ def _opened(path, metadata=None):
   )
 
 
-def _build(opened, number, size):
-  """Builds the index of a file, a row for each row group; see shards.Kind."""
+def _build(
+  opened: files.Files, number: int, size: int
+) -> tuple[np.ndarray, index_lib.Faults]:
+  """Builds the index of a file, a row per row group; see index.Kind."""
   del size
   path = opened.paths[number]
   try:
@@ -65,7 +69,7 @@ def _build(opened, number, size):
       meta = found.metadata
       groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
       rows = [(group.num_rows, group.total_byte_size) for group in groups]
-  except Exception as e:  # pyarrow's errors have no common base
+  except Exception as e:  # pyarrow's errors have no common base class
     raise BadExample(
       f"{path} cannot be read as Parquet: {e}", kind="damaged shard"
     ) from e
@@ -76,18 +80,21 @@ _INDEX = index_lib.Kind("groups", _ROW, _build)
 
 
 class _Cache:
-  """What was made of keys, up to `limit` bytes, for many threads.
+  """Computed values with `nbytes`, the most recently used up to `limit` bytes.
 
-  Who asks for what another thread is making waits for that.
+  It is shared by threads: a value is computed by one thread, and the others
+  wait for it.
   """
 
-  def __init__(self, limit):
+  def __init__(self, limit: int):
     self._limit, self._bytes = limit, 0
-    self._made = collections.OrderedDict()  # key -> Future
+    self._made: collections.OrderedDict[Hashable, futures.Future[Any]] = (
+      collections.OrderedDict()
+    )
     self._lock = threading.Lock()
 
-  def get(self, key, make):
-    """Returns make(), which has `nbytes`, or what it gave before."""
+  def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    """Returns the value of `key`, computed by make() if it is not kept."""
     with self._lock:
       future, mine = self._made.get(key), False
       if future is None:
@@ -112,10 +119,17 @@ class _Cache:
     return value
 
 
-class Records:
-  """Rows of Parquet files; see parquet()."""
+class ParquetRecords:
+  """Random access to the rows of Parquet files; see parquet()."""
 
-  def __init__(self, shards, image, captions, columns, cache_mb):
+  def __init__(
+    self,
+    shards: index_lib.Shards,
+    image: str,
+    captions: str,
+    columns: Sequence[str],
+    cache_mb: int,
+  ):
     self._shards = shards
     self._image, self._captions, self._columns = image, captions, columns
     self._index = index = shards.index(_INDEX)
@@ -129,39 +143,39 @@ class Records:
         dict.fromkeys(schema.names), name, f"column of {shards.paths[number]}"
       )
     kind = str(schema.field(image).type)
-    # Of a struct only the bytes are read.
+    # Of a struct of bytes and path only the bytes are read.
     self._read = f"{image}.bytes" if kind.startswith("struct") else image
 
-  def __len__(self):
+  def __len__(self) -> int:
     return int(self._starts[-1])
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: int) -> dict[str, Any]:
     return self._row(i, with_image=True)
 
-  def brief(self, i):
-    """Returns the example without its image, and without reading that."""
+  def brief(self, i: int) -> dict[str, Any]:
+    """Returns an example without its image, which is not read."""
     return self._row(i, with_image=False)
 
-  def warn_if_large(self):
-    """Logs what large row groups cost, and what to do about it."""
+  def warn_if_large(self) -> None:
+    """Logs what large row groups cost, and how to rewrite the files."""
     groups = self._index.rows
     mean = groups["bytes"].mean()
     if mean > _LARGE:
       log.warning(
-        "%s have row groups of %d rows, %d MiB: as much is decoded for each "
-        "example that is drawn; for quick reading rewrite each: %s",
+        "%s have row groups of %d rows, %d MiB: reading one example decodes "
+        "that much; for faster reading rewrite each file: %s",
         self._shards.what,
         groups["rows"].mean(),
         int(mean) >> 20,
         _REWRITE,
       )
 
-  def _footer(self, number):
+  def _footer(self, number: int) -> "_Footer":
     return self._footers.get(
       number, lambda: _Footer(self._shards.paths[number])
     )
 
-  def _row(self, i, with_image):
+  def _row(self, i: int, with_image: bool) -> dict[str, Any]:
     if not 0 <= i < len(self):
       raise IndexError(i)
     group = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -169,7 +183,7 @@ class Records:
     row = int(i - self._starts[group])
     where = f"{self._shards.paths[number]}, row {i - self._first(number)}"
 
-    def make():
+    def make() -> Any:
       names = [self._captions, *self._columns]
       names = [self._read, *names] if with_image else names
       path = self._shards.paths[number]
@@ -187,18 +201,20 @@ class Records:
       raise BadExample(
         f"{where}: a text is not UTF-8", kind="caption not UTF-8"
       ) from e
-    except (OSError, ValueError, LookupError) as e:  # of which pyarrow's are
+    except (OSError, ValueError, LookupError) as e:  # pyarrow's are these
       raise BadExample(
         f"{where} cannot be read: {e}", kind="unreadable shard"
       ) from e
     return self._example(values, where, with_image)
 
-  def _first(self, number):
-    """The number of a file's first row."""
+  def _first(self, number: int) -> int:
+    """Returns the number of a file's first row."""
     return int(self._starts[self._index.first(number)])
 
-  def _example(self, values, where, with_image):
-    # A file that lacks a column has None there, as one that has it may.
+  def _example(
+    self, values: dict[str, Any], where: str, with_image: bool
+  ) -> dict[str, Any]:
+    # A column may be missing in one of the files: its values are then None.
     example = {name: values.get(name) for name in self._columns}
     if with_image:
       image = values.get(self._image)
@@ -216,17 +232,17 @@ class Records:
     example["captions"] = list(map(captions_lib.caption, texts))
     return example
 
-  def column(self, name):
-    """Yields arrays of what all rows have in a column, in order.
+  def column(self, name: str) -> Iterator[np.ndarray] | None:
+    """Yields the values of all rows in a column, in order.
 
-    None if there is no such column.
+    Returns None if there is no such column.
     """
     number, _ = self._index.locate(0)
     names = self._footer(number).meta.schema.to_arrow_schema().names
     if name not in names or name == self._image:
       return None
 
-    def read(number):
+    def read(number: int) -> np.ndarray:
       try:
         with _opened(self._shards.paths[number]) as found:
           values = found.read(columns=[name], use_threads=False).column(0)
@@ -243,41 +259,45 @@ class Records:
 
 
 class _Footer:
-  """What a file says of itself at its end."""
+  """The metadata at the end of a file."""
 
-  def __init__(self, path):
+  def __init__(self, path: str):
     with _opened(path) as found:
       self.meta = found.metadata
     self.nbytes = self.meta.serialized_size
 
 
 def parquet(
-  shards, image="image", captions="caption", columns=(), cache_mb=512
-):
-  """Parquet files with encoded images and captions.
+  shards: str | Sequence[str],
+  image: str = "image",
+  captions: str = "caption",
+  columns: Sequence[str] = (),
+  cache_mb: int = 512,
+) -> source_lib.Source:
+  """Opens Parquet files with encoded images and captions.
 
   An example is {"image": bytes, "captions": [str, ...]} and the `columns`.
 
   Args:
     shards: paths, local or in a bucket, with globs and brace lists.
-    image: the column of images: bytes, or the struct of bytes and path that
-      Hugging Face's datasets have.
+    image: the column of images: bytes, or structs of bytes and path as in
+      Hugging Face's datasets.
     captions: the column of captions, each a text or a list of texts.
-    columns: further columns that become features. A filter (`only`) needs none
-      of them here.
-    cache_mb: MiB of decoded row groups that are kept.
+    columns: further columns that become features. Filters (`only`) may also use
+      columns that are not listed here.
+    cache_mb: MiB of decoded row groups that are kept in memory.
 
   Returns:
-    A Source. Rows without an image or a caption are noticed when they are read.
+    A Source. Rows without an image or a caption are found when they are read.
 
   Raises:
-    UserError: nothing is there, or no such column.
+    UserError: there is no example, or no such column.
   """
   _library()
   found = index_lib.Shards(
     files.expand(shards, "Parquet files"), "Parquet files"
   )
-  records = Records(found, image, captions, tuple(columns), cache_mb)
+  records = ParquetRecords(found, image, captions, tuple(columns), cache_mb)
   records.warn_if_large()
   return source_lib.Source(
     source_lib.brief_name("parquet", shards),

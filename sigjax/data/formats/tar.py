@@ -1,11 +1,15 @@
 """Tar shards, as WebDataset and img2dataset write them, with random access.
 
-Members whose names differ only in what follows the last dot are one sample:
-000000000.jpg, 000000000.txt, 000000000.json. What is kept of a sample is where
-its members are, found from the headers alone; one read then gives the sample.
+Consecutive members whose names differ only after the last dot are one sample:
+000000000.jpg, 000000000.txt, 000000000.json. If the same name appears again
+later, it begins another sample, as in webdataset. The index tells where the
+members of a sample lie; it is made from the headers alone.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+import functools
 import json as json_lib
+from typing import Any
 
 import numpy as np
 
@@ -18,25 +22,31 @@ from sigjax.data.formats.tar_headers import BLOCK, Damaged
 from sigjax.data.shards import files, index
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-# A member's place in blocks of 512 bytes, its size in bytes. `head` is where
-# the image's headers begin, `lead` of them before its data; no text or no json
-# is at 0, where no member's data can be.
+# `head` is where the image's headers begin and `lead` is their length, both in
+# blocks of 512 bytes, as are text_at and json_at. Sizes are in bytes. A sample
+# without a text (or json) has text_at 0, where no member's data can begin.
 _ROW = np.dtype(
   [
     (name, "<u2" if name == "lead" else "<u4")
     for name in ("head", "lead", "image", "text_at", "text", "json_at", "json")
   ]
 )
+# Where a member's headers begin, where its data begins, and its size, in bytes.
+_Place = tuple[int, int, int]
+_NOWHERE: _Place = (0, 0, 0)
 
 
-def _samples(window):
+def _samples(
+  window: files.Window,
+) -> tuple[list[tuple[bytes, dict[str, _Place]]], bool]:
   """Reads a shard's headers.
 
   Returns:
-    {name without extension: {"image", "txt" or "json": (head, data, size)}},
-    in bytes and in the order of first members, and whether the shard is whole.
+    [(name without extension, {"image", "txt" or "json": place})], and whether
+    the shard is whole.
   """
-  samples, at = {}, 0
+  samples: list[tuple[bytes, dict[str, _Place]]] = []
+  at = 0
   while True:
     try:
       found = tar_headers.member(window, at)
@@ -48,39 +58,41 @@ def _samples(window):
     end = data + size
     if end > window.size:
       return samples, False
-    if name:
-      key, _, ending = name.rpartition(b".")
+    key, _, ending = (name or b"").rpartition(b".")
+    # macOS adds a file ._NAME with its attributes before each file NAME.
+    hidden = key.rpartition(b"/")[2].startswith(b"._")
+    if key and b"/" not in ending and not hidden:
       ending = ending.decode("latin-1").lower()
       part = "image" if ending in IMAGES else ending
-      if key and part in ("image", "txt", "json"):
-        samples.setdefault(key, {})[part] = at, data, size
+      if not samples or samples[-1][0] != key or part in samples[-1][1]:
+        samples.append((key, {}))
+      if part in ("image", "txt", "json"):
+        samples[-1][1][part] = at, data, size
     at = -(-end // BLOCK) * BLOCK
 
 
-def _build(opened, number, size):
-  """Builds the index of a tar; see shards.Kind."""
+def _build(
+  opened: files.Files, number: int, size: int
+) -> tuple[np.ndarray, index.Faults]:
+  """Builds the index of a tar; see index.Kind."""
   samples, whole = _samples(files.Window(opened, number, size))
   rows, wrong = [], {}
-  for key, parts in samples.items():
-    head, data, image = parts.get("image", (0, 0, 0))
-    _, text_at, text = parts.get("txt", (0, 0, 0))
-    _, json_at, json = parts.get("json", (0, 0, 0))
-    fault = (
-      "missing image"
-      if not data
-      else "missing caption"
-      if not text_at and not json_at
-      else "oversized member"
-      if max(
-        image,
-        text,
-        json,
-        max(data, text_at, json_at) // BLOCK,
-        (data - head) << 7,
-      )
-      >= 2**32
-      else None
-    )
+  for key, parts in samples:
+    if not parts:
+      continue  # other files, such as .npz
+    head, data, image = parts.get("image", _NOWHERE)
+    _, text_at, text = parts.get("txt", _NOWHERE)
+    _, json_at, json = parts.get("json", _NOWHERE)
+    fault = None
+    if not data:
+      fault = "missing image"
+    elif not text_at and not json_at:
+      fault = "missing caption"
+    elif (
+      max(image, text, json, max(data, text_at, json_at) // BLOCK) >= 2**32
+      or (data - head) // BLOCK >= 2**16
+    ):
+      fault = "oversized member"
     if fault:
       faults.merge(wrong, {fault: (1, key.decode(errors="replace"))})
     else:
@@ -103,8 +115,8 @@ def _build(opened, number, size):
 _INDEX = index.Kind("samples", _ROW, _build)
 
 
-def _parsed(data, where):
-  """Returns the object that a sample's .json holds."""
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+  """Returns the object in a sample's .json."""
   try:
     found = json_lib.loads(data)
   except (ValueError, RecursionError) as e:
@@ -113,30 +125,37 @@ def _parsed(data, where):
     ) from e
   if not isinstance(found, dict):
     raise BadExample(
-      f"{where}: its .json is no object", kind="JSON does not parse"
+      f"{where}: its .json is not an object", kind="JSON does not parse"
     )
   return found
 
 
-class Records:
-  """Samples of tar shards; see tar()."""
+class TarRecords:
+  """Random access to the samples of tar shards; see tar().
 
-  def __init__(self, shards, captions, json):
+  Attributes:
+    identity: of the shards.
+  """
+
+  def __init__(
+    self, shards: index.Shards, captions: str | None, json: Sequence[str]
+  ):
     self._shards = shards
     self._captions, self._json = captions, json
     self._index = shards.index(_INDEX)
+    self.identity = shards.identity
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self._index)
 
-  def __getitem__(self, i):
+  def __getitem__(self, i: int) -> dict[str, Any]:
     return self._read(i, with_image=True)
 
-  def brief(self, i):
-    """Returns the example without its image, and without reading that."""
+  def brief(self, i: int) -> dict[str, Any]:
+    """Returns an example without its image, which is not read."""
     return self._read(i, with_image=False)
 
-  def _read(self, i, with_image):
+  def _read(self, i: int, with_image: bool) -> dict[str, Any]:
     number, row = self._index.locate(i)
     head, lead, image, text_at, text, json_at, json = row
     from_json = bool(self._captions) or not text_at
@@ -153,7 +172,7 @@ class Records:
       spans.append((json_at * BLOCK, json))
     first, *others = self._shards.files.spans(number, spans)
     name = self._name(path, first, lead, image)
-    example = {"key": name}
+    example: dict[str, Any] = {"key": name}
     if with_image:
       example["image"] = first[lead:]
     if not from_json:
@@ -168,22 +187,24 @@ class Records:
         example[key] = fields.get(key)
     return example
 
-  def _name(self, path, data, lead, image):
-    """Returns a sample's name, from the headers that precede its image."""
+  def _name(self, path: str, data: bytes, lead: int, image: int) -> str:
+    """Returns a sample's name, read from the headers before its image.
+
+    Raises:
+      BadExample: they are not the headers of a member of `image` bytes.
+    """
     try:
-      name, at, size = tar_headers.member(
-        lambda start, n: data[start : start + n], 0
-      )
-      if name and (at, size) == (lead, image):
-        return name.decode(errors="replace").rpartition(".")[0]
-    except (Damaged, TypeError):
-      pass
+      found = tar_headers.member(lambda start, n: data[start : start + n], 0)
+    except Damaged:
+      found = None
+    if found and found[0] and found[1:] == (lead, image):
+      return found[0].decode(errors="replace").rpartition(".")[0]
     raise BadExample(
       f"{path} changed after it was indexed", kind="unreadable shard"
     )
 
-  def _of_json(self, fields, where):
-    """Returns the captions that a sample's .json holds."""
+  def _of_json(self, fields: dict[str, Any], where: str) -> list[str]:
+    """Returns the captions in a sample's .json."""
     key = self._captions or "caption"
     value = fields.get(key)
     texts = [value] if isinstance(value, str) else value
@@ -197,39 +218,50 @@ class Records:
       )
     return list(map(captions_lib.caption, texts))
 
-  def column(self, name):
-    """Yields arrays of what the .json of all samples have at `name`, in order.
+  def column(self, name: str) -> Iterator[np.ndarray] | None:
+    """Yields the values at key `name` of all samples' .json, in order.
 
-    None if the first sample's has no such key. It is read once and kept as an
-    index is.
+    They are read once, and kept as indices are. Returns None if no .json of up
+    to 100 samples, spread over the shards, has this key.
     """
+    what = self._shards.what
 
-    def fields(read, row):
+    def fields(read: Callable[[int, int], bytes], row: Any) -> dict[str, Any]:
       json_at, json = row[-2:]
-      data = read(json_at * BLOCK, json) if json_at else b"{}"
-      return _parsed(data, self._shards.what)
+      try:
+        return _parsed(read(json_at * BLOCK, json), what) if json_at else {}
+      except BadExample:
+        return {}  # a sample without a value passes no filter
 
-    def build(opened, number, size):
+    def build(
+      opened: files.Files, number: int, size: int
+    ) -> tuple[np.ndarray, index.Faults]:
       window = files.Window(opened, number, size)
-      values = []
-      for row in self._index.of_shard(number).tolist():
-        try:
-          values.append(fields(window, row).get(name))
-        except BadExample:
-          values.append(None)  # fits no filter
-      return source_lib.as_column(values, name, self._shards.what), {}
+      rows = self._index.of_shard(number).tolist()
+      values = [fields(window, row).get(name) for row in rows]
+      # As JSON: an array would turn integers beside None into floats.
+      return np.frombuffer(json_lib.dumps(values).encode(), np.uint8), {}
 
-    number, row = self._index.locate(0)
-    first = fields(lambda *at: self._shards.files.read(number, *at), row)
-    if name not in first:
+    def known(i: int) -> bool:
+      number, row = self._index.locate(i)
+      read = functools.partial(self._shards.files.read, number)
+      return name in fields(read, row)
+
+    if not any(map(known, range(0, len(self), -(-len(self) // 100)))):
       return None
-    return self._shards.column(
-      index.Kind(f"json-{name}", np.dtype(float), build)
+    kind = index.Kind(f"values-{name}", np.dtype(np.uint8), build)
+    return (
+      source_lib.as_column(json_lib.loads(data.tobytes() or b"[]"), name, what)
+      for data in self._shards.column(kind)
     )
 
 
-def tar(shards, captions=None, json=()):
-  """Tar shards of images with captions: WebDataset, img2dataset.
+def tar(
+  shards: str | Sequence[str],
+  captions: str | None = None,
+  json: Sequence[str] = (),
+) -> source_lib.Source:
+  """Opens tar shards of images with captions: WebDataset, img2dataset.
 
   An example is a sample with an image (.jpg, .jpeg, .png, .webp) and a caption:
   {"image": bytes, "captions": [str], "key": the sample's name}.
@@ -237,21 +269,22 @@ def tar(shards, captions=None, json=()):
   Args:
     shards: paths, local or in a bucket, with globs and brace lists:
       "data/{00000..00099}.tar", "gs://bucket/*.tar", or a list of such.
-    captions: the key of the .json that holds the caption, or several; None for
-      the .txt or, where there is none, the "caption" of the .json.
-    json: keys of the .json that become features, such as ("width", "url"), None
-      where a sample has no such. A filter (`only`) needs none of them here.
+    captions: key of the .json that holds the caption, or several; None: the
+      .txt or, for samples without a .txt, "caption" of the .json.
+    json: keys of the .json that become features, such as ("width", "url"); the
+      value is None for samples without the key. Filters (`only`) may also use
+      keys that are not listed here.
 
   Returns:
-    A Source; its `faults` count samples without an image or a caption, and
-    shards that are cut or not there.
+    A Source. Its `faults` count samples without an image or a caption, and the
+    examples that truncated or missing shards lack.
 
   Raises:
-    UserError: nothing is there.
+    UserError: there is no example.
   """
   paths = files.expand(shards, "tar shards")
   found = index.Shards(paths, "tar shards")
-  records = Records(found, captions, tuple(json))
+  records = TarRecords(found, captions, tuple(json))
   return source_lib.Source(
     source_lib.brief_name("tar", shards),
     records,

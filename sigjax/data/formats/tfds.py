@@ -1,6 +1,7 @@
 """TFDS datasets by name, from ArrayRecord or TFRecord, without TensorFlow."""
 
 import os
+from typing import Any
 
 from sigjax import errors
 from sigjax.data import source as source_lib
@@ -13,16 +14,16 @@ _PREPARE = (
 )
 
 
-def from_builder(builder, split):
-  """Opens a split of a prepared TFDS dataset, its images left encoded.
+def from_builder(builder: Any, split: str) -> source_lib.Source:
+  """Opens a split of a prepared TFDS dataset; its images stay encoded.
 
   Raises:
-    UserError: no such split.
+    UserError: there is no such split.
   """
   import tensorflow_datasets as tf_datasets
 
-  def skip_images(features):
-    # Images within a Sequence are left out: TFDS cannot skip decoding those.
+  def skip_images(features: Any) -> dict[str, Any]:
+    # TFDS cannot skip the decoding of images within a Sequence.
     skips = {}
     for key, feature in features.items():
       if isinstance(feature, tf_datasets.features.Image):
@@ -59,26 +60,29 @@ def from_builder(builder, split):
   )
 
 
-def tfds(name, split, data_dir=None):
-  """A TFDS dataset that has been prepared, as ArrayRecord or TFRecord.
+def tfds(
+  name: str, split: str, data_dir: str | None = None
+) -> source_lib.Source:
+  """Opens a TFDS dataset that has been prepared as ArrayRecord or TFRecord.
 
   Args:
     name: "name", "name/config", "name/config:version", or the directory that
       holds a dataset's features.json.
     split: "train", "validation[:1000]", "train+test", ...
-    data_dir: where datasets are; TFDS's own default if None.
+    data_dir: TFDS's data directory; None: TFDS's own default.
 
   Returns:
     A Source named "name[split]".
 
   Raises:
-    UserError: no such dataset there, in another file format, or no such split.
+    UserError: there is no such dataset or split, or it is stored in another
+      file format.
   """
-  # Slow to import, so only where it is used.
+  # Imported here because importing TFDS is slow.
   from tensorflow_datasets.core import read_only_builder
   from tensorflow_datasets.core.utils import file_utils
 
-  # From the files alone: a dataset's own code is not needed for reading it, and
+  # Only from the files: a dataset's own code is not needed for reading, and
   # often imports TensorFlow.
   try:
     if os.path.exists(os.path.join(name, "features.json")):
@@ -92,12 +96,12 @@ def tfds(name, split, data_dir=None):
       f'dataset "{name}" is not prepared in {places}; to prepare it: '
       + _PREPARE.format(args=args)
     ) from e
-  found = builder.info.file_format.value
-  if found not in ("array_record", "tfrecord"):
+  found: Any = builder.info.file_format
+  if found.value not in ("array_record", "tfrecord"):
     args = f"{name!r}, data_dir='NEW_DIR'"
     raise errors.UserError(
-      f'dataset "{name}" in {builder.data_dir} is stored as {found}, which '
-      "has no random access; prepare it once more, elsewhere, and set "
+      f'dataset "{name}" in {builder.data_dir} is stored as {found.value}, '
+      "which has no random access; prepare it once more, elsewhere, and set "
       "data_dir to that: " + _PREPARE.format(args=args)
     )
   return from_builder(builder, split)

@@ -1,9 +1,10 @@
-"""Files here or in a bucket: lists of them, what they are now, byte ranges.
+"""Files on disk or in a bucket: patterns, sizes and byte ranges.
 
-A path with "://" in it is read through fsspec: gs://, s3://, https://, ...
+A path that contains "://" is read through fsspec: gs://, s3://, https://, ...
 """
 
 import collections
+from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import contextlib
 import glob
@@ -11,11 +12,14 @@ import os
 import re
 import threading
 import time
+from typing import Any
 
 from sigjax import errors
 from sigjax.data.faults import BadExample
 
-INDEX_ENDING = ".index.npz"  # what shards.py keeps beside a file
+INDEX_ENDING = ".index.npz"  # of the index files that index_files.py writes
+Stamp = tuple[int, str]  # size in bytes, and a mark that changes with the file
+
 _DRIVERS = {
   "gs": "gcsfs",
   "gcs": "gcsfs",
@@ -27,29 +31,31 @@ _DRIVERS = {
   "az": "adlfs",
   "abfs": "adlfs",
 }
-_MAX_GAP = 64 * 1024  # bytes read for nothing rather than in a second read
+_MAX_GAP = 64 * 1024  # bytes; a second request costs more than reading these
 _ATTEMPTS = 3  # of a remote read
 
 
-def is_remote(path):
+def is_remote(path: str) -> bool:
+  """Returns whether a path is read through fsspec."""
   return "://" in path
 
 
-def file_system(path):
+def file_system(path: str) -> Any:
   """Returns the fsspec file system of a remote path.
 
   Raises:
-    UserError: the package that it needs is not installed, or there is none.
+    UserError: the package for this scheme is not installed, or fsspec does not
+      know the scheme.
   """
   scheme = path.split("://")[0]
   try:
-    import fsspec  # pylint: disable=import-outside-toplevel
+    import fsspec
 
     return fsspec.core.url_to_fs(path)[0]
   except ImportError as e:
     driver = _DRIVERS.get(scheme, "")
     raise errors.UserError(
-      f"{path} is read through fsspec, and something that it needs for "
+      f"{path} is read through fsspec, and a package that fsspec needs for "
       f"{scheme}:// is not installed; pip install fsspec {driver}"
     ) from e
   except ValueError as e:
@@ -60,31 +66,39 @@ def file_system(path):
 
 
 @contextlib.contextmanager
-def _remote_errors(path):
-  """Makes one line of what a store answers; each has errors of its own."""
+def _remote_errors(path: str) -> Iterator[None]:
+  """Turns any error of a store into a UserError; each store has its own."""
   try:
     yield
   except FileNotFoundError:
     raise
-  except Exception as e:  # pylint: disable=broad-except
+  except Exception as e:
     raise errors.UserError(
       f"{path} cannot be listed: {str(e) or type(e).__name__}; check the "
       "path and your credentials"
     ) from e
 
 
-def canonical(path):
-  """Returns a path as listings have it: absolute, or with a plain scheme."""
+def canonical(path: str) -> str:
+  """Returns an absolute path, or a URL as fsspec's listings write it."""
   if not is_remote(path):
     return os.path.abspath(path)
-  import fsspec  # pylint: disable=import-outside-toplevel
+  import fsspec
 
   system = file_system(path)
   return system.unstrip_protocol(fsspec.core.url_to_fs(path)[1])
 
 
-def braces(pattern):
-  """Returns what {a,b} and {000..123} in a pattern stand for, as in bash."""
+def read_whole(path: str) -> bytes:
+  """Returns the content of a file, local or remote."""
+  if is_remote(path):
+    return file_system(path).cat_file(path)
+  with open(path, "rb") as f:
+    return f.read()
+
+
+def braces(pattern: str) -> list[str]:
+  """Expands {a,b} and {000..123} in a pattern, as bash does."""
   for found in re.finditer(r"\{([^{}]*)\}", pattern):
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     if ends:
@@ -97,24 +111,24 @@ def braces(pattern):
     else:
       continue
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    # An inner list is resolved first, so that the outer one may repeat.
+    # The regex finds inner lists first, so one name may be found twice.
     return list(
       dict.fromkeys(name for o in options for name in braces(head + o + tail))
     )
   return [pattern]
 
 
-def expand(patterns, what):
-  """Returns the paths that a pattern, or several, stand for.
+def expand(patterns: str | Sequence[str], what: str) -> list[str]:
+  """Returns the paths that match one pattern or several.
 
   Args:
-    patterns: str or a list of them: paths with globs (*, ?, [ab]) and brace
-      lists ({00000..00099}, {a,b}). What a glob finds is sorted; what a brace
-      list names is kept, though it may not be there.
-    what: "tar shards" and the like, for messages.
+    patterns: paths with globs (*, ?, [ab]) and brace lists ({00000..00099},
+      {a,b}). Matches of a glob are sorted. A path from a brace list is returned
+      even if the file is missing.
+    what: names the files in messages, such as "tar shards".
 
   Raises:
-    UserError: nothing is there, or a bucket's package is not installed.
+    UserError: nothing matches, or the package for a bucket is not installed.
   """
   patterns = [patterns] if isinstance(patterns, str) else list(patterns)
   paths = []
@@ -137,15 +151,15 @@ def expand(patterns, what):
   return paths
 
 
-def pool():
-  """Returns an executor for work that mostly waits for files."""
+def pool() -> concurrent.futures.ThreadPoolExecutor:
+  """Returns an executor for tasks that mostly wait for files."""
   return concurrent.futures.ThreadPoolExecutor(
     min(32, 4 * (os.cpu_count() or 1))
   )
 
 
-def _mark(info):
-  """What changes when a remote file does, as far as its store tells."""
+def _mark(info: dict[str, Any]) -> str:
+  """Returns the hash or the time of change that a store reports, or ""."""
   keys = (
     "etag",
     "ETag",
@@ -159,12 +173,12 @@ def _mark(info):
   return next((str(info[key]) for key in keys if info.get(key)), "")
 
 
-def stamps(paths):
-  """Returns (size in bytes, mark) of each path, None where there is none.
+def stamps(paths: Sequence[str]) -> list[Stamp | None]:
+  """Returns the size and mark of each file, None for a missing file.
 
-  A file of the same size and mark (its time of change, or its hash in a
-  bucket) is taken for the same file. A bucket's folders are listed whole, so
-  that thousands of shards do not take thousands of requests.
+  The mark is the time of change, or the hash in a bucket. A file with an
+  unchanged size and mark is taken to be unchanged. In buckets whole folders are
+  listed: thousands of shards would take thousands of requests.
 
   Args:
     paths: as expand() returns them.
@@ -172,24 +186,22 @@ def stamps(paths):
   Raises:
     UserError: a bucket cannot be listed.
   """
-  known, web = {}, None
+  known: dict[str, dict[str, Any]] = {}
+  web: Any = None
   for folder in {p.rsplit("/", 1)[0] for p in paths if is_remote(p)}:
     system = file_system(folder)
     if folder.startswith("http"):
       web = system
       continue
-    with _remote_errors(folder):
-      try:
-        known.update(
-          {
-            system.unstrip_protocol(info["name"]): info
-            for info in system.ls(folder, detail=True)
-          }
-        )
-      except FileNotFoundError:
-        pass
+    with _remote_errors(folder), contextlib.suppress(FileNotFoundError):
+      known.update(
+        {
+          system.unstrip_protocol(info["name"]): info
+          for info in system.ls(folder, detail=True)
+        }
+      )
 
-  def stamp(path):
+  def stamp(path: str) -> Stamp | None:
     try:
       if not is_remote(path):
         stat = os.stat(path)
@@ -203,10 +215,10 @@ def stamps(paths):
     return list(threads.map(stamp, paths))
 
 
-class _Open:
-  """An open descriptor, closed when the last who holds this lets go."""
+class _Descriptor:
+  """An open file descriptor, closed when its last reference is dropped."""
 
-  def __init__(self, path):
+  def __init__(self, path: str):
     self.fd = os.open(path, os.O_RDONLY)
 
   def __del__(self):
@@ -215,65 +227,76 @@ class _Open:
 
 
 class Files:
-  """Byte ranges of many files, for many threads.
+  """Reads byte ranges of many files, from many threads.
 
-  At most `limit` local files are open at a time, those last used.
+  Args:
+    paths: as expand() returns them.
+    limit: how many local files are open at a time; the least recently used
+      ones are closed.
+
+  Attributes:
+    paths: the same.
   """
 
-  def __init__(self, paths, limit=256):
+  def __init__(self, paths: Sequence[str], limit: int = 256):
     self.paths = paths
     self._limit = limit
-    self._open = collections.OrderedDict()
+    self._open: collections.OrderedDict[int, _Descriptor] = (
+      collections.OrderedDict()
+    )
     self._lock = threading.Lock()
-    self._systems = {}
+    self._systems: dict[str, Any] = {}
     for path in filter(is_remote, paths):
       scheme = path.split("://")[0]
       if scheme not in self._systems:
         self._systems[scheme] = file_system(path)
 
-  def _descriptor(self, number):
+  def _descriptor(self, number: int) -> _Descriptor:
     with self._lock:
       found = self._open.get(number)
       if found is not None:
         self._open.move_to_end(number)
         return found
-    found = _Open(self.paths[number])
+    found = _Descriptor(self.paths[number])
     with self._lock:
       self._open[number] = found
       dropped = [
         self._open.popitem(last=False)[1]
         for _ in range(len(self._open) - self._limit)
       ]
-    del dropped  # closed here, or by a thread that still reads it
+    # Closed here, or by the last thread that is still reading from it.
+    del dropped
     return found
 
-  def _read_remote(self, path, start, size):
+  def _read_remote(self, path: str, start: int, size: int) -> bytes:
     system = self._systems[path.split("://")[0]]
     for attempt in range(_ATTEMPTS):
       try:
         return system.cat_file(path, start=start, end=start + size)
       except FileNotFoundError:
         raise
-      except Exception:  # pylint: disable=broad-except
-        # Each store has errors of its own; any may be the network's.
+      except Exception:
+        # Each store has its own errors; any of them may be a network error.
         if attempt == _ATTEMPTS - 1:
           raise
         time.sleep(2**attempt)
+    raise AssertionError("unreachable")
 
-  def read(self, number, start, size):
-    """Returns `size` bytes of file `number` from `start`.
+  def read(self, number: int, start: int, size: int) -> bytes:
+    """Returns `size` bytes of file `number`, from byte `start` on.
 
     Raises:
-      BadExample: it is not there or cannot be read, or is shorter than that.
+      BadExample: the file is missing, cannot be read or is too short.
     """
     path = self.paths[number]
     try:
       if is_remote(path):
         data = self._read_remote(path, start, size) if size else b""
       else:
-        held = self._descriptor(number)  # else it may be closed meanwhile
+        # The reference keeps other threads from closing the descriptor.
+        held = self._descriptor(number)
         data = os.pread(held.fd, size, start)
-    except Exception as e:  # pylint: disable=broad-except
+    except Exception as e:
       raise BadExample(
         f"{path} cannot be read: {e}", kind="unreadable shard"
       ) from e
@@ -286,11 +309,13 @@ class Files:
       raise BadExample(f"{path} {reason}", kind="unreadable shard")
     return data
 
-  def spans(self, number, spans):
+  def spans(
+    self, number: int, spans: Sequence[tuple[int, int]]
+  ) -> Sequence[bytes]:
     """Returns the bytes of several (start, size), in one read if they are near.
 
     Raises:
-      BadExample: as read().
+      BadExample: see read().
     """
     first = min(start for start, _ in spans)
     extent = max(start + size for start, size in spans) - first
@@ -301,20 +326,30 @@ class Files:
 
 
 class Window:
-  """One file read forwards, in blocks: many small reads are slow.
+  """Reads one file forwards, a block at a time.
 
-  What lies beyond a block's end is not read before it is asked for, so that
-  large members are passed over.
+  Many small reads would be slow. Blocks that are not asked for, such as the
+  data of large members, are never read.
+
+  Args:
+    files: reads the file.
+    number: of the file in `files`.
+    size: of the file, in bytes.
+
+  Attributes:
+    size: the same.
   """
 
-  def __init__(self, files, number, size):
+  def __init__(self, files: Files, number: int, size: int):
     self.size = size
-    self._read = lambda start, n: files.read(number, start, n)
+    self._read: Callable[[int, int], bytes] = lambda start, n: files.read(
+      number, start, n
+    )
     self._block = 8 << 20 if is_remote(files.paths[number]) else 256 << 10
     self._start, self._data = 0, b""
 
-  def __call__(self, start, n):
-    """Returns n bytes from `start`, or fewer if the file ends before."""
+  def __call__(self, start: int, n: int) -> bytes:
+    """Returns n bytes from `start`, or fewer at the end of the file."""
     n = max(0, min(n, self.size - start))
     at = start - self._start
     if n and (at < 0 or at + n > len(self._data)):

@@ -1,21 +1,22 @@
-"""What is where in the shards of a dataset: indices, built once and kept.
+"""Indices of shards, which tell where each example lies.
 
-The index of a shard is an array with a row for each example in it, kept in a
-file. The rows of a large dataset are joined in one more file, in the cache,
-which is mapped into memory: an example costs no Python object.
+The index of a shard is an array with a row per example, kept in a file. The
+indices of all shards of a dataset are joined. A large joined index is kept in
+the cache folder as one more file, and mapped into memory: then an example costs
+no Python object.
 """
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
+import hashlib
 import io
 import json
 import logging
-import os
+import pathlib
 import random
 from typing import Any, NamedTuple
 import uuid
-import zipfile
 
 import numpy as np
 import tqdm
@@ -23,59 +24,120 @@ import tqdm
 from sigjax import errors
 from sigjax.data import faults
 from sigjax.data.shards import files, index_files
+from sigjax.data.shards.index_files import Faults
+from sigjax.runtime import files as local_files
 
 log = logging.getLogger("sigjax")
 
-IN_MEMORY = 1 << 20  # rows; more are mapped from a file
+IN_MEMORY = 1 << 20  # rows; a larger joined index is mapped from a file
+# Faults of a shard by which all its examples, or those at its end, are lost.
+LOST = (
+  "vanished shard",
+  "unreadable shard",
+  "damaged shard",
+  "truncated shard",
+)
 
 
 class Kind(NamedTuple):
   """A kind of index.
 
   Attributes:
-    name: in the names of its files.
-    dtype: of its rows, an np.dtype.
-    build: fn(Files, number of the shard, its size) -> rows, an array, and
-      what is wrong with the shard, {kind: (count, the name of one)}.
+    name: part of the names of its files.
+    dtype: of its rows.
+    build: fn(files, number of the shard, its size in bytes) -> the rows of one
+      shard, and what is wrong with it: {kind: (count, an example's name)}. The
+      count of a kind in LOST is ignored.
+    examples: fn(rows of one shard) -> how many examples they stand for.
   """
 
   name: str
-  dtype: Any
-  build: Callable
+  dtype: np.dtype
+  build: Callable[[files.Files, int, int], tuple[np.ndarray, Faults]]
+  examples: Callable[[np.ndarray], int] = len
 
 
-def _part(opened, number, stamp, kind):
-  """Returns (rows, faults, whether they last) of one shard.
+class Part(NamedTuple):
+  """The index of one shard.
 
-  From its index, or by building that. They do not last if the shard could not
-  be read: next time it may.
+  Attributes:
+    number: of the shard.
+    rows: the index.
+    faults: what is wrong with the shard.
+    lasting: False if the shard could not be read; it may be readable next time.
   """
+
+  number: int
+  rows: np.ndarray
+  faults: Faults
+  lasting: bool
+
+
+def _part(
+  opened: files.Files, number: int, stamp: files.Stamp, kind: Kind
+) -> Part:
+  """Loads the index of one shard, or builds and keeps it."""
   path = opened.paths[number]
-  found = index_files.load(path, kind.name, stamp)
+  found = index_files.load_index(path, kind.name, stamp)
+  if found and (found[0].dtype != kind.dtype or found[0].ndim != 1):
+    found = None
   if found is None:
     try:
-      found = rows, wrong = kind.build(opened, number, stamp[0])
+      found = kind.build(opened, number, stamp[0])
     except faults.BadExample as e:
       log.warning("%s", e)
-      return np.zeros(0, kind.dtype), {e.kind: (1, path)}, False
-    faults.report(path, wrong)
-    index_files.save(path, kind.name, stamp, rows, wrong)
-  return *found, True
+      empty = np.zeros(0, kind.dtype)
+      return Part(number, empty, {e.kind: (1, path)}, lasting=False)
+    rows, wrong = found
+    faults.report(path, _of_examples(wrong))
+    index_files.save_index(path, kind.name, stamp, rows, wrong)
+  return Part(number, *found, lasting=True)
+
+
+def _of_examples(wrong: Faults) -> Faults:
+  """Returns the faults of examples, without those of whole shards."""
+  return {kind: found for kind, found in wrong.items() if kind not in LOST}
+
+
+def _estimated(
+  counts: Sequence[int], lost: Mapping[int, str]
+) -> dict[int, int]:
+  """Estimates how many examples each lost shard lacks.
+
+  It is assumed to have held as many as the other shards do on average or, if
+  all are lost, as the longest of them. It lacks at least one.
+
+  Args:
+    counts: how many examples each shard has.
+    lost: the numbers of the lost shards.
+  """
+  whole = [count for n, count in enumerate(counts) if n not in lost]
+  expected = round(sum(whole) / len(whole)) if whole else max(counts)
+  return {n: max(1, expected - counts[n]) for n in lost}
 
 
 class Shards:
-  """The shards of a dataset, as they are now.
+  """The shards of a dataset.
+
+  Args:
+    paths: as files.expand() returns them.
+    what: names the shards in messages, such as "tar shards".
 
   Attributes:
-    paths: list of str.
-    files: reads them.
-    faults: {kind: (count, the name of one)}; so far, the shards not there.
+    paths: the same.
+    what: the same.
+    files: reads the shards.
+    identity: a digest of the shards' names and sizes. The names are relative to
+      their common folder: a dataset that was moved keeps its identity.
+    lost: {number: kind} of the shards that are missing and, after index(), of
+      those that are damaged.
+    faults: after index(), {kind: (how many examples are left out, a name)}.
 
   Raises:
-    UserError: none of them is there.
+    UserError: all shards are missing.
   """
 
-  def __init__(self, paths, what):
+  def __init__(self, paths: Sequence[str], what: str):
     self.paths = paths
     self.what = what
     self.files = files.Files(paths)
@@ -87,17 +149,19 @@ class Shards:
         "the path, which is taken from the working directory unless it is "
         "absolute"
       )
-    self.faults = {"vanished shard": (len(gone), gone[0])} if gone else {}
-    faults.report(what, self.faults)
+    self.identity = _identity(paths, self._stamps)
+    self.lost = {
+      n: "vanished shard" for n, stamp in enumerate(self._stamps) if not stamp
+    }
+    self.faults: Faults = {}
 
-  def parts(self, kind):
-    """Returns an iterator over (number, rows, faults, lasting) of all shards.
+  def parts(self, kind: Kind) -> Iterator[Part]:
+    """Yields the indices of all shards that exist, in the order of completion.
 
-    See _part(). They come as they are done, those that are not there left out.
-    The order is random, so that processes that start together find each other's
-    work.
+    Shards are indexed in random order: processes that start at the same time
+    then find each other's index files instead of building the same ones.
     """
-    todo = [n for n, stamp in enumerate(self._stamps) if stamp]
+    todo = [(n, stamp) for n, stamp in enumerate(self._stamps) if stamp]
     random.Random(uuid.uuid4().int).shuffle(todo)
     with (
       files.pool() as threads,
@@ -105,33 +169,38 @@ class Shards:
         total=len(todo), unit="shard", desc=f"indexing {self.what}", delay=2
       ) as bar,
     ):
-      waiting = {}
+      waiting: set[concurrent.futures.Future[Part]] = set()
       try:
         while todo or waiting:
-          while todo and len(waiting) < 64:  # what is done is in memory
-            n = todo.pop()
-            waiting[
-              threads.submit(_part, self.files, n, self._stamps[n], kind)
-            ] = n
-          done, _ = concurrent.futures.wait(
+          while todo and len(waiting) < 64:  # their results are in memory
+            waiting.add(threads.submit(_part, self.files, *todo.pop(), kind))
+          done, waiting = concurrent.futures.wait(
             waiting, return_when=concurrent.futures.FIRST_COMPLETED
           )
           for future in done:
-            n = waiting.pop(future)
-            yield n, *future.result()
+            yield future.result()
             bar.update()
       finally:
         for future in waiting:
           future.cancel()
 
-  def column(self, kind):
-    """Yields the rows of each shard, in order."""
-    parts = {n: rows for n, rows, *_ in self.parts(kind)}
+  def column(self, kind: Kind) -> Iterator[np.ndarray]:
+    """Yields the rows of each shard, in the order of the shards."""
+    parts = {part.number: part.rows for part in self.parts(kind)}
     for n in sorted(parts):
       yield parts.pop(n)
 
-  def index(self, kind):
-    """Returns the Index of all shards, and adds to `faults` what is wrong.
+  def index(
+    self,
+    kind: Kind,
+    missing: Callable[["Index"], dict[int, int]] | None = None,
+  ) -> "Index":
+    """Returns the joined index, and sets `faults` and `lost`.
+
+    Args:
+      kind: of the index.
+      missing: fn(index) -> {number of a shard: how many examples it lacks}, if
+        the format tells; None: this is estimated from the other shards.
 
     Raises:
       UserError: there is no row at all, or no place to keep an index.
@@ -139,66 +208,88 @@ class Shards:
     told = json.dumps(
       [index_files.VERSION, kind.name, self.paths, self._stamps]
     )
-    place = index_files.cached(told, ".npy")
-    found = self._joined(place)
+    place = index_files.cache_path(told, ".npy")
+    found = self._load_joined(place)
     if found is None:
       found = self._join(place, kind)
-    rows, starts, wrong = found
-    faults.merge(self.faults, wrong)
-    faults.report(self.what, wrong)
+    rows, starts, wrong, lost = found
+    self.lost.update(lost)
+    index = Index(rows, starts)
+    if missing:
+      counts = missing(index)
+    else:
+      shards = range(len(self.paths))
+      counts = _estimated(
+        [kind.examples(index.of_shard(n)) for n in shards], self.lost
+      )
+    self.faults = dict(wrong)
+    for n, count in sorted(counts.items()):
+      fault = self.lost.get(n, "truncated shard")
+      faults.merge(self.faults, {fault: (count, self.paths[n])})
+    faults.report(self.what, self.faults)
     if not len(rows):
       raise errors.UserError(
         f"there is no example in {len(self.paths)} {self.what}, such as "
         f"{self.paths[0]}: "
         + (
-          ", ".join(f"{n} x {fault}" for fault, (n, _) in wrong.items())
+          ", ".join(f"{n} x {fault}" for fault, (n, _) in self.faults.items())
           or "they are empty"
         )
       )
-    return Index(rows, starts)
+    return index
 
-  def _joined(self, place):
-    """Returns (rows, starts, faults) if a former process joined them."""
+  def _load_joined(self, place: pathlib.Path) -> "_Joined | None":
+    """Returns what an earlier process has joined, None if it is not valid."""
     try:
-      with open(place + ".npz", "rb") as f, np.load(f) as head:
-        starts, wrong = head["starts"], json.loads(str(head["faults"]))
+      with open(f"{place}.npz", "rb") as f, np.load(f) as head:
+        starts, told = head["starts"], json.loads(str(head["faults"]))
       rows = np.load(place, mmap_mode="r")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+      wrong = {k: (int(n), str(x)) for k, (n, x) in told["faults"].items()}
+      lost = {int(n): str(fault) for n, fault in told["lost"].items()}
+      whole = len(rows) == starts[-1] and len(starts) == len(self.paths) + 1
+    except Exception:  # zipfile, NumPy and json raise whatever damage leads to
       return None
-    wrong = {k: tuple(v) for k, v in wrong.items()}
-    return (rows, starts, wrong) if len(rows) == starts[-1] else None
+    return _Joined(rows, starts, wrong, lost) if whole else None
 
-  def _join(self, place, kind):
-    """Returns (rows, starts, faults), many rows from a new file at `place`."""
-    counts, wrong = np.zeros(len(self.paths), np.int64), {}
-    kept, last = {}, True
-    for n, rows, found, lasting in self.parts(kind):
-      counts[n], last = len(rows), last and lasting
-      faults.merge(wrong, found)
+  def _join(self, place: pathlib.Path, kind: Kind) -> "_Joined":
+    """Joins the indices of all shards; many rows are written to `place`."""
+    counts, wrong, lost = np.zeros(len(self.paths), np.int64), {}, {}
+    kept, lasting = {}, True
+    for part in self.parts(kind):
+      counts[part.number] = len(part.rows)
+      lasting = lasting and part.lasting
+      faults.merge(wrong, _of_examples(part.faults))
+      for fault in part.faults:
+        if fault in LOST:
+          lost[part.number] = fault
       if counts.sum() <= IN_MEMORY:
-        kept[n] = rows
+        kept[part.number] = part.rows
     starts = np.concatenate([[0], np.cumsum(counts)])
     if starts[-1] <= IN_MEMORY:
       joined = [kept[n] for n in sorted(kept)]
-      return np.concatenate(joined), starts, wrong
+      return _Joined(np.concatenate(joined), starts, wrong, lost)
     try:
       self._write_joined(place, kind, starts)
-      if last:  # what makes it trusted
-        head = io.BytesIO()
-        np.savez(head, starts=starts, faults=np.array(json.dumps(wrong)))
-        index_files.write(place + ".npz", head.getvalue())
+      if lasting:  # the rows are only trusted if this file is there
+        head: Any = io.BytesIO()
+        told = json.dumps({"faults": wrong, "lost": lost})
+        np.savez(head, starts=starts, faults=np.array(told))
+        local_files.write(pathlib.Path(f"{place}.npz"), head.getvalue())
     except OSError as e:
       raise errors.UserError(
         f"the joined index of {len(self.paths)} {self.what} cannot be "
-        f"written to {index_files.cache_dir()}: {e.strerror}; set "
+        f"written to {local_files.cache_dir()}: {e.strerror}; set "
         "SIGJAX_CACHE to a folder with room"
       ) from e
-    return np.load(place, mmap_mode="r"), starts, wrong
+    return _Joined(np.load(place, mmap_mode="r"), starts, wrong, lost)
 
-  def _write_joined(self, place, kind, starts):
-    os.makedirs(index_files.cache_dir(), exist_ok=True)
-    # Not through a mapped file: on a full disk that would kill the process.
-    with index_files.aside(place) as aside, open(aside, "wb") as f:
+  def _write_joined(
+    self, place: pathlib.Path, kind: Kind, starts: np.ndarray
+  ) -> None:
+    """Writes the rows of all shards to one .npy file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Not through a mapped file: a full disk would then kill the process.
+    with local_files.replacing(place) as aside, open(aside, "wb") as f:
       np.lib.format.write_array_header_2_0(
         f,
         {
@@ -208,7 +299,7 @@ class Shards:
         },
       )
       begin = f.tell()
-      for n, rows, *_ in self.parts(kind):  # from the files just made
+      for n, rows, *_ in self.parts(kind):  # from the index files just written
         if len(rows) != starts[n + 1] - starts[n]:
           raise errors.UserError(
             f"{self.paths[n]} changed while it was indexed; start again"
@@ -217,27 +308,60 @@ class Shards:
         f.write(rows.tobytes())
 
 
+class _Joined(NamedTuple):
+  """The joined rows, where each shard's begin, and what is wrong."""
+
+  rows: np.ndarray
+  starts: np.ndarray
+  faults: Faults
+  lost: dict[int, str]
+
+
+def _identity(
+  paths: Sequence[str], stamps: Sequence[files.Stamp | None]
+) -> str:
+  """Returns a digest of the names and sizes of shards."""
+  split = [path.split("/") for path in paths]
+  first, last = min(split), max(split)
+  common = 0
+  while first[common] == last[common] and common < len(first) - 1:
+    common += 1
+  told = [
+    ["/".join(parts[common:]), stamp and stamp[0]]
+    for parts, stamp in zip(split, stamps)
+  ]
+  return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
 class Index:
-  """Which shard record i is in, and its row there."""
+  """The joined index of all shards.
 
-  def __init__(self, rows, starts):
-    # A plain array on the mapped file: np.memmap is slow to take rows from.
+  Args:
+    rows: (n,), a row per record.
+    starts: (shards + 1,), the first record of each shard, and n.
+
+  Attributes:
+    rows: the same.
+  """
+
+  def __init__(self, rows: np.ndarray, starts: np.ndarray):
+    # A plain array on the mapped file: indexing an np.memmap is slow.
     self.rows = np.asarray(rows)
-    self._starts = starts.tolist()  # bisect on a list is quicker
+    self._starts: list[int] = starts.tolist()  # bisect is faster on a list
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.rows)
 
-  def locate(self, i):
-    """Returns (number of the shard, the row's fields as ints)."""
+  def locate(self, i: int) -> tuple[int, Any]:
+    """Returns the number of record i's shard, and its row as Python ints."""
     if not 0 <= i < len(self.rows):
       raise IndexError(i)
     return bisect.bisect_right(self._starts, i) - 1, self.rows[i].item()
 
-  def first(self, number):
+  def first(self, number: int) -> int:
     """Returns the number of a shard's first record."""
     return self._starts[number]
 
-  def of_shard(self, number):
+  def of_shard(self, number: int) -> np.ndarray:
     """Returns the rows of a shard."""
     return self.rows[self._starts[number] : self._starts[number + 1]]

@@ -1,11 +1,7 @@
 """Parquet files that pyarrow wrote, as Hugging Face's datasets have them."""
 
 import concurrent.futures
-import re
-import subprocess
 import sys
-import threading
-import time
 
 import fsspec
 import numpy as np
@@ -16,7 +12,6 @@ import pytest
 from sigjax import errors
 from sigjax.data import faults
 from sigjax.data import kinds as kinds_lib
-from sigjax.data.formats import parquet
 
 NUM = 50  # rows, in two files
 
@@ -248,75 +243,6 @@ def test_many_threads_read_at_once(folder):
   with concurrent.futures.ThreadPoolExecutor(16) as threads:
     for i, found in zip(order, threads.map(source.records.__getitem__, order)):
       assert found == {"image": image(i), "captions": [f"né {i}"]}
-
-
-class Sized:
-  def __init__(self, nbytes):
-    self.nbytes = nbytes
-
-
-def test_cache_is_bounded_and_shared():
-  kept = parquet._Cache(100)
-  made = []
-
-  def get(key, size=40):
-    return kept.get(key, lambda: made.append(key) or Sized(size))
-
-  first = get("a")
-  get("b")
-  assert get("a") is first and made == ["a", "b"]
-  get("c")  # b was used longest ago
-  assert get("a") is first and made == ["a", "b", "c"]
-  get("b")
-  assert made == ["a", "b", "c", "b"]
-  get("large", 1000)
-  assert not kept._made and kept._bytes == 0
-  for key in range(100):
-    get(key, 30)
-  assert len(kept._made) == 3 and kept._bytes == 90
-
-
-def test_what_is_being_made_is_waited_for():
-  kept, made, go = parquet._Cache(100), [], threading.Event()
-
-  def make():
-    made.append(1)
-    go.wait(10)
-    return Sized(1)
-
-  with concurrent.futures.ThreadPoolExecutor(4) as threads:
-    waiting = [threads.submit(kept.get, "a", make) for _ in range(4)]
-    time.sleep(0.05)
-    go.set()
-    assert len({id(f.result()) for f in waiting}) == 1 == len(made)
-
-  def fail():
-    raise OSError
-
-  with pytest.raises(OSError):
-    kept.get("b", fail)
-  assert kept.get("b", lambda: Sized(2)).nbytes == 2  # it is tried again
-
-
-def test_large_row_groups_come_with_the_remedy(folder, caplog, monkeypatch):
-  monkeypatch.setattr(parquet, "_LARGE", 2000)
-  opened(folder / "a.parquet")
-  (line,) = [
-    r.getMessage() for r in caplog.records if "row groups" in r.getMessage()
-  ]
-  code = re.search('python -c "(.*)" OLD NEW', line).group(1)
-  new = folder / "new.parquet"
-  subprocess.run(
-    [sys.executable, "-c", code, str(folder / "a.parquet"), str(new)],
-    check=True,
-  )
-  assert pq.ParquetFile(new).metadata.row_group(0).num_rows == 16
-  a, b = opened(folder / "a.parquet"), opened(new)
-  assert [a[i] for i in range(30)] == [b[i] for i in range(30)]
-  monkeypatch.undo()
-  caplog.clear()
-  opened(folder / "a.parquet")
-  assert "row groups" not in caplog.text
 
 
 def test_remote(folder):

@@ -71,7 +71,71 @@ def test_index(folder):
   for i in (-1, 10):
     with pytest.raises(IndexError):
       index.locate(i)
-  assert found.faults == {"vanished shard": (2, str(folder / "5.x"))}
+  # The other five hold two on average.
+  assert found.faults == {"vanished shard": (4, str(folder / "5.x"))}
+
+
+def test_lost_shards_count_the_examples_that_they_lack(tmp_path):
+  paths = [str(tmp_path / f"{i}.x") for i in range(6)]
+  for path, size in zip(paths, (10, 12, 3, 0, 20)):
+    (tmp_path / path).write_bytes(bytes(size))
+
+  def build(opened, number, size):
+    if size == 0:
+      raise faults.BadExample("is empty", kind="damaged shard")
+    wrong = {"truncated shard": (1, "x")} if size in (3, 20) else {}
+    return np.zeros(size, np.uint8), wrong
+
+  for _ in range(2):  # built, and from the index files
+    found = index_lib.Shards(paths, "shards")
+    found.index(index_lib.Kind("rows", np.dtype(np.uint8), build))
+    assert found.faults == {
+      "vanished shard": (11, paths[5]),
+      "truncated shard": (8 + 1, paths[2]),  # the one of 20 lacks one at least
+      "damaged shard": (11, paths[3]),
+    }
+  found = index_lib.Shards(paths, "shards")
+  found.index(
+    index_lib.Kind("rows", np.dtype(np.uint8), build), lambda index: {2: 7}
+  )
+  assert found.faults == {"truncated shard": (7, paths[2])}
+  # Where all are lost, as many as the longest has.
+  found = index_lib.Shards(paths[2:4], "shards")
+  found.index(index_lib.Kind("rows", np.dtype(np.uint8), build))
+  assert found.faults == {
+    "truncated shard": (1, paths[2]),
+    "damaged shard": (3, paths[3]),
+  }
+
+
+def test_identity_is_of_names_and_sizes(tmp_path):
+  def identity(root, *names, size=3):
+    for name in names:
+      path = tmp_path / root / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(bytes(size))
+    paths = [str(tmp_path / root / name) for name in names]
+    return index_lib.Shards(paths, "shards").identity
+
+  found = identity("a", "0.x", "1.x")
+  assert identity("elsewhere/b", "0.x", "1.x") == found
+  assert identity("c", "0.x", "2.x") != found
+  assert identity("d", "0.x", "1.x", size=4) != found
+  assert identity("e", "x/0.x", "y/1.x") != found
+  assert identity("f", "0.x") != identity("g", "1.x")
+  (tmp_path / "a" / "1.x").unlink()
+  paths = [str(tmp_path / "a" / name) for name in ("0.x", "1.x")]
+  assert index_lib.Shards(paths, "shards").identity != found
+
+
+def test_an_index_of_other_rows_is_rebuilt(folder):
+  builder = Builder()
+  builder.index(folder / "*.x")
+  path = str(folder / "3.x")
+  (stamp,) = files.stamps([path])
+  for rows in (np.zeros(3), np.zeros((3, 1), np.uint8)):
+    index_files.save_index(path, "rows", stamp, rows, {})
+    assert builder.index(folder / "*.x") == (WANT, ["3.x"], {})
 
 
 def test_is_built_once_and_kept_beside(folder, cache):
@@ -187,7 +251,7 @@ def test_an_unreadable_shard_is_left_out_this_time(
   with monkeypatch.context() as patch:
     patch.setattr(files.Files, "read", failing)
     rows, _, wrong = Builder().index(folder / "*.x")
-  assert rows == WANT[:3] + WANT[6:] and wrong == {"unreadable shard": 1}
+  assert rows == WANT[:3] + WANT[6:] and wrong == {"unreadable shard": 2}
   assert Builder().index(folder / "*.x") == (WANT, ["3.x"], {})
 
 
@@ -249,23 +313,24 @@ def test_a_damaged_joined_index_is_rebuilt(folder, cache, large, ending):
 
 KILLED = """
 import os, signal, sys
-from sigjax.data import index_files, shards
+from sigjax.data.shards import index
+from sigjax.runtime import files
 sys.path.insert(0, {tests!r})
-import test_shards
+import test_index
 step = {step!r}
 if step == "index":  # it is written, but not under its name
   def replace(old, new):
     os.kill(os.getpid(), signal.SIGKILL)
   os.replace = replace
 else:  # the joined rows are there, but not what says that they are whole
-  shards.IN_MEMORY = 5
-  write = index_files.write
+  index.IN_MEMORY = 5
+  write = files.write
   def killed(path, data):
-    if path.endswith(".npy.npz"):
+    if path.name.endswith(".npy.npz"):
       os.kill(os.getpid(), signal.SIGKILL)
     write(path, data)
-  index_files.write = killed
-test_shards.Builder().index({pattern!r})
+  files.write = killed
+test_index.Builder().index({pattern!r})
 """
 
 
@@ -306,8 +371,9 @@ def test_nothing_is_written_where_that_is_publishing(
   asked = []
   monkeypatch.setattr(files, "file_system", asked.append)
   path, rows = f"{scheme}://a/b.x", np.arange(3)
-  index_files.save(path, "rows", (1, "m"), rows, {"odd": (1, "n")})
-  found, wrong = index_files.load(path, "rows", (1, "m"))
+  stamp = (1, "m")
+  index_files.save_index(path, "rows", stamp, rows, {"odd": (1, "n")})
+  found, wrong = index_files.load_index(path, "rows", stamp)
   assert not asked and len(list(cache.iterdir())) == 1
   assert found.tolist() == [0, 1, 2] and wrong == {"odd": (1, "n")}
 
