@@ -11,13 +11,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from sigjax import errors
-from sigjax import losses
-from sigjax import optim
-from sigjax import sharding
+from sigjax import losses, optim, sharding
 from sigjax.models import two_towers
 
 MODULE = ("parent", "name")  # of every flax module; no settings
+TOWER = (*MODULE, "out_dim", "dtype")  # the model gives them to its towers
 UNITS = ("steps", "epochs", "examples", "percent")  # of durations
 
 
@@ -64,9 +62,13 @@ def fill(config: ConfigDict, main: Callable[..., Any] | None = None) -> None:
     _add(model, two_towers.TwoTowers, MODULE)
     image = model.get("image", ConfigDict())
     kind = image.get("kind", "vit")
-    _add(image, two_towers.IMAGE_TOWERS.get(kind), (*MODULE, "out_dim", "dtype"))
+    _add(
+      image, two_towers.IMAGE_TOWERS.get(kind), (*MODULE, "out_dim", "dtype")
+    )
     text = model.get("text", ConfigDict())
-    _add(text, two_towers.text_lib.TextTransformer, (*MODULE, "out_dim", "dtype"))
+    _add(
+      text, two_towers.text_lib.TextTransformer, (*MODULE, "out_dim", "dtype")
+    )
   if (section := config.get("optim")) is not None:
     _add(section, optim.make_optimizer)
     for key in ("schedule", "options"):
@@ -127,9 +129,9 @@ def _add(
     stem, _, unit = key.rpartition("_")
     if param.default is inspect.Parameter.empty:
       continue
-    if param.default is not None and unit in UNITS:
-      if any(f"{stem}_{u}" in section for u in UNITS):
-        continue  # the same duration is given in another unit
+    given = unit in UNITS and any(f"{stem}_{u}" in section for u in UNITS)
+    if given and param.default is not None:
+      continue  # the same duration, in another unit
     section[key] = _value(param.default)
 
 

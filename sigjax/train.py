@@ -1,6 +1,6 @@
 """The program: trains, resumes and evaluates what a config describes.
 
-  python -m sigjax.train --config configs/siglip_emoji.py --workdir DIR
+python -m sigjax.train --config configs/siglip_emoji.py --workdir DIR
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,12 @@ import signal
 import sys
 from typing import Any
 
-from absl import app
-from absl import flags
+from absl import app, flags
 from clu import parameter_overview
 import jax
 
-from sigjax import build
+from sigjax import build, defaults, errors, evaluators
 from sigjax import config as config_lib
-from sigjax import defaults
-from sigjax import errors
-from sigjax import evaluators
 from sigjax import sharding as sharding_lib
 from sigjax import state as state_lib
 from sigjax import step as step_lib
@@ -98,8 +94,8 @@ def main(
       included.
     checkpoints: "every_steps", and arguments of Checkpoints.
     log_every_steps: how often metrics are written.
-    evals: {name: {"type": one of EVALUATORS, "every_steps", its arguments}}. All
-      run at the end, those with every_steps also during training.
+    evals: {name: {"type": one of EVALUATORS, "every_steps", its arguments}}.
+      All run at the end, those with every_steps also during training.
     eval_only: only evaluate the newest checkpoint.
 
   Returns:
@@ -252,7 +248,9 @@ def main(
         stopping, save_failed = agree(stop.signal, saver.failed())
         if save_failed:
           saver.wait()  # logs why, and makes room; the next save may succeed
-        names = [k for k, every in evaluations.every.items() if due(step, every)]
+        names = [
+          k for k, every in evaluations.every.items() if due(step, every)
+        ]
         save = due(step, save_every) or step == total or stopping
         if save or names:
           report(*running)  # a step that is not finite is never saved
@@ -268,7 +266,10 @@ def main(
           )
         if names:
           for name, row in evaluations.run(names, state.params, step, writer):
-            progress.write(f"step {step}: {name} {row}")
+            progress.write(
+              f"step {step}: {name} {row.metric} {row.value:.1%} "
+              f"(chance {row.chance:.1%}, n {row.n})"
+            )
           clock.start()  # evaluation is no training time
     names = list(evaluations.by_name)
     rows = evaluations.run(names, state.params, total, writer)

@@ -75,13 +75,13 @@ def test_config(name, arg):
     times.total_steps,
     **{k: v for k, v in config.items() if k in keys},
   )
-  size = sum(x.size for x in jax.tree.leaves(run.shapes))
+  size = sum(x.size for x in jax.tree.leaves(run.state.params))
   if arg is None and name == "siglip_b16":
     assert size == pytest.approx(203.2e6, rel=0.01)  # the released B/16's
   if arg and "smoke" in arg:
     assert size < 1e6
   if arg and "embeddings" in arg:
-    assert set(run.shapes) == {"txt", "t", "b"}
+    assert set(run.state.params) == {"txt", "t", "b"}
 
 
 def test_what_is_pretrained_learns_slowly():

@@ -83,7 +83,9 @@ def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
   config["evals"]["picture"] = dict(
     config["evals"]["retrieval"], type="picture", captions="captions"
   )
-  rows = {row[:2]: row[2:] for row in run(tmp_path / "a", config)}
+  rows = {
+    (name, row.metric): row[1:4] for name, row in run(tmp_path / "a", config)
+  }
   value, by_chance, n = rows["zeroshot", "24-way top-1"]
   assert (by_chance, n) == (pytest.approx(1 / 24), 48)
   assert value > 0.5
@@ -112,7 +114,9 @@ def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
   assert "zeroshot/24-way top-1" not in middle[0]
 
   config["data"] = dict(config["data"], shuffle="captions")
-  rows = {row[:2]: row[2:] for row in run(tmp_path / "b", config)}
+  rows = {
+    (name, row.metric): row[1:4] for name, row in run(tmp_path / "b", config)
+  }
   assert rows["zeroshot", "24-way top-1"][0] < 0.2
 
 
