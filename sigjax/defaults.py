@@ -13,29 +13,35 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from sigjax import losses, optim, sharding
 from sigjax.models import two_towers
+from sigjax.models.text import TextTransformer
 
 MODULE = ("parent", "name")  # of every flax module; no settings
 TOWER = (*MODULE, "out_dim", "dtype")  # the model gives them to its towers
 UNITS = ("steps", "epochs", "examples", "percent")  # of durations
 
 
-def define_config_flag(main: Callable[..., Any] | None = None) -> None:
+def define_config_flag(
+  main: Callable[..., Any] | None = None,
+  flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
   """Defines --config: a config file, filled when it is loaded, and locked.
 
   Args:
     main: its keyword arguments are the config's top-level keys; None leaves
       these as the file has them.
+    flag_values: where the flag is defined.
   """
   config_flags.DEFINE_config_file(
     "config",
     None,
     "Config file, with its argument: FILE.py[:key=value,...].",
     lock_config=True,
+    flag_values=flag_values,
   )
-  parser = flags.FLAGS["config"].parser
+  parser: Any = flag_values["config"].parser
   load = parser.parse
 
-  def load_and_fill(path: str) -> ConfigDict:
+  def load_and_fill(path: str) -> Any:
     config = load(path)
     with config.unlocked():
       fill(config, main)
@@ -44,7 +50,7 @@ def define_config_flag(main: Callable[..., Any] | None = None) -> None:
   parser.parse = load_and_fill
 
 
-def fill(config: ConfigDict, main: Callable[..., Any] | None = None) -> None:
+def fill(config: Any, main: Callable[..., Any] | None = None) -> None:
   """Adds to a config, in place, each key that it leaves at its default."""
   # Imported here: it is the tools that open no data which import this file.
   from sigjax import evaluators
@@ -66,9 +72,7 @@ def fill(config: ConfigDict, main: Callable[..., Any] | None = None) -> None:
       image, two_towers.IMAGE_TOWERS.get(kind), (*MODULE, "out_dim", "dtype")
     )
     text = model.get("text", ConfigDict())
-    _add(
-      text, two_towers.text_lib.TextTransformer, (*MODULE, "out_dim", "dtype")
-    )
+    _add(text, TextTransformer, (*MODULE, "out_dim", "dtype"))
   if (section := config.get("optim")) is not None:
     _add(section, optim.make_optimizer)
     for key in ("schedule", "options"):
@@ -97,7 +101,7 @@ def fill(config: ConfigDict, main: Callable[..., Any] | None = None) -> None:
     _add_source(section.get("data"), kinds)
 
 
-def _add_source(section: ConfigDict | None, kinds: Any) -> None:
+def _add_source(section: Any, kinds: Any) -> None:
   if section is not None:
     _add(section, kinds.open_source)
     make = kinds.SOURCES.get(section.get("kind"))
@@ -107,13 +111,13 @@ def _add_source(section: ConfigDict | None, kinds: Any) -> None:
         _add_source(part, kinds)
 
 
-def _add_duration(section: ConfigDict, name: str) -> None:
+def _add_duration(section: Any, name: str) -> None:
   if not any(f"{name}_{unit}" in section for unit in UNITS):
     section[f"{name}_steps"] = _value(None)
 
 
 def _add(
-  section: ConfigDict,
+  section: Any,
   fn: Callable[..., Any] | None,
   skip: tuple[str, ...] = (),
 ) -> None:

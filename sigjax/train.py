@@ -395,8 +395,9 @@ flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 def command_line(argv: list[str]) -> None:
   """What app.run calls."""
   del argv
-  name = FLAGS["config"].config_filename
-  workdir = pathlib.Path(FLAGS.workdir or config_lib.default_workdir(name))
+  flag: Any = FLAGS["config"]
+  workdir = FLAGS.workdir or config_lib.default_workdir(flag.config_filename)
+  workdir = pathlib.Path(workdir)
   logs.quiet_libraries()
   try:
     hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)

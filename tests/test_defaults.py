@@ -1,0 +1,79 @@
+"""Every value of a config can be overridden, those at their defaults too."""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict
+import pytest
+
+from sigjax import defaults, errors, train
+from sigjax.runtime import program
+
+# ml_collections loads config files so.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def parse(monkeypatch, *overrides, config="siglip_emoji"):
+  """Returns the config of a command line, as sigjax.train has it."""
+  path = ROOT / f"configs/{config}.py"
+  argv = ["train", f"--config={path}", *overrides]
+  values = flags.FlagValues()
+  monkeypatch.setattr(sys, "argv", argv)
+  defaults.define_config_flag(train.main, values)
+  values(argv)
+  return values.config
+
+
+def test_a_default_is_overridden(monkeypatch):
+  config = parse(
+    monkeypatch,
+    "--config.seed=3",
+    "--config.loss.name=softmax",
+    "--config.init.path=siglip/b16_256",
+    "--config.data.part=(0, 0.5)",
+    "--config.optim.options.b1=0.8",
+    "--config.model.text.embed_rank=96",
+    "--config.evals.held_style_zeroshot.templates=photo",
+    "--config.checkpoints.keep=7",
+    "--config.resume=elsewhere",
+  )
+  assert config.seed == 3 and config.loss.name == "softmax"
+  assert config.init.path == "siglip/b16_256"
+  assert config.data.part == (0, 0.5)
+  assert config.optim.options.b1 == 0.8
+  assert config.model.text.embed_rank == 96
+  assert config.evals.held_style_zeroshot.templates == "photo"
+  assert config.checkpoints.keep == 7 and config.resume == "elsewhere"
+  # What the file gives stays, and no duration is given twice.
+  assert config.optim.options.b2 == 0.95
+  assert config.optim.schedule.to_dict() == dict(
+    name="cosine", warmup_percent=10
+  )
+
+
+@pytest.mark.parametrize("config", ["siglip_b16", "siglit_l16", "siglip_own"])
+def test_main_takes_a_filled_config(monkeypatch, config):
+  """Each section is exactly what its function takes."""
+  filled = parse(monkeypatch, config=config).to_dict()
+  errors.check(train.main, filled, "config", "workdir", eval_only=False)
+  assert filled["seed"] == 0 and filled["log_every_steps"] in (20, 50)
+
+
+def test_a_mistyped_key_is_one_line(monkeypatch, capsys):
+  def check(_):
+    parse(monkeypatch, "--config.optim.lrr=1")
+
+  with pytest.raises(SystemExit) as e:
+    program.parse_flags(["train"], check)
+  line = str(e.value)
+  assert line.startswith("error: the config has no key")
+  assert "lrr" in line and '"lr"' in line and "\n" not in line
+
+
+def test_what_is_none_may_become_a_section():
+  config = ConfigDict(dict(loss=None))
+  defaults.fill(config, train.main)
+  assert config.loss.name == "sigmoid" and config.loss.tile == 1024
+  assert config.init.path is None and config.total_steps is None
