@@ -104,6 +104,7 @@ def main(
   Durations in optim, checkpoints and evals may also be given as *_epochs,
   *_examples or *_percent.
   """
+  config = {k: v for k, v in locals().items() if k in MAIN_KEYS}
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
 
@@ -406,10 +407,6 @@ def command_line(argv: list[str]) -> None:
     # Evaluation alone writes nothing that a run beside it writes.
     alone = contextlib.nullcontext() if FLAGS.eval_only else None
     with alone or lock_lib.hold(workdir):
-      mine = FLAGS.config.to_json_best_effort()
-      config_lib.check_same(FLAGS.config, hosts.broadcast(mine))
-      if hosts.is_primary() and not FLAGS.eval_only:
-        config_lib.keep_config(FLAGS.config, workdir / "config.json")
       config = FLAGS.config.to_dict()
       errors.call(main, config, "config", workdir, eval_only=FLAGS.eval_only)
   except OSError as e:
