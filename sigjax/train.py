@@ -41,6 +41,7 @@ from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.runtime import (
   hosts,
+  logs,
   program,
 )
 from sigjax.runtime import (
@@ -49,6 +50,7 @@ from sigjax.runtime import (
 from sigjax.runtime import (
   metrics as metrics_lib,
 )
+from sigjax.runtime import progress as progress_lib
 
 log = logging.getLogger("sigjax")
 
@@ -224,7 +226,7 @@ def main(
   checkpoints = times.resolve(checkpoints or {}, "config.checkpoints")
   save_every = checkpoints.pop("every_steps", None) or total_steps
   saved = errors.call(
-    restore.Checkpoints,
+    save_lib.Checkpoints,
     checkpoints,
     "config.checkpoints",
     workdir,
@@ -256,7 +258,7 @@ def main(
     log.info("at step %d of %d: only evaluating", first_step, total_steps)
     total_steps = first_step
   clock = metrics_lib.Clock(batch_size, flops)
-  progress = metrics_lib.Progress(first_step, total_steps)
+  progress = progress_lib.Progress(first_step, total_steps)
   agree = hosts.Agreement(mesh)
 
   def report(step, metrics):
@@ -383,10 +385,10 @@ def run(argv):
   workdir = pathlib.Path(
     FLAGS.workdir or config_lib.default_workdir(FLAGS["config"].config_filename)
   )
-  save_lib.quiet()
+  logs.quiet_libraries()
   try:
     hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    metrics_lib.log_above_progress(log)
+    logs.show_in_training()
     workdir.mkdir(parents=True, exist_ok=True)
     # Evaluation alone writes nothing that a run beside it does.
     with (

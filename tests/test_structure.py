@@ -25,7 +25,7 @@ MAY_IMPORT = {
   "step": {"losses", "sharding", "state", "trees"},
   "build": {"models", "losses", "optim", "sharding", "state", "step"},
   "runtime.files": set(),
-  "runtime.program": set(),
+  "runtime.program": {"runtime.logs"},
   "runtime.hosts": {"sharding"},
   "runtime": {"runtime"},
   "weights": {"weights", "trees", "runtime.files", "data.example.tokenizer"},

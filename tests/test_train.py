@@ -148,7 +148,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(
   parts = command(tmp_path / "parts", config, devices)
   out, err = parts.communicate(timeout=120)
   assert parts.returncode == 0, err
-  assert f"going on from {tmp_path}/parts/checkpoints/{step}" in out
+  assert f"resuming from {tmp_path}/parts/checkpoints/{step}" in out
   _, err = whole.communicate(timeout=120)
   assert whole.returncode == 0, err
   assert_same(
@@ -185,7 +185,7 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
   # A finished run is not trained on.
   caplog.clear()
   assert run(a, config) == first
-  assert f"going on from {a}/checkpoints/4" in caplog.text
+  assert f"resuming from {a}/checkpoints/4" in caplog.text
 
   # resume takes the step and the place in the data along, ...
   run(b, dict(config, total_steps=6), resume=str(a))
@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, tiny_config, caplog):
     )
     == 2
   )
-  assert f"going on from {tmp_path}/checkpoints/4" in caplog.text
+  assert f"resuming from {tmp_path}/checkpoints/4" in caplog.text
   assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {
     "4",
     "6",
@@ -321,7 +321,7 @@ def test_a_full_disk_is_said_and_ends_in_an_error(tmp_path, tiny_config):
   assert "step 20 could not be saved: File too large" in out
   assert err.strip().splitlines()[-1] == (
     "error: step 60 could not be saved (File too large); there is no "
-    "checkpoint to go on from"
+    "checkpoint to resume from"
   )
   assert "Traceback" not in err
   assert not list((tmp_path / "a/checkpoints").glob("[0-9]*"))

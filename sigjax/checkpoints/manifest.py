@@ -1,48 +1,52 @@
 """A list of a folder's files with their sizes and SHA-256, to notice damage."""
 
 import hashlib
+import io
 import json
 import os
+import pathlib
 
 NAME = "manifest.json"
 
-# Orbax writes these after us. They hold no data, and nothing depends on them.
-_OTHERS = (NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
+# Orbax writes these after the manifest. They hold no data that is needed.
+_NOT_LISTED = (NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-def write(folder):
-  """Writes FOLDER/manifest.json, and sees to it that all files are on disk.
+def write(folder: pathlib.Path) -> None:
+  """Writes FOLDER/manifest.json after forcing all listed files to disk.
 
   Args:
-    folder: a pathlib.Path, whose files nothing changes any more.
+    folder: a folder whose files do not change any more.
   """
-  files = {}
+  listed = {}
   for path in sorted(folder.rglob("*")):
     name = path.relative_to(folder).as_posix()
-    if path.is_file() and name not in _OTHERS:
+    if path.is_file() and name not in _NOT_LISTED:
       with path.open("rb") as f:
-        files[name] = [_digest(f), os.fstat(f.fileno()).st_size]
-        # A power cut must not find the one before deleted, this one unwritten.
+        listed[name] = [_digest(f), os.fstat(f.fileno()).st_size]
+        # Older checkpoints are deleted once this one is complete: after a power
+        # cut its files must not turn out to be empty.
         os.fsync(f.fileno())
   with (folder / NAME).open("w") as f:
-    json.dump({"sha256_and_size": files}, f, indent=1)
+    json.dump({"sha256_and_size": listed}, f, indent=1)
     f.flush()
     os.fsync(f.fileno())
 
 
-def fault(folder, part=0, parts=1):
+def fault(folder: pathlib.Path, part: int = 0, parts: int = 1) -> str:
   """Returns what is wrong with a folder that has a manifest, or "".
 
   Args:
-    folder: a pathlib.Path.
-    part, parts: only every parts-th file is read, beginning with this one.
+    folder: a folder for which write() was called.
+    part: the number of the host, from 0, which checks only its share:
+    parts: every parts-th file of the list, beginning with file number `part`.
 
   Returns:
     A few words that name the first file that is missing, cut or altered.
   """
   try:
-    files = json.loads((folder / NAME).read_text())["sha256_and_size"]
-    items = [(name, *of_file) for name, of_file in sorted(files.items())]
+    listed = json.loads((folder / NAME).read_text())["sha256_and_size"]
+    items = [(name, *of_file) for name, of_file in sorted(listed.items())]
     items = [(name, digest, size) for name, digest, size in items]
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return f"{NAME} cannot be read"
@@ -59,5 +63,5 @@ def fault(folder, part=0, parts=1):
   return ""
 
 
-def _digest(file):
+def _digest(file: io.BufferedReader) -> str:
   return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,229 +1,145 @@
-"""Checkpoints of a run, by orbax: asynchronous, atomic, the data's place too.
+"""Reads checkpoints: to resume a run, for inference, or to start from.
 
-    WORKDIR/checkpoints/STEP/params         all that serving needs
-    WORKDIR/checkpoints/STEP/rest           step and optimizer state
-    WORKDIR/checkpoints/STEP/data           where the data iterator was (JSON)
-    WORKDIR/checkpoints/STEP/manifest.json  what the files have to be
-    WORKDIR/checkpoints/STEP.damaged        one whose files are not that
-
-A step is written under another name, its manifest last, and then renamed: a
-folder named STEP was once whole.
+All hosts call these functions together, in the same order.
 """
 
+from collections.abc import Iterator, Sequence
 import contextlib
 import logging
+import os
+import pathlib
 import re
+from typing import Any
 
-from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
 from sigjax import errors, trees
-from sigjax.checkpoints import manifest, save
-from sigjax.runtime import hosts
+from sigjax.checkpoints import layout, manifest
+from sigjax.runtime import files, hosts
 from sigjax.weights import npz
 
 log = logging.getLogger("sigjax")
 
-
-class Checkpoints(save.Saver):
-  """The checkpoints of one workdir; its arguments are saving.Saver's."""
-
-  def restore_newest(self, state):
-    """Returns restore() of the newest step that is whole; None of none at all.
-
-    One that is damaged is named and set aside, as STEP.damaged.
-
-    Raises:
-      UserError: all are damaged, or restore()'s.
-    """
-    for step in map(
-      int, hosts.broadcast(" ".join(map(str, reversed(self.steps())))).split()
-    ):
-      path = self.dir / str(step)
-      fault = self._fault(step)
-      if not fault:
-        log.info("going on from %s", path)
-        return self._restore_all(step, state)
-      log.warning(
-        "%s is damaged (%s); looking for the one before it", path, fault
-      )
-      if hosts.is_primary() and not self.read_only:
-        aside = self.dir / f"{step}.damaged"
-        save.remove([aside])
-        path.rename(aside)
-    damaged = hosts.broadcast(
-      ", ".join(sorted(p.name for p in self.dir.glob("*.damaged")))
-    )
-    if damaged or self.newest() is not None:
-      raise errors.UserError(
-        f"{self.dir} has no checkpoint that is whole (there are: "
-        f"{damaged or self.newest()}); delete this folder to start anew"
-      )
-    return None
-
-  def restore(self, step, state):
-    """Returns (TrainState, data state) of a step.
-
-    Args:
-      step: one that newest() named.
-      state: TrainState of ShapeDtypeStructs with shardings.
-
-    Raises:
-      UserError: the checkpoint is of another model or optimizer, or damaged.
-    """
-    self._refuse_damage(step)
-    return self._restore_all(step, state)
-
-  def restore_params(self, step, sharding):
-    """Returns the parameters of a step, each array placed by `sharding`.
-
-    Raises:
-      UserError: the checkpoint is damaged.
-    """
-    self._refuse_damage(step)
-    with self._one_line(step):
-      stored = _tree(self._metadata(step)["params"])
-    return self._restore(
-      step,
-      params=jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        stored,
-      ),
-    )["params"]
-
-  def _fault(self, step):
-    """What is wrong with a step, in words, or ""; each host reads a part."""
-    path = self.dir / str(step)
-    if not (path / manifest.NAME).exists():
-      log.warning(
-        "%s was written without a %s: damage to it may not be noticed",
-        path,
-        manifest.NAME,
-      )
-      return ""
-    fault = manifest.fault(path, jax.process_index(), jax.process_count())
-    found = hosts.max_over_processes(bool(fault))
-    return fault or ("another host names the file" if found else "")
-
-  def _refuse_damage(self, step):
-    with self._one_line(step):
-      if fault := self._fault(step):
-        raise ValueError(fault)
-
-  def _metadata(self, step):
-    return self.checkpointer.metadata(self.dir / str(step)).item_metadata
-
-  def _restore_all(self, step, state):
-    found = self._restore(step, params=state.params, rest=save.rest(state))
-    with self._one_line(step):
-      data = self.checkpointer.restore(
-        self.dir / str(step),
-        args=ocp.args.Composite(data=ocp.args.JsonRestore()),
-      )["data"]
-    return state.replace(params=found["params"], **found["rest"]), data
-
-  def _restore(self, step, **items):
-    with self._one_line(step):
-      stored = self._metadata(step)
-      for item, want in items.items():
-        different = trees.difference(want, _tree(stored[item]))
-        if different:
-          raise errors.UserError(
-            f"{self.dir / str(step)} is of another "
-            f"{dict(params='model', rest='optimizer')[item]}, "
-            f"{len(different)} arrays differ: {'; '.join(different[:3])}. "
-            "Take the config it was trained with, or another --workdir"
-          )
-      return self.checkpointer.restore(
-        self.dir / str(step),
-        args=ocp.args.Composite(
-          **{
-            item: ocp.args.StandardRestore(want) for item, want in items.items()
-          }
-        ),
-      )
-
-  @contextlib.contextmanager
-  def _one_line(self, step):
-    try:
-      yield
-    except errors.UserError:
-      raise
-    except Exception as e:  # orbax and tensorstore raise anything
-      raise errors.UserError(
-        f"{self.dir / str(step)} is damaged ({save.reason(e)}); delete "
-        "this folder to go on from the checkpoint before it"
-      ) from e
+AnyPath = str | os.PathLike[str]
 
 
-def _tree(metadata):
-  return getattr(metadata, "tree", metadata)
+def newest(
+  folder: pathlib.Path, state: Any, set_aside: bool
+) -> tuple[Any, dict[str, Any]] | None:
+  """Returns (TrainState, data state) of the newest undamaged checkpoint.
 
+  Args:
+    folder: WORKDIR/checkpoints.
+    state: TrainState of ShapeDtypeStructs with shardings.
+    set_aside: whether a damaged checkpoint is renamed to STEP.damaged.
 
-def find(path):
-  """Returns (workdir, step or None) of a path to a workdir or a checkpoint.
+  Returns:
+    None if there are no checkpoints at all.
 
-  Accepts WORKDIR, WORKDIR/checkpoints and WORKDIR/checkpoints/STEP.
+  Raises:
+    UserError: all checkpoints are damaged, or the newest undamaged one is of
+      another model or optimizer.
   """
-  path = epath.Path(path)
-  if path.name.isdigit() and path.parent.name == "checkpoints":
-    return path.parent.parent, int(path.name)
-  return (path.parent if path.name == "checkpoints" else path), None
+  found = " ".join(map(str, reversed(layout.steps(folder))))
+  for step in hosts.broadcast(found).split():
+    path = folder / step
+    fault = _fault(path)
+    if not fault:
+      log.info("resuming from %s", path)
+      return _read(path, state)
+    log.warning(
+      "%s is damaged (%s); looking for the one before it", path, fault
+    )
+    if hosts.is_primary() and set_aside:
+      aside = folder / f"{step}.damaged"
+      files.remove(aside)
+      path.rename(aside)
+  damaged = hosts.broadcast(
+    ", ".join(sorted(p.name for p in folder.glob("*.damaged")))
+  )
+  if damaged or layout.newest(folder) is not None:
+    raise errors.UserError(
+      f"{folder} has no undamaged checkpoint (there are: "
+      f"{damaged or layout.newest(folder)}); delete this folder to start anew"
+    )
+  return None
 
 
-def open_step(path):
-  """Returns (Checkpoints, step) to read the checkpoint that a path names.
+def read(path: AnyPath, state: Any) -> tuple[Any, dict[str, Any]]:
+  """Returns (TrainState, data state) of the checkpoint that a path names.
+
+  Args:
+    path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
+    state: TrainState of ShapeDtypeStructs with shardings.
+
+  Raises:
+    UserError: there is no checkpoint, it is damaged, or it is of another model
+      or optimizer.
+  """
+  found = checkpoint_of(path)
+  _refuse_damage(found)
+  return _read(found, state)
+
+
+def read_params(path: AnyPath, sharding: jax.sharding.Sharding) -> dict:
+  """Returns the parameters of the checkpoint that a path names.
+
+  Args:
+    path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
+    sharding: of every array.
+
+  Raises:
+    UserError: there is no checkpoint, or it is damaged.
+  """
+  found = checkpoint_of(path)
+  _refuse_damage(found)
+  with _one_line(found):
+    stored = _metadata(found)["params"]
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored
+  )
+  return _read_items(found, params=like)["params"]
+
+
+def checkpoint_of(path: AnyPath) -> pathlib.Path:
+  """Returns the folder of the checkpoint that a path names.
+
+  Args:
+    path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
 
   Raises:
     UserError: there is none.
   """
-  workdir, step = find(path)
-  checkpoints = Checkpoints(workdir, read_only=True)
-  newest = checkpoints.newest()
-  if newest is None:
+  workdir, step = layout.find(path)
+  folder = layout.folder_of(workdir)
+  if not folder.exists():
+    raise errors.UserError(f"{workdir} has no checkpoints; train there first")
+  if layout.newest(folder) is None:
     raise errors.UserError(f"{workdir} has no complete checkpoint")
-  return checkpoints, newest if step is None else step
+  return folder / str(layout.newest(folder) if step is None else step)
 
 
-def read(path, state):
-  """Returns (TrainState, data state) of the checkpoint that a path names."""
-  checkpoints, step = open_step(path)
-  return checkpoints.restore(step, state)
-
-
-def read_params(path, sharding):
-  """Returns the parameters of the checkpoint that a path names.
-
-  Args:
-    path: see find.
-    sharding: of every array.
-  """
-  checkpoints, step = open_step(path)
-  return checkpoints.restore_params(step, sharding)
-
-
-def _is_checkpoint(path):
-  """Whether a path names a run's checkpoint, not a file of weights."""
-  # Nothing to look for, and perhaps nothing to look with, behind a file's URL.
-  if re.match(r"https?://|.*\.npz(:|$)", str(path)):
-    return False
-  return (find(path)[0] / "checkpoints").exists()
-
-
-def read_init(shapes, path=None, *, into=None, dont_load=()):
-  """Reads weights to start from, released ones or of a run.
+def read_init(
+  shapes: dict,
+  path: AnyPath | None = None,
+  *,
+  into: str | None = None,
+  dont_load: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Reads the weights that a run starts from, released ones or another run's.
 
   Args:
-    shapes: the tree of the model's parameters.
-    path: a workdir, WORKDIR/checkpoints/STEP, or what load.load_params takes:
-      a .npz file, its URL, or the name of a released checkpoint.
-    into: "img" or "txt": the file is of this tower alone.
+    shapes: the tree of the model's parameters, arrays or shapes.
+    path: a workdir, WORKDIR/checkpoints/STEP, or what npz.load_params takes: a
+      .npz file, its URL, or the name of a released checkpoint. None reads
+      nothing.
+    into: "img" or "txt" if the weights are of this tower alone.
     dont_load: regexes of names (within `into`) that start from scratch, or
-      that the file may have beside the model's.
+      that the weights may have though the model has not.
 
   Returns:
-    {name: array} of what was loaded.
+    {name: array} of what was read.
 
   Raises:
     UserError: there are no such weights, or they do not fit.
@@ -231,10 +147,10 @@ def read_init(shapes, path=None, *, into=None, dont_load=()):
   if path is None:
     return {}
   like = shapes if into is None else shapes[into]
-  if _is_checkpoint(path):
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if _is_run(path):
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     loaded = npz.fit(
-      trees.flatten(read_params(path, sharding)), like, dont_load, path
+      trees.flatten(read_params(path, one_device)), like, dont_load, path
     )
   else:
     loaded = npz.load_params(path, like, dont_load)
@@ -244,3 +160,83 @@ def read_init(shapes, path=None, *, into=None, dont_load=()):
     for name, leaf in trees.flatten(loaded).items()
     if not isinstance(leaf, jax.ShapeDtypeStruct)
   }
+
+
+def _is_run(path: AnyPath) -> bool:
+  """Returns whether a path names a run's checkpoint, not a file of weights."""
+  # A URL of a file is not looked up: that may need libraries or credentials.
+  if re.match(r"https?://|.*\.npz(:|$)", str(path)):
+    return False
+  return (layout.find(path)[0] / "checkpoints").exists()
+
+
+def _fault(path: pathlib.Path) -> str:
+  """Returns what is wrong with a checkpoint, or ""; each host reads a part."""
+  if not (path / manifest.NAME).exists():
+    log.warning(
+      "%s was written without a %s: damage to it may not be noticed",
+      path,
+      manifest.NAME,
+    )
+    return ""
+  fault = manifest.fault(path, jax.process_index(), jax.process_count())
+  anywhere = hosts.max_over_processes(bool(fault))
+  return fault or ("another host names the file" if anywhere else "")
+
+
+def _refuse_damage(path: pathlib.Path) -> None:
+  with _one_line(path):
+    if fault := _fault(path):
+      raise ValueError(fault)
+
+
+def _metadata(path: pathlib.Path) -> dict[str, Any]:
+  """Returns {item: tree of what has a shape and a dtype}."""
+  with contextlib.closing(ocp.Checkpointer(layout.handler())) as checkpointer:
+    items = checkpointer.metadata(path).item_metadata or {}
+  return {name: getattr(item, "tree", item) for name, item in items.items()}
+
+
+def _restore(path: pathlib.Path, **items: Any) -> Any:
+  """Returns {item: what orbax reads}, for orbax's arguments of each item."""
+  with contextlib.closing(ocp.Checkpointer(layout.handler())) as checkpointer:
+    return checkpointer.restore(path, args=ocp.args.Composite(**items))
+
+
+def _read(path: pathlib.Path, state: Any) -> tuple[Any, dict[str, Any]]:
+  found = _read_items(path, params=state.params, rest=layout.rest(state))
+  with _one_line(path):
+    data = _restore(path, data=ocp.args.JsonRestore())["data"]
+  return state.restored(params=found["params"], **found["rest"]), data
+
+
+def _read_items(path: pathlib.Path, **items: Any) -> Any:
+  """Returns {item: tree}, for trees of ShapeDtypeStructs with shardings."""
+  with _one_line(path):
+    stored = _metadata(path)
+    for item, want in items.items():
+      different = trees.difference(want, stored[item])
+      if different:
+        raise errors.UserError(
+          f"{path} is of another "
+          f"{dict(params='model', rest='optimizer')[item]}, "
+          f"{len(different)} arrays differ: {'; '.join(different[:3])}. "
+          "Take the config it was trained with, or another --workdir"
+        )
+    return _restore(
+      path, **{k: ocp.args.StandardRestore(v) for k, v in items.items()}
+    )
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+  """Turns any error of the body into a UserError that names the checkpoint."""
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as e:  # orbax and tensorstore raise anything
+    raise errors.UserError(
+      f"{path} is damaged ({layout.reason(e)}); delete this folder to resume "
+      "from the checkpoint before it"
+    ) from e

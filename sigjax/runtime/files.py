@@ -35,14 +35,27 @@ def replacing(path: AnyPath) -> Iterator[AnyPath]:
     yield aside
     aside.replace(path)
   except BaseException:
-    if aside.is_dir():
-      shutil.rmtree(aside, ignore_errors=True)
-    else:
-      aside.unlink(missing_ok=True)
+    remove(aside)
     raise
 
 
-def write(path: pathlib.Path | epath.Path, data: bytes | str) -> None:
+def write(path: AnyPath, data: bytes | str) -> None:
   """Writes a file, all of it or nothing; str is written as UTF-8."""
   with replacing(path) as aside:
     aside.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def remove(path: pathlib.Path | epath.Path) -> None:
+  """Deletes a file or a folder with all that is in it, if it is there.
+
+  What cannot be deleted from a folder is left.
+  """
+  if not isinstance(path, pathlib.Path):  # perhaps a remote one
+    if path.is_dir():
+      path.rmtree()
+    else:
+      path.unlink(missing_ok=True)
+  elif path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)

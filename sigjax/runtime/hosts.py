@@ -1,13 +1,14 @@
-"""Several processes, one on each host: how they find, hear and stop each other.
+"""Several processes, one on each host: how they find and stop each other.
 
-All of them run the same program on their own part of each batch. Process 0
-alone writes what only one may write, the others wait for it. Between them are
-the collectives of a step, and JAX's coordinator, a small key-value store that
-process 0 serves: what is said through it needs no device, and is heard while a
-device waits.
+All of them run the same program, each on its own part of every batch. The
+primary process, number 0, writes what only one may write while the others wait.
+They communicate in two ways. The collectives of a step run on the devices.
+JAX's coordinator is a small key-value store that the primary process serves: it
+needs no device, so messages arrive even while a device waits.
 """
 
 import atexit
+from collections.abc import Iterator
 import contextlib
 import glob
 import importlib.util
@@ -19,10 +20,12 @@ import sys
 import threading
 import time
 import traceback
+from types import FrameType
+from typing import Any, NoReturn
 
 import jax
 
-# There is no public way to the coordinator's keys; orbax takes this one, too.
+# JAX has no public access to the coordinator's keys; orbax uses this one too.
 from jax._src import distributed
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
@@ -32,26 +35,30 @@ from sigjax import errors, sharding
 
 _ENDED = "sigjax/ended"
 _PATIENCE_S = 300  # as long as JAX waits for the processes to start
-_DAY_MS = 24 * 3600 * 1000  # process 0 may have a tokenizer to train
+_DAY_MS = 24 * 3600 * 1000  # the primary may have a tokenizer to train
 _numbers = itertools.count()
-_ending = threading.Lock()  # held for good by the thread that ends the process
+_ending = threading.Lock()  # the thread that ends the process never releases it
 
 
-def start(coordinator=None, num_processes=None, process_id=None):
-  """Connects this process to the others, if there are to be any.
+def start(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Connects this process to the others, if there are any.
 
-  There are if the three arguments say so, else under srun with several tasks,
-  else on a TPU VM, which knows its pod. num_processes=1 alone says that there
-  are none. To be called before JAX is first asked for devices.
+  There are others if the three arguments are given, under srun with several
+  tasks, and on a TPU VM, which knows its pod. num_processes=1 alone means that
+  there are none. Has to be called before JAX is first asked for devices.
 
   Args:
-    coordinator: HOST:PORT, where process 0 listens.
-    num_processes: how many there are.
-    process_id: which of them this is, from 0.
+    coordinator: HOST:PORT on which process 0 listens.
+    num_processes: the number of processes.
+    process_id: the number of this one, from 0.
 
   Raises:
-    UserError: arguments that do not belong together, or the others are not
-      found.
+    UserError: the arguments do not belong together, or the other processes are
+      not found.
   """
   if num_processes == 1 and coordinator is None and not process_id:
     return
@@ -64,7 +71,7 @@ def start(coordinator=None, num_processes=None, process_id=None):
   if len(missing) == 3:
     if not _found():
       return
-  elif missing:
+  elif coordinator is None or num_processes is None or process_id is None:
     raise errors.UserError(
       "--coordinator, --num_processes and --process_id belong together; "
       f"give {' and '.join(missing)}, too"
@@ -81,28 +88,28 @@ def start(coordinator=None, num_processes=None, process_id=None):
     )
   if coordinator and process_id:
     _reach(coordinator)
-  # It would take SIGTERM, which here is for StopRequest and Agreement.
+  # That service would catch SIGTERM, which StopRequest catches here.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id)
   except (RuntimeError, ValueError) as e:
     reason = str(e).strip().splitlines()[0][:200]
     raise errors.UserError(
-      f"the other hosts are not found ({reason}); name them by --coordinator"
-      ", --num_processes and --process_id, or give --num_processes=1 for "
-      "this host alone"
+      f"the other hosts are not found ({reason}); give --coordinator, "
+      "--num_processes and --process_id, or --num_processes=1 for this host "
+      "alone"
     ) from e
   if jax.process_count() > 1:
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(done,))
     listener.daemon = True
     listener.start()
-    # Before Python, and before it JAX's coordinator, come to their own ends.
+    # At exit this runs before JAX's coordinator is shut down.
     atexit.register(lambda: (done.set(), listener.join()))
 
 
-def _reach(coordinator):
-  """Waits until process 0 listens: JAX would abort if it never did."""
+def _reach(coordinator: str) -> None:
+  """Waits until process 0 listens; JAX itself would abort this process."""
   host, _, port = coordinator.rpartition(":")
   end = time.monotonic() + _PATIENCE_S
   while True:
@@ -117,14 +124,14 @@ def _reach(coordinator):
     time.sleep(0.2)
 
 
-def _found():
-  """Whether something that JAX knows has started several processes."""
+def _found() -> bool:
+  """Returns whether Slurm or a TPU pod has started several processes."""
   env = os.environ
   # A batch script's own shell has a job and its tasks, but no step.
   if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
     return True
-  # libtpu may be there to compile only, so the chips are looked for. On a TPU
-  # VM of one host initialize() finds that it is alone.
+  # libtpu may be installed only to compile, so the chips are looked for. On a
+  # TPU VM of one host initialize() finds that it is alone.
   platforms = env.get("JAX_PLATFORMS", "tpu").split(",")
   chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
   return bool(
@@ -132,32 +139,35 @@ def _found():
   )
 
 
-def client():
-  """The coordinator's keys, of a private type of JAX's; None of one process."""
+def client() -> Any:
+  """Returns the client of JAX's coordinator; its type is private to JAX.
+
+  It is None if start() found no other processes.
+  """
   return distributed.global_state.client
 
 
-def is_multi_process():
-  """Whether there are several processes."""
+def is_multi_process() -> bool:
+  """Returns whether there are several processes."""
   return client() is not None and jax.process_count() > 1
 
 
-def is_primary():
-  """Whether this is the process that writes what one alone may write."""
+def is_primary() -> bool:
+  """Returns whether this is process 0, which writes what only one may write."""
   return jax.process_index() == 0
 
 
-def process_name():
+def process_name() -> str:
   """Returns "process PID on HOST"."""
   return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 @contextlib.contextmanager
-def primary_first():
-  """Process 0 runs the body first, then the others do."""
-  number = next(_numbers)  # the same everywhere, as the program is
+def primary_first() -> Iterator[None]:
+  """The primary process runs the body first, then the others do."""
+  number = next(_numbers)  # equal on all processes: they run the same program
 
-  def barrier():
+  def barrier() -> None:
     if is_multi_process():
       client().wait_at_barrier(f"sigjax/primary_first/{number}", _DAY_MS)
 
@@ -168,8 +178,8 @@ def primary_first():
     barrier()
 
 
-def broadcast(text):
-  """Returns process 0's text, a str, on all processes."""
+def broadcast(text: str) -> str:
+  """Returns the primary process's text on all processes."""
   if not is_multi_process():
     return text
   key = f"sigjax/said/{next(_numbers)}"
@@ -178,72 +188,79 @@ def broadcast(text):
   return client().blocking_key_value_get(key, _DAY_MS)
 
 
-def max_over_processes(number):
-  """Returns the largest of all processes' int; waits for them."""
+def max_over_processes(number: int) -> int:
+  """Returns the largest number of all processes, after waiting for them."""
   if not is_multi_process():
     return number
   return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 class Agreement:
-  """What any host has seen, all hosts get to know at the same step.
+  """Takes the max over all processes of a few numbers at every step.
 
-  The numbers travel over the devices, behind the step in flight, and are read
-  one call later, when that step is done: nothing waits for them. On one host
-  nothing travels, and the answer is at once.
+  What one host has noticed, such as a signal, all hosts then know at the same
+  step. The numbers travel over the devices, behind the step that is running.
+  They are returned one call later, so that nothing waits for them. A single
+  process gets its own numbers at once.
+
+  Args:
+    mesh: from sharding.make_mesh.
   """
 
-  def __init__(self, mesh):
+  def __init__(self, mesh: jax.sharding.Mesh):
     self._mesh = mesh
-    self._asked = None
-    self._largest = jax.jit(lambda x: jnp.max(x, axis=0))
+    self._before = None
+    self._max = jax.jit(lambda x: jnp.max(x, axis=0))
 
-  def __call__(self, *numbers):
-    """Returns the largest of each number, int, of the call before this one."""
+  def __call__(self, *numbers: int) -> tuple[int, ...]:
+    """Returns the max of each number of the call before; 0 at the first."""
     if not is_multi_process():
       return numbers
     rows = np.tile(np.array(numbers, np.int32), (jax.local_device_count(), 1))
-    asked, self._asked = (
-      self._asked,
-      self._largest(sharding.put_batch(rows, self._mesh)),
-    )
-    if asked is None:
+    before = self._before
+    self._before = self._max(sharding.put_batch(rows, self._mesh))
+    if before is None:
       return (0,) * len(numbers)
-    return tuple(np.asarray(asked.addressable_data(0)).tolist())
+    return tuple(np.asarray(before.addressable_data(0)).tolist())
 
 
 class StopRequest:
-  """Within it, Ctrl-C and SIGTERM are noted in `signal`; a second one kills.
+  """A context in which Ctrl-C and SIGTERM are only noted.
 
-  signal: the signal's number, 0 if there was none.
+  The second signal acts as it did outside of the context.
+
+  Attributes:
+    signal: the number of the signal that came, or 0.
   """
+
+  signal: int
 
   def __init__(self):
     self.signal = 0
-    self._old = {}
+    self._old: dict[int, Any] = {}
 
-  def __enter__(self):
-    # Python allows handlers in the main thread alone.
+  def __enter__(self) -> "StopRequest":
+    # Python allows signal handlers in the main thread only.
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGINT, signal.SIGTERM):
         self._old[number] = signal.signal(number, self._note)
     return self
 
-  def _note(self, number, frame):
+  def _note(self, number: int, frame: FrameType | None) -> None:
     del frame
     self.signal = int(number)
     signal.signal(number, self._old[number])
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     for number, handler in self._old.items():
       signal.signal(number, handler)
 
 
-def end_all(error):
-  """Ends this process, and the others, with the line of a UserError.
+def end_all(error: BaseException) -> NoReturn:
+  """Ends this process and all others, because of an error in this one.
 
-  Of another exception it is the traceback, after which this process ends as
-  Python would end it. Does not return.
+  A UserError is printed as its line, any other exception with its traceback.
+  The other processes print the same line.
   """
   user = isinstance(error, errors.UserError)
   if not is_multi_process():
@@ -257,17 +274,16 @@ def end_all(error):
     if not user:
       line = f"{type(error).__name__}: {line}"
     print(f"error: {line}", file=sys.stderr)
-    try:
+    # Without a coordinator there is nobody to tell.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
       client().key_value_set(
         f"{_ENDED}/{jax.process_index()}", f"{process_name()}: {line}"
       )
-    except jax.errors.JaxRuntimeError:
-      pass  # there is no coordinator any more
     _leave()
 
 
-def _listen(done):
-  """Waits, in a thread, for the end that another process has met."""
+def _listen(done: threading.Event) -> None:
+  """Ends this process, from a thread, when another one calls end_all."""
   while not done.wait(0.5):
     try:
       said = client().key_value_dir_get(_ENDED)
@@ -279,13 +295,13 @@ def _listen(done):
         _leave()
 
 
-def _leave():
-  """Exits once the others know: process 0 is who tells them."""
+def _leave() -> NoReturn:
+  """Exits, the primary process last: it serves the coordinator."""
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     client().wait_at_barrier("sigjax/leaving", 10_000)
   if is_primary():
-    time.sleep(2)  # JAX aborts those who miss it before they have ended
+    time.sleep(2)  # JAX aborts processes that lose it before they have exited
   sys.stdout.flush()
   sys.stderr.flush()
-  # Not sys.exit: that would wait for threads that wait for other hosts.
+  # sys.exit would wait for threads, which wait for other hosts.
   os._exit(1)

@@ -8,9 +8,9 @@ import sys
 from typing import Any
 
 from absl import app, flags
-from absl import logging as absl_logging
 
 from sigjax import errors
+from sigjax.runtime import logs
 
 
 def run(
@@ -21,7 +21,7 @@ def run(
 
   A UserError, from main or from a mistake in the flags, is printed as one line
   "error: ..." on stderr; the exit code is then 1. Any other exception has its
-  traceback.
+  traceback. What the package logs is printed on stderr.
 
   Args:
     main: called with [program, *arguments that are not flags].
@@ -29,7 +29,8 @@ def run(
   """
 
   def one_line(argv: list[str]) -> None:
-    absl_logging.set_verbosity(absl_logging.ERROR)  # JAX's and orbax's own
+    logs.quiet_libraries()
+    logs.show()
     try:
       main(argv)
     except errors.UserError as e:
@@ -62,6 +63,7 @@ def parse_flags(
     sys.exit("error: the config has no key " + " ".join(words))
   except (flags.Error, TypeError, ValueError, OSError) as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    lines = lines or [type(e).__name__]
     # ml_collections names the mistake last, absl first.
     last = isinstance(e, OSError) or "Traceback" in str(e)
     sys.exit(f"error: {lines[-1 if last else 0]}")
@@ -74,7 +76,10 @@ def flags_alone(rest: Sequence[str]) -> None:
 
 
 def config_given(rest: Sequence[str]) -> None:
-  """Raises UserError unless --config is given, loads, and nothing else is."""
+  """Raises UserError unless --config is given and loads, and nothing else is.
+
+  Arguments that are not flags are refused, too.
+  """
   flags_alone(rest)
   if flags.FLAGS.config is None:
     raise errors.UserError(

@@ -13,6 +13,7 @@ import pytest
 from sigjax import errors, optim, sharding
 from sigjax import state as state_lib
 from sigjax.checkpoints import manifest, restore
+from sigjax.checkpoints import save as save_lib
 
 PARAMS = {"img": {"kernel": jnp.arange(64.0).reshape(8, 8)}, "t": jnp.ones(1)}
 FSDP = ((".*", "fsdp"),)
@@ -31,7 +32,7 @@ def make_state(params=PARAMS, table=FSDP, **options):
 
 def test_round_trip(tmp_path):
   state, abstract = make_state()
-  saved = restore.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path)
   assert saved.newest() is None
   saved.save(3, state, {"step": 3})
   saved.close()
@@ -50,7 +51,7 @@ def test_round_trip(tmp_path):
 
 def test_the_newest_few_and_every_kth_are_kept(tmp_path):
   state, _ = make_state()
-  saved = restore.Checkpoints(tmp_path, keep=2, keep_every_steps=4)
+  saved = save_lib.Checkpoints(tmp_path, keep=2, keep_every_steps=4)
   for step in range(1, 8):
     saved.save(step, state, {})
     saved.wait()
@@ -61,15 +62,15 @@ def test_the_newest_few_and_every_kth_are_kept(tmp_path):
 
 def test_what_was_not_finished_does_not_count(tmp_path):
   state, abstract = make_state()
-  saved = restore.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path)
   saved.save(1, state, {})
   saved.close()
   # A run killed while saving leaves its part under a temporary name.
   folder = tmp_path / "checkpoints"
   shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
-  saved = restore.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path)
   assert saved.newest() == 1
-  saved.restore(1, abstract)
+  restore.read(tmp_path, abstract)
   saved.close()
 
 
@@ -90,17 +91,17 @@ def test_what_was_not_finished_does_not_count(tmp_path):
   ],
 )
 def test_another_model_is_named(tmp_path, params, options, message):
-  saved = restore.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path)
   saved.save(1, make_state()[0], {})
   saved.wait()
   with pytest.raises(errors.UserError, match=message):
-    saved.restore(1, make_state(params, **options)[1])
+    restore.read(tmp_path, make_state(params, **options)[1])
   assert saved.newest() == 1  # nothing is lost
   saved.close()
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-  saved = restore.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path)
   saved.save(1, make_state()[0], {})
   saved.close()
   for path in (tmp_path / "checkpoints/1/params").rglob("*"):
@@ -112,13 +113,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 def test_no_checkpoint(tmp_path):
   with pytest.raises(errors.UserError, match="has no checkpoints; train"):
-    restore.open_step(tmp_path)
+    restore.checkpoint_of(tmp_path)
   assert not list(tmp_path.iterdir())  # looking creates nothing
 
 
 def save(tmp_path, *steps, **options):
   """A workdir with these steps, as of a run that ended well."""
-  with restore.Checkpoints(tmp_path, **options) as saved:
+  with save_lib.Checkpoints(tmp_path, **options) as saved:
     for step in steps:
       saved.save(
         step, make_state()[0].replace(step=jnp.int32(step)), {"step": step}
@@ -127,7 +128,7 @@ def save(tmp_path, *steps, **options):
 
 def restored(tmp_path, **options):
   """Returns (the step a run would go on from, or None; its Checkpoints)."""
-  with restore.Checkpoints(tmp_path, **options) as saved:
+  with save_lib.Checkpoints(tmp_path, **options) as saved:
     found = saved.restore_newest(make_state()[1])
   return found and int(found[0].step), saved
 
@@ -184,9 +185,7 @@ def test_when_all_are_damaged_nothing_starts_anew(tmp_path):
   for _ in range(2):
     with pytest.raises(
       errors.UserError,
-      match=(
-        r"no checkpoint that is whole \(there are: 1.damaged, 2.damaged\)"
-      ),
+      match=(r"no undamaged checkpoint \(there are: 1.damaged, 2.damaged\)"),
     ):
       restored(tmp_path)
   for read in (restore.read, restore.read_params):
@@ -239,7 +238,7 @@ def test_a_save_that_fails_is_logged_and_the_next_one_succeeds(
   """Even of keep=1, the old one stays until a new one is there."""
   folder = tmp_path / "checkpoints"
   state, abstract = make_state()
-  saved = restore.Checkpoints(tmp_path, keep=1)
+  saved = save_lib.Checkpoints(tmp_path, keep=1)
   saved.save(1, state, {})
   saved.check(1)
   full_disk(True)
@@ -251,7 +250,7 @@ def test_a_save_that_fails_is_logged_and_the_next_one_succeeds(
   with pytest.raises(
     errors.UserError,
     match=(
-      r"step 3 could not be saved \(File too large\); the same command goes on "
+      r"step 3 could not be saved \(File too large\); the same command resumes "
       f"from the newest checkpoint, {folder}/1"
     ),
   ):
@@ -259,7 +258,7 @@ def test_a_save_that_fails_is_logged_and_the_next_one_succeeds(
   full_disk(False)
   assert "step 2 could not be saved: File too large" in caplog.text
   assert saved.newest() == 1
-  saved.restore(1, abstract)
+  restore.read(tmp_path, abstract)
   saved.save(4, state, {})
   saved.check(4)
   assert not saved.failed()
@@ -290,15 +289,15 @@ def test_a_save_is_whole_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_keep_is_checked(tmp_path):
   with pytest.raises(errors.UserError, match="config.checkpoints.keep is 0"):
-    restore.Checkpoints(tmp_path, keep=0)
+    save_lib.Checkpoints(tmp_path, keep=0)
   save(tmp_path, 1, 2, 3, keep=None)
   assert len(list((tmp_path / "checkpoints").iterdir())) == 3
 
 
 def test_a_save_that_cannot_begin_is_logged(tmp_path, caplog, monkeypatch):
-  saved = restore.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path)
   monkeypatch.setattr(
-    saved.checkpointer,
+    saved._checkpointer,
     "save",
     lambda *_, **__: os.open(tmp_path / "none/none", os.O_RDONLY),
   )

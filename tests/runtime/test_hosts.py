@@ -152,7 +152,7 @@ def test_two_processes_train_like_one_and_take_over_from_any(
   Program(four, config, 1, 4).end()
   go_on(four, 6, last)
   (out, _), _ = Program(last, config, 2, 2).end()
-  assert f"going on from {last}/checkpoints/6" in out
+  assert f"resuming from {last}/checkpoints/6" in out
 
   want = lines(whole)
   assert [x["step"] for x in want if "loss" in x] == list(range(1, 10))

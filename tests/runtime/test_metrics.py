@@ -125,25 +125,6 @@ def test_clock(monkeypatch):
   assert rates["data_wait_percent"] == pytest.approx(25)
 
 
-def test_progress_shows_what_is_asked_for(capsys):
-  with metrics.Progress(2, 10) as progress:
-    progress.update(
-      3, dict(loss=1.25, t=10.5, b=-9.75), examples_per_second=1234.5
-    )
-    progress.write("a line")
-  shown = capsys.readouterr()
-  for part in (
-    "step 3/10",
-    "1234 ex/s",
-    "loss 1.250",
-    "t 10.50",
-    "b -9.75",
-    "left",
-  ):
-    assert part in shown.err
-  assert "a line" in shown.out
-
-
 def test_table():
   assert metrics.table([("a", "10.0%"), ("bcd", "1%")], ("x", "value")) == [
     "x    value",

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from sigjax import errors
-from sigjax.checkpoints import restore
+from sigjax.checkpoints import save
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
 from sigjax.weights import npz
@@ -151,7 +151,7 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
   params = hf_case.random_params(
     two_towers.TwoTowers(**config["model"]), 32, 12
   )
-  checkpoints = restore.Checkpoints(tmp_path)
+  checkpoints = save.Checkpoints(tmp_path)
   for step, extra in (2, 0), (4, 1):
     checkpoints.save(
       step,

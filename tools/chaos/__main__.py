@@ -81,10 +81,10 @@ class Chaos:
     """Waits until the run has said where it starts; returns the step."""
     self.until(
       lambda: (
-        "going on from" in self.run.said() or "starting from" in self.run.said()
+        "resuming from" in self.run.said() or "starting from" in self.run.said()
       )
     )
-    _, found, rest = self.run.said().partition("going on from ")
+    _, found, rest = self.run.said().partition("resuming from ")
     return int(rest.split()[0].rpartition("/")[2]) if found else 0
 
   def until(self, condition, seconds=300):
