@@ -1,14 +1,15 @@
-"""Files by URL: downloaded once into a cache, whole or not at all.
+"""Fetches files by URL into a cache, each one whole or not at all.
 
-    CACHE/HOST/PATH               a whole file; nothing else has such a name
-    CACHE/HOST/PATH.partial       what has come so far, locked while it grows
+    CACHE/HOST/PATH               a complete file; only it has this name
+    CACHE/HOST/PATH.partial       what has arrived, locked while it grows
     CACHE/HOST/PATH.partial.etag  which version of the file that is
 
-CACHE is $SIGJAX_CACHE, or ~/.cache/sigjax. No credentials are sent: only public
-files can be had.
+CACHE is files.cache_dir(). No credentials are sent: only public files can be
+fetched.
 """
 
 import base64
+from collections.abc import Iterator, Mapping
 import contextlib
 import fcntl
 import hashlib
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 import time
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -26,15 +27,16 @@ import urllib.request
 import tqdm
 
 from sigjax import errors
+from sigjax.runtime import files
 
 log = logging.getLogger("sigjax")
 
-# Where the public files of a bucket are, over HTTP.
+# The HTTP addresses of the public files in a bucket.
 ENDPOINTS = {
   "gs": "https://storage.googleapis.com/{bucket}/{name}",
   "s3": "https://{bucket}.s3.amazonaws.com/{name}",
 }
-ATTEMPTS = 5  # requests in a row that bring nothing new
+ATTEMPTS = 5  # requests in a row that bring nothing new, then it gives up
 PAUSE = 1.0  # seconds between them
 TIMEOUT = 60.0  # seconds without an answer
 CHUNK = 1 << 20
@@ -43,30 +45,30 @@ CHUNK = 1 << 20
 class _Answer(NamedTuple):
   """What a server said of a file."""
 
-  whole: bool  # it has all come
+  whole: bool  # all of it has arrived
   total: int | None  # bytes
   md5: str | None  # in hexadecimal
 
 
-def is_url(path):
-  """Whether a path is a URL that local() takes."""
+def is_url(path: object) -> bool:
+  """Returns whether a path is a URL that local() takes."""
   return bool(re.match(r"(gs|s3|https?)://", str(path)))
 
 
-def local(url, missing=""):
-  """Returns the path of a URL's file in the cache, fetching it if need be.
+def local(url: str, missing: str = "") -> str:
+  """Returns the path of a URL's file in the cache, after fetching it if needed.
 
-  Of processes that ask for the same file one fetches it, the others wait. A
-  download that was cut off goes on where it stopped, if the server allows it.
+  If several processes need the same file, one fetches it and the others wait. A
+  download that was cut off resumes where it stopped, if the server allows that.
 
   Args:
     url: gs://BUCKET/NAME, s3://BUCKET/NAME, https://.. or http://..
-    missing: what to add to the error if the server has no such file.
+    missing: is added to the error if the server has no such file.
 
   Raises:
-    UserError: no such file, a private one, no network, no room, or what came
-      is not what the server says it should be. Then nothing is in the cache
-      under the file's name.
+    UserError: the file does not exist or is private, there is no network or no
+      room, or the server's size or MD5 differs from what arrived. Then the
+      cache has nothing under the file's name.
   """
   target = cached(url)
   if not os.path.exists(target):
@@ -76,9 +78,9 @@ def local(url, missing=""):
         if not os.path.exists(target):
           log.info("fetching %s to %s", url, target)
           _download(url, f, target, missing)
-        else:  # While this process waited.
+        else:  # another process fetched it meanwhile
           _remove(f"{target}.partial")
-    except OSError as e:  # Those of the network are UserErrors by now.
+    except OSError as e:  # errors of the network are UserErrors by now
       raise errors.UserError(
         f"cannot write {target}: {e.strerror or e}; make room, or name "
         "another folder in SIGJAX_CACHE"
@@ -86,19 +88,22 @@ def local(url, missing=""):
   return target
 
 
-def cached(url):
-  """Returns the path that a URL's file has, or would have, in the cache."""
+def cached(url: str) -> str:
+  """Returns the path that a URL's file has, or would have, in the cache.
+
+  Raises:
+    UserError: the URL names no file.
+  """
   parts = urllib.parse.urlsplit(_web(url))
   names = parts.path.removeprefix("/").split("/")
   if parts.query:
     names[-1] += "?" + urllib.parse.quote(parts.query, safe="=&")
   if not parts.netloc or {".", "..", ""} & set(names):
     raise errors.UserError(f"{url} names no file")
-  cache = os.environ.get("SIGJAX_CACHE") or "~/.cache/sigjax"
-  return os.path.join(os.path.expanduser(cache), parts.netloc, *names)
+  return str(files.cache_dir().joinpath(parts.netloc, *names))
 
 
-def _web(url):
+def _web(url: str) -> str:
   """Returns the http(s) form of a URL."""
   scheme, _, rest = str(url).partition("://")
   if scheme not in ENDPOINTS:
@@ -107,14 +112,14 @@ def _web(url):
   return ENDPOINTS[scheme].format(bucket=bucket, name=urllib.parse.quote(name))
 
 
-def _remove(path):
+def _remove(path: str) -> None:
   with contextlib.suppress(FileNotFoundError):
     os.remove(path)
 
 
 @contextlib.contextmanager
-def _locked(path):
-  """Opens a file to append to, once no other process has it open so."""
+def _locked(path: str) -> Iterator[BinaryIO]:
+  """Opens a file to append to, after waiting for other processes that do."""
   while True:
     with open(path, "ab") as f:
       try:
@@ -122,27 +127,27 @@ def _locked(path):
       except BlockingIOError:
         log.info("another process is fetching %s; waiting", path)
         fcntl.flock(f, fcntl.LOCK_EX)
-      # Whoever had the lock may have renamed or deleted the file meanwhile.
+      # The process that held the lock may have renamed or deleted the file.
       if not _still_there(path, f):
         continue
       try:
         yield f
       finally:
-        if not os.fstat(f.fileno()).st_size:  # Nothing came: nothing is left.
+        if not os.fstat(f.fileno()).st_size:  # nothing arrived
           _remove(path)
           _remove(f"{path}.etag")
       return
 
 
-def _still_there(path, f):
-  """Whether f is the file at path, or has been renamed: then it is whole."""
+def _still_there(path: str, f: BinaryIO) -> bool:
+  """Returns whether f is the file at path, or was renamed when complete."""
   try:
     return os.path.samestat(os.stat(path), os.fstat(f.fileno()))
   except FileNotFoundError:
     return os.path.exists(path.removesuffix(".partial"))
 
 
-def _download(url, f, target, missing):
+def _download(url: str, f: BinaryIO, target: str, missing: str) -> None:
   """Fills f, the file TARGET.partial, and renames it to target."""
   partial, etag = f"{target}.partial", f"{target}.partial.etag"
   best = tries = 0
@@ -156,7 +161,7 @@ def _download(url, f, target, missing):
     if tries == ATTEMPTS:
       raise errors.UserError(
         f"{url} was cut off again and again, at last after {have} of "
-        f"{answer.total} bytes; run again to go on from there"
+        f"{answer.total} bytes; run again to resume there"
       )
     time.sleep(PAUSE)
 
@@ -175,13 +180,13 @@ def _download(url, f, target, missing):
   _remove(etag)
 
 
-def _fill(url, f, target, missing):
-  """Appends to f what one request brings. Returns an _Answer."""
+def _fill(url: str, f: BinaryIO, target: str, missing: str) -> _Answer:
+  """Appends to f what one request brings."""
   have = f.seek(0, os.SEEK_END)
   with _request(url, _resume(target, have), target, missing) as response:
     got = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if response.status != 206 or not got or int(got[1]) != have:
-      # All of it, whatever was asked for; or another part than that.
+      # The server sends the whole file, or another part than was asked for.
       f.truncate(0)
       have = 0
       _note_version(response.headers, target)
@@ -225,34 +230,36 @@ def _fill(url, f, target, missing):
     return _Answer(whole, total, _md5(url, response.headers))
 
 
-def _resume(target, have):
-  """Returns the headers that ask for what is still missing."""
-  # Only of the same version: two halves of different files would make a whole.
+def _resume(target: str, have: int) -> dict[str, str]:
+  """Returns the headers that ask for the missing rest of the same version."""
   etag = ""
-  with contextlib.suppress(FileNotFoundError):
-    with open(f"{target}.partial.etag", encoding="utf-8") as f:
-      etag = f.read()
+  with (
+    contextlib.suppress(FileNotFoundError),
+    open(f"{target}.partial.etag", encoding="utf-8") as f,
+  ):
+    etag = f.read()
   return {"Range": f"bytes={have}-", "If-Range": etag} if have and etag else {}
 
 
-def _note_version(headers, target):
-  """Notes the version of what is about to come."""
+def _note_version(headers: Mapping[str, str], target: str) -> None:
+  """Stores the version of the file that is about to arrive."""
   etag = headers.get("ETag", "")
   _remove(f"{target}.partial.etag")
-  if etag and not etag.startswith("W/"):  # "Weak" ones are not of bytes.
+  if etag and not etag.startswith("W/"):  # weak ones do not identify bytes
     with open(f"{target}.partial.etag", "w", encoding="utf-8") as f:
       f.write(etag)
 
 
-def _md5(url, headers):
+def _md5(url: str, headers: Any) -> str | None:
   """Returns the MD5 that a server gives for the file, or None."""
   goog = re.search(
     r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash") or [])
   )
   stored = headers.get("x-goog-stored-content-encoding", "identity")
-  if goog and stored == "identity":  # Else it is that of the compressed file.
+  if goog and stored == "identity":  # else it is that of the compressed file
     return base64.b64decode(goog[1]).hex()
-  # S3: the ETag, unless in parts ("..-8") or encrypted with a key of its own.
+  # S3: the ETag is the MD5, unless the file was uploaded in parts ("..-8") or
+  # is encrypted with a key of its own.
   etag = re.fullmatch(r'"([0-9a-f]{32})"', headers.get("ETag", ""))
   kms = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
   if str(url).startswith("s3://") and etag and not kms:
@@ -260,18 +267,20 @@ def _md5(url, headers):
   return None
 
 
-def _by_hand(target):
+def _by_hand(target: str) -> str:
   return f"fetch it by hand and put it at {target}"
 
 
-def _request(url, headers, target, missing):
+def _request(
+  url: str, headers: dict[str, str], target: str, missing: str
+) -> Any:
   """Opens a URL; see local for the errors."""
   request = urllib.request.Request(_web(url), headers=headers)
   try:
     return urllib.request.urlopen(request, timeout=TIMEOUT)
   except urllib.error.HTTPError as e:
     e.close()
-    if e.code == 416:  # Nothing is left to come: the file is another by now.
+    if e.code == 416:  # nothing is left: the file is another one by now
       _remove(f"{target}.partial.etag")
       return _request(url, {}, target, missing)
     if e.code in (404, 410):
@@ -280,7 +289,8 @@ def _request(url, headers, target, missing):
         + (f"; {missing}" if missing else "")
       ) from None
     if e.code in (401, 403):
-      # Google's buckets that may not be listed say so of absent files, too.
+      # Google's buckets answer so for absent files, too, if they may not be
+      # listed.
       raise errors.UserError(
         f"{url} is private, or does not exist (the server says {e.code}): "
         "copy it by hand and give the path of the copy"

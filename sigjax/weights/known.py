@@ -1,10 +1,13 @@
-"""The released checkpoints by name: where they are and what they are.
+"""The released checkpoints by name: their URLs and what the files hold.
 
 Names, sizes and scores are those of the models' own publications: SigLIP (arXiv
 2303.15343), SigLIP 2 (arXiv 2502.14786), AugReg (arXiv 2106.10270).
 
-All take images as squares of `resolution` pixels in [-1, 1], and lower-cased
-texts.
+All models take square images of `resolution` pixels with values in [-1, 1], and
+lower-cased texts.
+
+No digests of the files are published. A file is compared with the MD5 that its
+server sends, over https, and every array with the shape in the model.
 """
 
 import os
@@ -18,15 +21,16 @@ class Known(NamedTuple):
   """A released checkpoint.
 
   Attributes:
-    url: of the .npz file.
-    model: keyword arguments of two_towers.TwoTowers, in the form (unrolled or
-      scan) that the file has. Of AugReg models `image` alone. None: there is no
-      such model here.
-    resolution: H and W of images, pixels.
-    text_length: L, tokens; None without a text tower.
-    tokenizer: a name in data.tokenizer.NAMES; None without a text tower.
+    url: the .npz file.
+    model: keyword arguments of two_towers.TwoTowers, in the form of the file,
+      unrolled or scan. AugReg models have `image` only. None if the package has
+      no such model.
+    resolution: H and W of images in pixels.
+    text_length: L in tokens; None without a text tower.
+    tokenizer: a name in vocabulary.NAMES; None without a text tower.
     scores: published ones in percent: ImageNet zero-shot accuracy "imagenet",
-      COCO recall@1 "i2t" (of texts, given an image) and "t2i"; None if none.
+      COCO recall@1 "i2t" (finding the text of an image) and "t2i"; None if
+      there are none.
   """
 
   url: str
@@ -37,23 +41,29 @@ class Known(NamedTuple):
   scores: dict[str, float] | None
 
 
-# Width of a tower, which is the size of the embeddings.
-WIDTH = {"B": 768, "L": 1024, "So400m": 1152, "g-opt": 1536}
+# The width of a tower, which is also E, the size of the embeddings.
+_WIDTH = {"B": 768, "L": 1024, "So400m": 1152, "g-opt": 1536}
 
 
-def _scores(imagenet, i2t, t2i):
+def _scores(imagenet: float, i2t: float, t2i: float) -> dict[str, float]:
   return dict(imagenet=imagenet, i2t=i2t, t2i=t2i)
 
 
-def _siglip(file, variant, resolution, scores=None, text_length=64):
-  """SigLIP: English, unrolled."""
+def _siglip(
+  file: str,
+  variant: str,
+  resolution: int,
+  scores: tuple[float, float, float] | None = None,
+  text_length: int = 64,
+) -> Known:
+  """SigLIP: English, unrolled blocks. Scores: ImageNet, I->T, T->I."""
   size = variant.partition("/")[0]
   return Known(
     f"gs://big_vision/siglip/webli_en_{file}.npz",
     dict(
       image=dict(variant=variant, pool_type="map"),
       text=dict(variant=size, vocab_size=32_000),
-      out_dim=(None, WIDTH[size]),
+      out_dim=(None, _WIDTH[size]),
     ),
     resolution,
     text_length,
@@ -62,7 +72,9 @@ def _siglip(file, variant, resolution, scores=None, text_length=64):
   )
 
 
-def _siglip2(variant, resolution, scores):
+def _siglip2(
+  variant: str, resolution: int, scores: tuple[float, float, float]
+) -> Known:
   """SigLIP 2: 256k vocabulary, stacked blocks. Scores: ImageNet, T->I, I->T."""
   size, patch = variant.split("/")
   imagenet, t2i, i2t = scores
@@ -76,7 +88,7 @@ def _siglip2(variant, resolution, scores):
         vocab_size=256_000,
         scan=True,
       ),
-      out_dim=(None, WIDTH[size]),
+      out_dim=(None, _WIDTH[size]),
     ),
     resolution,
     64,
@@ -85,8 +97,8 @@ def _siglip2(variant, resolution, scores):
   )
 
 
-def _naflex(file, scores):
-  """SigLIP 2 in the native aspect ratio: another image tower. 256 patches."""
+def _naflex(file: str, scores: tuple[float, float, float]) -> Known:
+  """SigLIP 2 for images of any aspect ratio, with another image tower."""
   imagenet, t2i, i2t = scores
   return Known(
     f"gs://big_vision/siglip2/siglip2_{file}.npz",
@@ -98,7 +110,7 @@ def _naflex(file, scores):
   )
 
 
-def _augreg(variant, recipe):
+def _augreg(variant: str, recipe: str) -> Known:
   """An AugReg ViT, trained on ImageNet-21k at 224 pixels."""
   file = f"{variant.replace('/', '_')}-i21k-300ep-lr_0.001-{recipe}"
   return Known(
@@ -111,7 +123,7 @@ def _augreg(variant, recipe):
   )
 
 
-KNOWN = {
+KNOWN: dict[str, Known] = {
   "siglip/b16_224": _siglip(
     "b16_224_63724782", "B/16", 224, (76.2, 64.4, 47.2)
   ),
@@ -148,7 +160,7 @@ KNOWN = {
     "mc4",
     None,
   ),
-  # More rows than its vocabulary has pieces, and no text head.
+  # It has more rows than its vocabulary has pieces, and no text head.
   "siglip/so400m16_256_i18n": Known(
     "gs://big_vision/siglip/webli_i18n_so400m_16_256_78061115.npz",
     dict(
@@ -188,8 +200,8 @@ KNOWN = {
 }
 
 
-def get(name):
-  """Returns the Known of a name.
+def get(name: str) -> Known:
+  """Returns the released checkpoint of a name.
 
   Raises:
     UserError: there is none, or its model is not supported.
@@ -203,8 +215,8 @@ def get(name):
   return found
 
 
-def split(path):
-  """Returns (path or URL, part or "") of what a user calls weights.
+def split(path: str | os.PathLike[str]) -> tuple[str, str]:
+  """Returns (path or URL, part or "") of what a config names as weights.
 
   Args:
     path: a path, URL or name in KNOWN, with or without ":img" at its end.
@@ -212,71 +224,29 @@ def split(path):
   Raises:
     UserError: the name of a model that is not supported.
   """
-  path, _, part = re.fullmatch(r"(.*?)(:([A-Za-z_][\w/]*))?", str(path)).groups(
-    default=""
-  )
-  return get(path).url if path in KNOWN else path, part
+  name, part = str(path), ""
+  if found := re.fullmatch(r"(.*?):([A-Za-z_][\w/]*)", name, re.DOTALL):
+    name, part = found.groups()
+  return get(name).url if name in KNOWN else name, part
 
 
-def names():
-  """Returns one line that lists KNOWN."""
+def names() -> str:
+  """Returns words that list KNOWN, for an error."""
   return f"known are: {', '.join(n for n, k in KNOWN.items() if k.model)}"
 
 
-def no_file(path):
-  """Returns the message for a path where there is nothing."""
+def no_file(path: str) -> str:
+  """Returns the error for a path where there is no file."""
   by_file = {os.path.basename(known.url): n for n, known in KNOWN.items()}
   name = by_file.get(os.path.basename(path))
   if name:
     return f'there is no file {path}; the name "{name}" would fetch it'
   if path.endswith(".npz"):
     return (
-      f"there is no file {path}; give that of a file that is there, or "
-      "the name of a released checkpoint, such as siglip/b16_256"
+      f"there is no file {path}; give the path of a file, or the name of a "
+      "released checkpoint, such as siglip/b16_256"
     )
   return (
     f'there is no file "{path}", nor is that the name of a released '
     f"checkpoint{errors.closest(path, KNOWN)}; {names()}"
   )
-
-
-def table():
-  """Returns rows (tuples of str) about KNOWN, the first one a heading."""
-  rows = [
-    (
-      "name",
-      "image",
-      "text",
-      "pixels",
-      "tokens",
-      "tokenizer",
-      "ImageNet",
-      "COCO I->T",
-      "COCO T->I",
-    )
-  ]
-  for name, known in KNOWN.items():
-    model = known.model or {}
-    scores = known.scores or {}
-    rows.append(
-      tuple(
-        str(value or "")
-        for value in (
-          name,
-          model.get("image", {}).get("variant", "not supported"),
-          model.get("text", {}).get("variant"),
-          known.resolution,
-          known.text_length,
-          known.tokenizer,
-          *(scores.get(key) for key in ("imagenet", "i2t", "t2i")),
-        )
-      )
-    )
-  return rows
-
-
-def markdown():
-  """Returns table() in Markdown."""
-  lines = ["| " + " | ".join(row) + " |" for row in table()]
-  lines.insert(1, "|---" * len(table()[0]) + "|")
-  return "\n".join(lines) + "\n"

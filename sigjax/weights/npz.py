@@ -1,15 +1,17 @@
-"""Reads and writes the released .npz files.
+"""Reads and writes .npz files of weights in the layout of the released ones.
 
-Names are those of the parameters, such as "txt/head/kernel", all of them with
-"params/" before or none. SigLIP files keep every layer's arrays under
-encoderblock_0, _1, ..; SigLIP 2 files stack them under one encoderblock, with a
-leading layer axis. Either is read into either form of model.
+Arrays are named like the parameters, such as "txt/head/kernel"; all names or
+none have "params/" in front. SigLIP files keep every layer's arrays under
+encoderblock_0, _1, .. SigLIP 2 files stack them under one encoderblock, with a
+leading layer axis. Both can be read into both forms of model.
 """
 
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import logging
 import math
 import os
 import re
+from typing import Any
 import zipfile
 import zlib
 
@@ -19,12 +21,15 @@ import ml_dtypes
 import numpy as np
 
 from sigjax import errors, trees
+from sigjax.runtime import files
 from sigjax.weights import fetch, known
 
 log = logging.getLogger("sigjax")
 
-# Files from before flax linen, such as the public ViTs (arXiv 2010.11929) and
-# AugReg ViTs (arXiv 2106.10270), count the layers of a block together.
+AnyPath = str | os.PathLike[str]
+
+# Files made before flax linen, such as the public ViTs (arXiv 2010.11929) and
+# AugReg ViTs (arXiv 2106.10270), number all layers of a block in one sequence.
 OLD_NAMES = [
   (r"(encoderblock_\d+)/LayerNorm_2/", r"\1/LayerNorm_1/"),
   (r"(encoderblock_\d+)/MlpBlock_3/", r"\1/MlpBlock_0/"),
@@ -36,31 +41,33 @@ OLD_NAMES = [
 ]
 
 
-def load_params(path, like=None, dont_load=()):
+def load_params(
+  path: AnyPath, like: Any = None, dont_load: Sequence[str] = ()
+) -> dict[str, Any]:
   """Reads parameters from a .npz file, to fit a model.
 
   Args:
-    path: a local file or one that etils.epath opens, a URL (gs://, s3://,
-      https://; see fetch.local), or a name from known.KNOWN. With a suffix,
-      "file.npz:img" or "siglip/b16_256:img", only the arrays under img/, named
-      without it.
-    like: the model's parameters, or their shapes from jax.eval_shape. Without
-      it everything is returned as named in the file.
-    dont_load: regexes of whole names that are not taken from the file, whether
-      or not it has them: they stay what they are in `like`.
+    path: a file, local or one that etils.epath opens, a URL (gs://, s3://,
+      https://; see fetch.local), or a name in known.KNOWN. With a suffix, as in
+      "file.npz:img" or "siglip/b16_256:img", only the arrays below img/ are
+      read, and are named without it.
+    like: the model's parameters, or their shapes from jax.eval_shape. None
+      returns everything, named as in the file.
+    dont_load: regexes of whole names that are not read, whether or not the
+      file has them: they stay what they are in `like`.
 
   Returns:
-    Nested dicts like `like` of float32 numpy arrays; where dont_load matches,
+    Nested dicts like `like`, of float32 numpy arrays; where dont_load matches,
     the leaf of `like` itself.
 
-  To fit `like`, blocks are stacked or unstacked, a position row of "cls" is
-  added to "cls", learned image positions are resampled, and of text positions
-  the first ones are taken (see the log).
+  To fit `like`, blocks are stacked or unstacked, the position of "cls" is added
+  to "cls", and learned image positions are resampled. Of learned text positions
+  the first ones are used, and the log says so.
 
   Raises:
-    UserError: the file is missing or damaged, or cannot be fetched; or it does
-      not fit: all arrays that are missing, left over or of another shape are
-      listed. A model for longer texts than the file's is refused.
+    UserError: the file is missing, damaged or cannot be fetched; or it does not
+      fit, in which case all arrays are listed that are missing, left over or of
+      another shape. A model for longer texts than the file's is refused.
   """
   file, part = known.split(path)
   flat = _rename(_read(file, part), part, file)
@@ -69,8 +76,21 @@ def load_params(path, like=None, dont_load=()):
   )
 
 
-def fit(flat, like, dont_load, path):
-  """Fits {name: array} to a model; arguments and errors as in load_params."""
+def fit(
+  flat: dict[str, Any],
+  like: Any,
+  dont_load: Sequence[str],
+  path: AnyPath,
+) -> Any:
+  """Fits arrays to a model.
+
+  Args:
+    flat: {name: array}.
+    like, dont_load, path: see load_params, as are the errors.
+
+  Returns:
+    A tree like `like`.
+  """
   skip = re.compile("|".join(f"(?:{p})" for p in dont_load) or r"(?!)")
   want = trees.flatten(like)
   flat = _stack(_unstack(flat, keep=want), want)
@@ -87,10 +107,8 @@ def fit(flat, like, dont_load, path):
   return trees.map_named(lambda name, leaf: flat.get(name, leaf), like)
 
 
-def save_params(path, params, scan=False):
-  """Writes parameters as a .npz file in the layout of the released ones.
-
-  The file is written aside and renamed: `path` is never half a file.
+def save_params(path: AnyPath, params: Any, scan: bool = False) -> None:
+  """Writes parameters as a .npz file, whole or not at all.
 
   Args:
     path: a file, local or one that etils.epath opens.
@@ -99,23 +117,18 @@ def save_params(path, params, scan=False):
       blocks as in SigLIP 2 files.
 
   Raises:
-    UserError: it cannot be written.
+    UserError: the file cannot be written.
   """
   flat = {k: np.asarray(v) for k, v in trees.flatten(params).items()}
   names = {re.sub(r"encoderblock_\d+/", "encoderblock/", k) for k in flat}
   keep = names if scan else ()
   flat = _stack(_unstack(flat, keep), keep)
+  arrays: dict[str, Any] = {f"params/{k}": flat[k] for k in sorted(flat)}
   path = epath.Path(path)
-  aside = path.parent / f"{path.name}.{os.getpid()}.partial"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      with aside.open("wb") as f:
-        np.savez(f, **{f"params/{k}": flat[k] for k in sorted(flat)})
-      aside.replace(path)
-    except BaseException:
-      aside.unlink(missing_ok=True)
-      raise
+    with files.replacing(path) as aside, aside.open("wb") as f:
+      np.savez(f, **arrays)
   except OSError as e:
     raise errors.UserError(
       f"cannot write {path}: {e.strerror or e}; make room, or name another "
@@ -123,15 +136,15 @@ def save_params(path, params, scan=False):
     ) from e
 
 
-def _read(path, part):
-  """Returns {name: array} of a .npz file, as stored; the part's, if any."""
+def _read(path: str, part: str) -> dict[str, np.ndarray]:
+  """Returns {name: array} of a .npz file as stored, of one part if given."""
   again = ""
   file = path
   try:
     if fetch.is_url(path):
       file = fetch.local(path, known.names())
       again = f"; delete it to fetch it again from {path}"
-    # allow_pickle=False: a file from elsewhere must not run code.
+    # allow_pickle=False: a foreign file must not run code.
     with epath.Path(file).open("rb") as f:
       arrays = np.load(f, allow_pickle=False)
       if isinstance(arrays, np.ndarray):
@@ -148,9 +161,9 @@ def _read(path, part):
       return arrays
   except FileNotFoundError:
     raise errors.UserError(known.no_file(path)) from None
-  except errors.UserError:  # Is a ValueError, too.
+  except errors.UserError:  # a ValueError, too
     raise
-  except (ImportError, OSError) as e:  # Such as hdfs:// without its library.
+  except (ImportError, OSError) as e:  # such as hdfs:// without its library
     raise errors.UserError(f"cannot read {file}: {e}") from None
   except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
     raise errors.UserError(
@@ -158,10 +171,12 @@ def _read(path, part):
     ) from None
 
 
-def _rename(flat, part, path):
+def _rename(
+  flat: dict[str, np.ndarray], part: str, path: str
+) -> dict[str, np.ndarray]:
   """Returns the arrays in float32 under today's names, without "params/"."""
   if any(name.startswith("params/") for name in flat):
-    # What else there is, optimizer states for one, is not asked for.
+    # Other arrays, such as optimizer states, are not needed.
     flat = {
       name.removeprefix("params/"): value
       for name, value in flat.items()
@@ -184,7 +199,7 @@ def _rename(flat, part, path):
   for name, value in flat.items():
     for old, new in OLD_NAMES:
       name = re.sub(old, new, name)
-    if value.dtype == "V2":  # What numpy makes of bfloat16 in a file.
+    if value.dtype == "V2":  # numpy reads bfloat16 so
       value = value.view(ml_dtypes.bfloat16)
     if value.dtype.kind in "fiuV":
       value = value.astype(np.float32, copy=False)
@@ -192,10 +207,12 @@ def _rename(flat, part, path):
   return out
 
 
-def _unstack(flat, keep=()):
+def _unstack(
+  flat: Mapping[str, np.ndarray], keep: Collection[str] = ()
+) -> dict[str, np.ndarray]:
   """Returns flat with encoderblock_0, _1, .. in place of an encoderblock.
 
-  Names in `keep` stay, which saves taking apart and stacking again.
+  Arrays whose names are in `keep` stay stacked.
   """
   out = {}
   for name, value in flat.items():
@@ -208,21 +225,26 @@ def _unstack(flat, keep=()):
   return out
 
 
-def _stack(flat, names):
+def _stack(
+  flat: Mapping[str, np.ndarray], names: Collection[str]
+) -> dict[str, np.ndarray]:
   """Stacks encoderblock_0, _1, .. where `names` have an encoderblock."""
-  out, layers = {}, {}
+  out: dict[str, np.ndarray] = {}
+  layers: dict[str, dict[int, np.ndarray]] = {}
   for name, value in flat.items():
-    stacked = re.sub(r"(^|/)encoderblock_\d+/", r"\1encoderblock/", name)
-    if stacked != name and stacked in names:
-      i = int(re.search(r"encoderblock_(\d+)/", name).group(1))
-      layers.setdefault(stacked, {})[i] = value
+    found = re.search(r"(?:^|/)encoderblock_(\d+)/", name)
+    stacked = name
+    if found:
+      stacked = re.sub(r"(^|/)encoderblock_\d+/", r"\1encoderblock/", name)
+    if found and stacked in names:
+      layers.setdefault(stacked, {})[int(found[1])] = value
     else:
       out[name] = value
   for name, by_layer in layers.items():
     if sorted(by_layer) != list(range(len(by_layer))):
       raise errors.UserError(
-        f"of {name} there are layers {', '.join(map(str, sorted(by_layer)))}"
-        " alone"
+        f"of {name} there are only layers "
+        f"{', '.join(map(str, sorted(by_layer)))}"
       )
     if len({value.shape for value in by_layer.values()}) > 1:
       raise errors.UserError(
@@ -233,11 +255,18 @@ def _stack(flat, names):
   return out
 
 
-def _positions(flat, beside):
-  """Returns (tower, name) of position tables that stand beside an array."""
+def _positions(
+  flat: Mapping[str, np.ndarray], beside: str
+) -> Iterator[tuple[str, str]]:
+  """Yields (prefix, name) of position tables whose tower has another array.
+
+  Args:
+    flat: {name: array}.
+    beside: the name of that array within the tower.
+  """
   for name in list(flat):
     tower, found, rest = name.rpartition("pos_embedding")
-    # Other than (1, rows, width): of NaFlex, not a list of patches.
+    # NaFlex tables, (rows, columns, width), are not a list of patches.
     if (
       found
       and not rest
@@ -247,15 +276,17 @@ def _positions(flat, beside):
       yield tower, name
 
 
-def _fit_image_positions(flat, want):
-  """Adapts image position tables, in place, to the shapes that are wanted."""
+def _fit_image_positions(
+  flat: dict[str, np.ndarray], want: Mapping[str, Any]
+) -> None:
+  """Resamples image position tables in place, to the shapes in `want`."""
   for tower, name in _positions(flat, "embedding/kernel"):
     table = flat[name]
     if tower + "cls" in flat and _grid(table.shape[1] - 1):
       # The first row is the position of cls (AugReg).
       flat[tower + "cls"] = flat[tower + "cls"] + table[:, :1]
       table = table[:, 1:]
-    new = want[name] if name in want else table
+    new = want.get(name, table)
     old_grid, new_grid = _grid(table.shape[1]), _grid(new.shape[1])
     if old_grid and new_grid and old_grid != new_grid:
       table = _resample(table, old_grid, new_grid)
@@ -270,8 +301,10 @@ def _fit_image_positions(flat, want):
     flat[name] = table
 
 
-def _fit_text_positions(flat, want, path):
-  """Cuts text position tables, in place, to the length that is wanted."""
+def _fit_text_positions(
+  flat: dict[str, np.ndarray], want: Mapping[str, Any], path: AnyPath
+) -> None:
+  """Cuts text position tables in place, to the lengths in `want`."""
   for _, name in _positions(flat, "Embed_0/embedding"):
     table, new = flat[name], want.get(name, flat[name])
     if new.shape[2:] != table.shape[2:]:
@@ -287,17 +320,17 @@ def _fit_text_positions(flat, want, path):
       flat[name] = table[:, :length]
 
 
-def _grid(patches):
-  """Returns the side of a square grid of patches, or 0 if it is not one."""
+def _grid(patches: int) -> int:
+  """Returns the side of a square grid of patches, or 0 if it is no square."""
   side = math.isqrt(patches)
   return side if side * side == patches else 0
 
 
-def _resample(table, old, new):
-  """(1, old * old, W) -> (1, new * new, W), bilinear.
+def _resample(table: np.ndarray, old: int, new: int) -> np.ndarray:
+  """Resamples positions, (1, old * old, W) -> (1, new * new, W), bilinear.
 
-  Pixels are areas (half-pixel centres), and shrinking averages over all old
-  positions (antialiased), as when the images themselves are resized.
+  Patches are areas (half-pixel centres). Shrinking averages over all old
+  positions (antialiased), as resizing an image does.
   """
   table = table.reshape(old, old, -1)
   table = jax.image.resize(table, (new, new, table.shape[-1]), "linear")

@@ -258,10 +258,12 @@ def test_two_runs_on_one_workdir(tmp_path, tiny_config):
   assert (tmp_path / "a/config.json").read_text() == before
   first.hosts[0].kill()
   first.end(-9)
-  with lock.hold(tmp_path / "a"):
-    with pytest.raises(errors.UserError, match=f"process {os.getpid()} on"):
-      with lock.hold(tmp_path / "a"):
-        pass
+  with (
+    lock.hold(tmp_path / "a"),
+    pytest.raises(errors.UserError, match=f"process {os.getpid()} on"),
+    lock.hold(tmp_path / "a"),
+  ):
+    pass
   with lock.hold(tmp_path / "a"):
     pass
 

@@ -317,7 +317,7 @@ def test_no_room(server, tmp_path, monkeypatch):
 def test_many_processes_fetch_once(server, tmp_path):
   server.delay = 0.5
   code = (
-    "import sys; from sigjax import fetch; "
+    "import sys; from sigjax.weights import fetch; "
     f"fetch.ENDPOINTS['gs'] = '{server.url}/{{bucket}}/{{name}}'; "
     "path = fetch.local('gs://bucket/dir/x.bin'); "
     "print(len(open(path, 'rb').read()))"
@@ -331,24 +331,6 @@ def test_many_processes_fetch_once(server, tmp_path):
   assert [run.communicate()[0] for run in runs] == [f"{len(DATA)}\n"] * 3
   assert len(server.asked) == 1
   assert files(tmp_path) == {"x.bin": len(DATA)}
-
-
-def test_a_file_that_came_while_this_process_waited(
-  server, tmp_path, monkeypatch
-):
-  url = "gs://bucket/dir/x.bin"
-  target = fetch.cached(url)
-  os.makedirs(os.path.dirname(target))
-  waits = threading.Event()
-  monkeypatch.setattr(fetch.logging, "info", lambda *args: waits.set())
-  thread = threading.Thread(target=fetch.local, args=(url,))
-  with fetch._locked(f"{target}.partial"):  # pylint: disable=protected-access
-    thread.start()
-    assert waits.wait(10)
-    with open(target, "wb") as f:
-      f.write(b"whole")
-  thread.join()
-  assert files(tmp_path) == {"x.bin": 5} and not server.asked
 
 
 def test_a_process_after_one_that_failed(server, tmp_path):

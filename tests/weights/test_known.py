@@ -13,8 +13,6 @@ from sigjax.data.example import tokenizer
 from sigjax.models import two_towers, vit
 from sigjax.weights import fetch, known, npz
 
-ROOT = pathlib.Path(__file__).parents[2]
-
 # Width, depth, mlp, heads.
 SIZES = {
   "Ti": (192, 12, 768, 3),
@@ -146,11 +144,16 @@ def zeros(*shape, dtype="float32"):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+def one_of_each_model():
+  """The names of PAIRS, without those that only differ in the resolution."""
+  return {str(known.KNOWN[name].model): name for name in PAIRS}.values()
+
+
+@pytest.mark.parametrize("name", one_of_each_model())
 def test_both_towers(name):
   *row, millions, scan = PAIRS[name]
   it = known.get(name)
-  assert [it.text_length, it.resolution] == [row[4], row[6]]
+  assert it.model is not None
   shapes = jax.eval_shape(
     two_towers.TwoTowers(**it.model).init,
     jax.random.key(0),
@@ -161,8 +164,26 @@ def test_both_towers(name):
   assert got == both(*row, scan)
   count = sum(map(np.prod, got.values())) / 1e6
   assert count == pytest.approx(millions, rel=0.005)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_belongs_to_the_weights(name):
+  size, patch, text, vocab, length, head, resolution, _, scan = PAIRS[name]
+  it = known.get(name)
+  assert [it.text_length, it.resolution] == [length, resolution]
+  assert it.model == dict(
+    image=dict(
+      variant=f"{size}/{patch}",
+      pool_type="map",
+      **({"scan": True} if scan else {}),
+    ),
+    text=dict(
+      variant=text, vocab_size=vocab, **({"scan": True} if scan else {})
+    ),
+    out_dim=(None, head),
+  )
   assert (
-    it.tokenizer == {32: "c4_en", 256: "gemma", 250: "mc4"}[row[3] // 1000]
+    it.tokenizer == {32: "c4_en", 256: "gemma", 250: "mc4"}[vocab // 1000]
     or name == "siglip/so400m16_256_i18n"
   )
 
@@ -289,21 +310,3 @@ def test_loading_by_name(tmp_path, monkeypatch):
 def test_names_that_there_are_not(name, message):
   with pytest.raises(errors.UserError, match=message):
     known.get(name)
-
-
-def test_docs_have_the_table():
-  docs = (ROOT / "docs" / "checkpoints.md").read_text()
-  assert known.markdown() in docs
-  rows = known.table()
-  assert len(rows) == 1 + len(PAIRS) + 2 + len(AUGREG)
-  assert dict(zip(rows[0], rows[-1])) == {
-    "name": "augreg/L_16",
-    "image": "L/16",
-    "text": "",
-    "pixels": "224",
-    "tokens": "",
-    "tokenizer": "",
-    "ImageNet": "",
-    "COCO I->T": "",
-    "COCO T->I": "",
-  }
