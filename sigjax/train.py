@@ -324,7 +324,7 @@ def main(
           running = None
         if save:
           saved.save(
-            step, state, {**batches.get_state(), "tower": source.tower}
+            step, state, {**batches.get_state(), "tower": source.tower}, {}
           )
         if stopping:
           saved.check(step)
