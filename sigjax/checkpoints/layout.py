@@ -3,6 +3,7 @@
     WORKDIR/checkpoints/STEP/params         the parameters
     WORKDIR/checkpoints/STEP/rest           step and optimizer state
     WORKDIR/checkpoints/STEP/data           position in the data (JSON)
+    WORKDIR/checkpoints/STEP/about          config and identity (JSON)
     WORKDIR/checkpoints/STEP/manifest.json  sizes and SHA-256 of the files
     WORKDIR/checkpoints/STEP.damaged        a checkpoint with damaged files
 
@@ -52,6 +53,7 @@ def handler() -> ocp.CompositeCheckpointHandler:
     params=ocp.StandardCheckpointHandler(),
     rest=ocp.StandardCheckpointHandler(),
     data=ocp.JsonCheckpointHandler(),
+    about=ocp.JsonCheckpointHandler(),
   )
 
 

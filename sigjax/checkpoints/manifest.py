@@ -33,13 +33,16 @@ def write(folder: pathlib.Path) -> None:
     os.fsync(f.fileno())
 
 
-def fault(folder: pathlib.Path, part: int = 0, parts: int = 1) -> str:
+def fault(
+  folder: pathlib.Path, part: int = 0, parts: int = 1, within: str = ""
+) -> str:
   """Returns what is wrong with a folder that has a manifest, or "".
 
   Args:
     folder: a folder for which write() was called.
     part: the number of the host, from 0, which checks only its share:
     parts: every parts-th file of the list, beginning with file number `part`.
+    within: only names that begin so are checked, such as "about/".
 
   Returns:
     A few words that name the first file that is missing, cut or altered.
@@ -47,7 +50,11 @@ def fault(folder: pathlib.Path, part: int = 0, parts: int = 1) -> str:
   try:
     listed = json.loads((folder / NAME).read_text())["sha256_and_size"]
     items = [(name, *of_file) for name, of_file in sorted(listed.items())]
-    items = [(name, digest, size) for name, digest, size in items]
+    items = [
+      (name, digest, size)
+      for name, digest, size in items
+      if name.startswith(within)
+    ]
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return f"{NAME} cannot be read"
   for name, digest, size in items[part::parts]:

@@ -5,6 +5,7 @@ All hosts call these functions together, in the same order.
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -16,8 +17,9 @@ import orbax.checkpoint as ocp
 
 from sigjax import errors, trees
 from sigjax.checkpoints import layout, manifest
-from sigjax.runtime import files, hosts
-from sigjax.weights import npz
+from sigjax.data.example import tokenizer as vocabulary
+from sigjax.runtime import files, hosts, identity
+from sigjax.weights import fetch, known, npz
 
 log = logging.getLogger("sigjax")
 
@@ -25,13 +27,17 @@ AnyPath = str | os.PathLike[str]
 
 
 def newest(
-  folder: pathlib.Path, state: Any, set_aside: bool
+  folder: pathlib.Path,
+  state: Any,
+  run: dict[str, Any] | None,
+  set_aside: bool,
 ) -> tuple[Any, dict[str, Any]] | None:
   """Returns (TrainState, data state) of the newest undamaged checkpoint.
 
   Args:
     folder: WORKDIR/checkpoints.
     state: TrainState of ShapeDtypeStructs with shardings.
+    run: the identity of the run that resumes; None is not compared.
     set_aside: whether a damaged checkpoint is renamed to STEP.damaged.
 
   Returns:
@@ -39,15 +45,16 @@ def newest(
 
   Raises:
     UserError: all checkpoints are damaged, or the newest undamaged one is of
-      another model or optimizer.
+      another identity, model or optimizer.
   """
   found = " ".join(map(str, reversed(layout.steps(folder))))
   for step in hosts.broadcast(found).split():
     path = folder / step
     fault = _fault(path)
     if not fault:
+      found = _read(path, state, run)
       log.info("resuming from %s", path)
-      return _read(path, state)
+      return found
     log.warning(
       "%s is damaged (%s); looking for the one before it", path, fault
     )
@@ -66,20 +73,56 @@ def newest(
   return None
 
 
-def read(path: AnyPath, state: Any) -> tuple[Any, dict[str, Any]]:
+def read(
+  path: AnyPath, state: Any, run: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
   """Returns (TrainState, data state) of the checkpoint that a path names.
 
   Args:
     path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
     state: TrainState of ShapeDtypeStructs with shardings.
+    run: the identity of the run that resumes; None is not compared.
 
   Raises:
-    UserError: there is no checkpoint, it is damaged, or it is of another model
-      or optimizer.
+    UserError: there is no checkpoint, it is damaged, or it is of another
+      identity, model or optimizer.
   """
   found = checkpoint_of(path)
   _refuse_damage(found)
-  return _read(found, state)
+  return _read(found, state, run)
+
+
+def read_about(path: AnyPath) -> dict[str, Any]:
+  """Returns what is known of the run that saved a checkpoint.
+
+  Args:
+    path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
+
+  Returns:
+    {"config": the config it was trained with, "identity": see
+    identity.of_run}. A checkpoint of an older version has the config from
+    WORKDIR/config.json, and no identity: {}.
+
+  Raises:
+    UserError: there is no checkpoint, it is damaged, or nothing is known.
+  """
+  found = checkpoint_of(path)
+  about = _about(found)
+  if "config" not in about:
+    config = found.parent.parent / "config.json"
+    try:
+      about["config"] = json.loads(config.read_text())
+    except FileNotFoundError:
+      raise errors.UserError(
+        f"{found.parent.parent} is no workdir of sigjax.train: it has no "
+        "config.json"
+      ) from None
+    except (OSError, ValueError) as e:
+      raise errors.UserError(
+        f"{config} cannot be read ({layout.reason(e)}); write the config that "
+        "the run was trained with there, as JSON"
+      ) from e
+  return {"identity": {}, **about}
 
 
 def read_params(path: AnyPath, sharding: jax.sharding.Sharding) -> dict:
@@ -115,9 +158,16 @@ def checkpoint_of(path: AnyPath) -> pathlib.Path:
   folder = layout.folder_of(workdir)
   if not folder.exists():
     raise errors.UserError(f"{workdir} has no checkpoints; train there first")
-  if layout.newest(folder) is None:
+  newest = layout.newest(folder)
+  if newest is None:
     raise errors.UserError(f"{workdir} has no complete checkpoint")
-  return folder / str(layout.newest(folder) if step is None else step)
+  found = folder / str(newest if step is None else step)
+  if not found.exists():
+    there = ", ".join(map(str, layout.steps(folder)))
+    raise errors.UserError(
+      f"there is no checkpoint {found}; there are: {there}"
+    )
+  return found
 
 
 def read_init(
@@ -126,6 +176,7 @@ def read_init(
   *,
   into: str | None = None,
   dont_load: Sequence[str] = (),
+  tokenizer_sha: str | None = None,
 ) -> dict[str, Any]:
   """Reads the weights that a run starts from, released ones or another run's.
 
@@ -137,16 +188,20 @@ def read_init(
     into: "img" or "txt" if the weights are of this tower alone.
     dont_load: regexes of names (within `into`) that start from scratch, or
       that the weights may have though the model has not.
+    tokenizer_sha: the SHA-256 of this run's tokenizer; None is not compared.
 
   Returns:
     {name: array} of what was read.
 
   Raises:
-    UserError: there are no such weights, or they do not fit.
+    UserError: there are no such weights, they do not fit, or another run's
+      token embeddings would be used with another tokenizer.
   """
   if path is None:
     return {}
   like = shapes if into is None else shapes[into]
+  if tokenizer_sha is not None and _reads_tokens(shapes, into, dont_load):
+    _check_tokenizer(path, into, tokenizer_sha)
   if _is_run(path):
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     loaded = npz.fit(
@@ -168,6 +223,60 @@ def _is_run(path: AnyPath) -> bool:
   if re.match(r"https?://|.*\.npz(:|$)", str(path)):
     return False
   return (layout.find(path)[0] / "checkpoints").exists()
+
+
+def _reads_tokens(
+  shapes: dict, into: str | None, dont_load: Sequence[str]
+) -> bool:
+  """Returns whether read_init would read embeddings of tokens."""
+  prefix = f"{into}/" if into else ""
+  return any(
+    name.startswith(prefix)
+    and not any(re.fullmatch(p, name.removeprefix(prefix)) for p in dont_load)
+    for name in trees.flatten(shapes)
+    if name.startswith("txt/Embed_0/")
+  )
+
+
+def _check_tokenizer(path: AnyPath, into: str | None, sha256: str) -> None:
+  """Refuses a run's embeddings of another tokenizer, warns of released ones."""
+  if _is_run(path):
+    workdir = layout.find(path)[0]
+    file = workdir / "tokenizer.model"
+    theirs = _about(checkpoint_of(path)).get("identity", {}).get("tokenizer")
+    if theirs is None and file.exists():
+      theirs = identity.sha256(file)
+    if theirs not in (None, sha256):
+      names = "Embed_0/.*" if into == "txt" else "txt/Embed_0/.*"
+      raise errors.UserError(
+        f"config.init.path={path} was trained with another tokenizer, so its "
+        "token embeddings mean other tokens; take that one with "
+        f'config.tokenizer=dict(path="{file}"), or train new embeddings with '
+        f'config.init.dont_load=("{names}",)'
+      )
+    return
+  name = str(path).partition(":")[0]
+  if name in known.KNOWN and (theirs := known.KNOWN[name].tokenizer):
+    file = fetch.cached(vocabulary.NAMES[theirs])
+    if not os.path.exists(file) or identity.sha256(file) != sha256:
+      log.warning(
+        "%s was trained with the tokenizer %s, but this run has another one: "
+        'set config.tokenizer=dict(path="%s")',
+        name,
+        theirs,
+        theirs,
+      )
+
+
+def _about(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the item "about" of a checkpoint; {} of an older version."""
+  with _one_line(path):
+    if not (path / "about").exists():
+      return {}
+    listed = (path / manifest.NAME).exists()
+    if listed and (fault := manifest.fault(path, within="about/")):
+      raise ValueError(fault)
+    return _restore(path, about=ocp.args.JsonRestore())["about"]
 
 
 def _fault(path: pathlib.Path) -> str:
@@ -203,7 +312,11 @@ def _restore(path: pathlib.Path, **items: Any) -> Any:
     return checkpointer.restore(path, args=ocp.args.Composite(**items))
 
 
-def _read(path: pathlib.Path, state: Any) -> tuple[Any, dict[str, Any]]:
+def _read(
+  path: pathlib.Path, state: Any, run: dict[str, Any] | None
+) -> tuple[Any, dict[str, Any]]:
+  if run is not None:
+    identity.check_resumed(path, _about(path).get("identity", {}), run)
   found = _read_items(path, params=state.params, rest=layout.rest(state))
   with _one_line(path):
     data = _restore(path, data=ocp.args.JsonRestore())["data"]

@@ -77,20 +77,35 @@ class Checkpoints:
     """Returns the newest complete step, or None."""
     return layout.newest(self.dir)
 
-  def restore_newest(self, state: Any) -> tuple[Any, dict[str, Any]] | None:
+  def restore_newest(
+    self, state: Any, run: dict[str, Any] | None = None
+  ) -> tuple[Any, dict[str, Any]] | None:
     """Returns restore.newest() of this workdir.
 
     A damaged checkpoint is renamed to STEP.damaged, unless read_only is set.
-    """
-    return restore.newest(self.dir, state, set_aside=not self._read_only)
 
-  def save(self, step: int, state: Any, data_state: dict[str, Any]) -> None:
+    Args:
+      state: TrainState of ShapeDtypeStructs with shardings.
+      run: the identity of this run, see identity.of_run. A checkpoint of
+        another one is refused. None compares nothing.
+    """
+    return restore.newest(self.dir, state, run, set_aside=not self._read_only)
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    data_state: dict[str, Any],
+    about: dict[str, Any],
+  ) -> None:
     """Begins to save a checkpoint; training may continue meanwhile.
 
     Args:
       step: the steps that are done.
       state: a TrainState.
       data_state: the position in the data, JSON-able.
+      about: {"config": the whole config, "identity": see identity.of_run},
+        JSON-able: what tools and a resumed run have to know of this one.
     """
     self.wait()
     self._sweep()
@@ -103,6 +118,7 @@ class Checkpoints:
           params=ocp.args.StandardSave(state.params),
           rest=ocp.args.StandardSave(layout.rest(state)),
           data=ocp.args.JsonSave(data_state),
+          about=ocp.args.JsonSave(about),
         ),
       )
     except Exception as e:  # orbax and tensorstore raise anything

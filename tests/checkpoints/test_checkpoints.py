@@ -14,9 +14,17 @@ from sigjax import errors, optim, sharding
 from sigjax import state as state_lib
 from sigjax.checkpoints import manifest, restore
 from sigjax.checkpoints import save as save_lib
+from sigjax.runtime import identity
 
 PARAMS = {"img": {"kernel": jnp.arange(64.0).reshape(8, 8)}, "t": jnp.ones(1)}
 FSDP = ((".*", "fsdp"),)
+RUN = identity.of_run(
+  data={"digest": "ab12", "records": 40},
+  tokenizer="cd34",
+  pp="decode|" + "resize(16)|" * 20 + "value_range(-1,1)",
+  model={"image": {"width": 32}, "out_dim": (None, 32)},
+)
+ABOUT = {"config": {"seed": 7, "evals": {}}, "identity": RUN}
 
 
 def make_state(params=PARAMS, table=FSDP, **options):
@@ -34,7 +42,7 @@ def test_round_trip(tmp_path):
   state, abstract = make_state()
   saved = save_lib.Checkpoints(tmp_path)
   assert saved.newest() is None
-  saved.save(3, state, {"step": 3})
+  saved.save(3, state, {"step": 3}, ABOUT)
   saved.close()
   got, data = restore.read(tmp_path, abstract)
   assert data == {"step": 3}
@@ -53,7 +61,7 @@ def test_the_newest_few_and_every_kth_are_kept(tmp_path):
   state, _ = make_state()
   saved = save_lib.Checkpoints(tmp_path, keep=2, keep_every_steps=4)
   for step in range(1, 8):
-    saved.save(step, state, {})
+    saved.save(step, state, {}, ABOUT)
     saved.wait()
   saved.close()
   kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
@@ -63,7 +71,7 @@ def test_the_newest_few_and_every_kth_are_kept(tmp_path):
 def test_what_was_not_finished_does_not_count(tmp_path):
   state, abstract = make_state()
   saved = save_lib.Checkpoints(tmp_path)
-  saved.save(1, state, {})
+  saved.save(1, state, {}, ABOUT)
   saved.close()
   # A run killed while saving leaves its part under a temporary name.
   folder = tmp_path / "checkpoints"
@@ -92,7 +100,7 @@ def test_what_was_not_finished_does_not_count(tmp_path):
 )
 def test_another_model_is_named(tmp_path, params, options, message):
   saved = save_lib.Checkpoints(tmp_path)
-  saved.save(1, make_state()[0], {})
+  saved.save(1, make_state()[0], {}, ABOUT)
   saved.wait()
   with pytest.raises(errors.UserError, match=message):
     restore.read(tmp_path, make_state(params, **options)[1])
@@ -102,7 +110,7 @@ def test_another_model_is_named(tmp_path, params, options, message):
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
   saved = save_lib.Checkpoints(tmp_path)
-  saved.save(1, make_state()[0], {})
+  saved.save(1, make_state()[0], {}, ABOUT)
   saved.close()
   for path in (tmp_path / "checkpoints/1/params").rglob("*"):
     if path.is_file() and path.parent.name == "d":
@@ -121,9 +129,8 @@ def save(tmp_path, *steps, **options):
   """A workdir with these steps, as of a run that ended well."""
   with save_lib.Checkpoints(tmp_path, **options) as saved:
     for step in steps:
-      saved.save(
-        step, make_state()[0].replace(step=jnp.int32(step)), {"step": step}
-      )
+      state = make_state()[0].replace(step=jnp.int32(step))
+      saved.save(step, state, {"step": step}, ABOUT)
 
 
 def restored(tmp_path, **options):
@@ -144,38 +151,123 @@ def flipped(data):
 @pytest.mark.parametrize(
   "harm", [flipped, lambda data: data[:-1], lambda data: b"", None]
 )
-def test_any_damaged_file_is_noticed(tmp_path, caplog, harm):
-  """Each file of a checkpoint in turn: named, set aside, the one before used."""
-  folder = tmp_path / "checkpoints"
-  save(tmp_path, 1, 2)
-  names = [
-    p.relative_to(folder / "1")
-    for p in (folder / "1").rglob("*")
-    if p.is_file()
-  ]
-  assert len(names) > 10
-  unneeded = set()
-  for name in names:
-    caplog.clear()
-    (shutil.rmtree(folder / "2"), shutil.copytree(folder / "1", folder / "2"))
-    path = folder / "2" / name
-    path.unlink() if harm is None else path.write_bytes(harm(path.read_bytes()))
-    step, _ = restored(tmp_path)
-    if (folder / "2.damaged").exists():
-      assert step == 1
-      assert f"{folder}/2 is damaged (" in caplog.text
-      # A list that names another sum for a file has that file set aside.
-      assert name.as_posix() in caplog.text or name.name == "manifest.json"
-      (folder / "2.damaged").rename(folder / "2")
+def test_any_damaged_file_is_noticed(tmp_path, harm):
+  """Each file of a checkpoint in turn, but for two in which nothing is."""
+  save(tmp_path, 1)
+  folder = tmp_path / "checkpoints/1"
+  paths = [path for path in folder.rglob("*") if path.is_file()]
+  assert len(paths) > 10 and manifest.fault(folder) == ""
+  for path in paths:
+    data = path.read_bytes()
+    path.unlink() if harm is None else path.write_bytes(harm(data))
+    name = path.relative_to(folder).as_posix()
+    fault = manifest.fault(folder)
+    if name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+      assert fault == ""
+    elif name == "manifest.json":
+      assert fault
     else:
-      unneeded.add(name.as_posix())
-      assert int(step) == 1  # what it says, being a copy
-  # Two in which nothing is, and the list of all, when it is not there at all.
-  assert unneeded - {"manifest.json"} == {
-    "_CHECKPOINT_METADATA",
-    "commit_success.txt",
-  }
-  assert ("manifest.json" in unneeded) == (harm is None)
+      assert fault.startswith(name)
+      parts = [manifest.fault(folder, i, 3) for i in range(3)]
+      assert sorted(parts) == ["", "", fault]  # one of three hosts has it
+    path.write_bytes(data)
+  assert manifest.fault(folder) == ""
+
+
+@pytest.mark.parametrize("name", ["params/manifest.ocdbt", "about/metadata"])
+def test_a_damaged_one_is_set_aside(tmp_path, caplog, name):
+  save(tmp_path, 1, 2)
+  path = tmp_path / "checkpoints/2" / name
+  path.write_bytes(flipped(path.read_bytes()))
+  assert restored(tmp_path)[0] == 1
+  assert f"checkpoints/2 is damaged ({name} was altered)" in caplog.text
+  assert (tmp_path / "checkpoints/2.damaged").exists()
+
+
+def test_all_files_are_on_disk_before_a_checkpoint_has_its_name(
+  tmp_path, monkeypatch
+):
+  """After a power cut none of them may turn out to be empty."""
+  synced, real = set(), os.fsync
+  monkeypatch.setattr(
+    os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), real(fd))
+  )
+  save(tmp_path, 1)
+  folder = tmp_path / "checkpoints/1"
+  listed = [
+    path
+    for path in folder.rglob("*")
+    if path.is_file()
+    and path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt")
+  ]
+  assert len(listed) > 10
+  assert {p.stat().st_ino for p in listed} <= synced
+
+
+def test_what_a_run_was_is_kept_with_its_checkpoint(tmp_path):
+  save(tmp_path, 1, 2)
+  for path in (tmp_path, tmp_path / "checkpoints/1"):
+    assert restore.read_about(path) == ABOUT
+  # Another command has written another config beside it.
+  (tmp_path / "config.json").write_text('{"seed": 8}')
+  assert restore.read_about(tmp_path)["config"]["seed"] == 7
+  path = tmp_path / "checkpoints/2/about/metadata"
+  path.write_bytes(path.read_bytes().replace(b"7", b"8"))
+  with pytest.raises(
+    errors.UserError, match="2 is damaged .about/metadata was"
+  ):
+    restore.read_about(tmp_path)
+  with pytest.raises(errors.UserError, match="no checkpoint .*3; there are: 1"):
+    restore.read_about(tmp_path / "checkpoints/3")
+
+
+def test_of_an_older_checkpoint_the_workdirs_config_is_used(tmp_path):
+  save(tmp_path, 1)
+  folder = tmp_path / "checkpoints/1"
+  shutil.rmtree(folder / "about")
+  manifest.write(folder)
+  with pytest.raises(errors.UserError, match="it has no config.json"):
+    restore.read_about(tmp_path)
+  (tmp_path / "config.json").write_text("")
+  with pytest.raises(errors.UserError, match="config.json cannot be read"):
+    restore.read_about(tmp_path)
+  (tmp_path / "config.json").write_text('{"seed": 9}')
+  want = {"config": {"seed": 9}, "identity": {}}
+  assert restore.read_about(tmp_path) == want
+  with save_lib.Checkpoints(tmp_path) as saved:
+    assert saved.restore_newest(make_state()[1], dict(RUN, pp="x"))
+
+
+def test_a_run_of_another_identity_is_not_resumed(tmp_path, caplog):
+  save(tmp_path, 1)
+  abstract = make_state()[1]
+
+  def refused(**other):
+    with pytest.raises(errors.UserError) as e:
+      restore.read(tmp_path, abstract, dict(RUN, **other))
+    with (
+      save_lib.Checkpoints(tmp_path) as saved,
+      pytest.raises(errors.UserError, match="with another identity"),
+    ):
+      saved.restore_newest(abstract, dict(RUN, **other))
+    return str(e.value)
+
+  assert refused(data={"digest": "ef56", "records": 40}) == (
+    f"{tmp_path}/checkpoints/1 is of a run with another identity: data.digest "
+    'was "ab12", now it is "ef56". Undo this to resume, or give another '
+    f'--workdir, where config.init=dict(path="{tmp_path}/checkpoints/1") '
+    "starts from these weights"
+  )
+  assert 'tokenizer was "cd34", now it is "x"' in refused(tokenizer="x")
+  assert "config.model.image.width was 32, now it is 64" in refused(
+    model={"image": {"width": 64}, "out_dim": [None, 32]}
+  )
+  text = refused(pp=RUN["pp"].replace("value_range(-1,1)", "flip"))
+  assert 'value_range(-1,1)", now it is "' not in text
+  assert '|value_range(-1,1)", now it is ..' in text and '|flip"' in text
+  # The same one, also where a newer version knows more of it.
+  with save_lib.Checkpoints(tmp_path) as saved:
+    assert saved.restore_newest(abstract, {**RUN, "more": 1})
 
 
 def test_when_all_are_damaged_nothing_starts_anew(tmp_path):
@@ -239,14 +331,14 @@ def test_a_save_that_fails_is_logged_and_the_next_one_succeeds(
   folder = tmp_path / "checkpoints"
   state, abstract = make_state()
   saved = save_lib.Checkpoints(tmp_path, keep=1)
-  saved.save(1, state, {})
+  saved.save(1, state, {}, ABOUT)
   saved.check(1)
   full_disk(True)
-  saved.save(2, state, {})
+  saved.save(2, state, {}, ABOUT)
   while not saved.failed():
     time.sleep(0.01)
   saved.wait()
-  saved.save(3, state, {})
+  saved.save(3, state, {}, ABOUT)
   with pytest.raises(
     errors.UserError,
     match=(
@@ -259,7 +351,7 @@ def test_a_save_that_fails_is_logged_and_the_next_one_succeeds(
   assert "step 2 could not be saved: File too large" in caplog.text
   assert saved.newest() == 1
   restore.read(tmp_path, abstract)
-  saved.save(4, state, {})
+  saved.save(4, state, {}, ABOUT)
   saved.check(4)
   assert not saved.failed()
   saved.close()
@@ -301,7 +393,7 @@ def test_a_save_that_cannot_begin_is_logged(tmp_path, caplog, monkeypatch):
     "save",
     lambda *_, **__: os.open(tmp_path / "none/none", os.O_RDONLY),
   )
-  saved.save(1, make_state()[0], {})
+  saved.save(1, make_state()[0], {}, ABOUT)
   assert saved.failed()
   saved.close()
   assert "step 1 could not be saved: No such file or directory" in caplog.text

@@ -161,6 +161,7 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
         opt_state={},
       ),
       {},
+      {},
     )
   checkpoints.close()
   npz.save_params(tmp_path / "w.npz", params)
