@@ -283,7 +283,7 @@ def test_one_caption(op):
   assert apply(f"{op}('c')", c=b"one")["text"] == "one"
   assert apply(f"{op}('c')", c="one")["text"] == "one"
   for empty in ([], {"text": []}, "", None, [" ", None]):
-    with pytest.raises(BadExample, match="no text"):
+    with pytest.raises(errors.UserError, match="no text"):
       apply(f"{op}('c')", c=empty)
 
 
