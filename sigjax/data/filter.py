@@ -23,7 +23,9 @@ def where(source: Source, key: str, wanted: Any) -> Source:
   """Narrows a source to the examples whose feature `key` is as wanted.
 
   Tar shards, Parquet and folders read the feature alone; of other sources every
-  record is read once. A group keeps those of its members that fit.
+  record is read once. A group keeps those of its members that fit. If the
+  captions of one image have different values of the feature, such as their
+  languages, the image keeps the captions that fit.
 
   Args:
     source: What to narrow.
@@ -42,17 +44,27 @@ def where(source: Source, key: str, wanted: Any) -> Source:
   _check(key, wanted)
   fits, seen = np.zeros(len(source.records), bool), set()
   counts = dict(source.faults)
-  for numbers, values, missing in _values(source, key, counts):
-    fits[numbers] = _fit(values, missing, wanted, key, source.name)
+
+  def fit(values, missing):
     if len(seen) < 5:
       seen.update(str(v) for v in np.unique(values[~missing])[:5].tolist())
+    return _fit(values, missing, wanted, key, source.name)
+
+  column = source.caption_column(key)
+  if column is None:
+    records = source.records
+    for numbers, values, missing in _values(source, key, counts):
+      fits[numbers] = fit(values, missing)
+  else:
+    chosen = fit(column["value"], column["missing"])
+    records, fits = source.with_captions(chosen)
   kept = _narrowed(source, fits)
   if not len(kept):
     raise errors.UserError(
       f"{source.name} has no example with {key}={wanted!r}; "
       f"there is, for instance: {', '.join(sorted(seen)[:5])}"
     )
-  return source.replaced(members=kept, faults=counts)
+  return source.replaced(records=records, members=kept, faults=counts)
 
 
 def part(source: Source, share: Any) -> Source:

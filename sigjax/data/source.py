@@ -14,7 +14,7 @@ import itertools
 import math
 from typing import Any, Protocol
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 import numpy as np
 
 from sigjax import errors
@@ -37,6 +37,11 @@ class Records(Protocol):
     image_ids(): A sequence with one value for each record; records that show
       the same image have equal values. Without this method, each record is
       taken to have an image of its own.
+    caption_column(name): If the captions of one record may have different
+      values of feature `name`, the values of all captions of all records in
+      order, by as_column; otherwise None.
+    with_captions(kept): (records with those captions alone, which of these have
+      one left), for kept, a bool for each caption; called after caption_column.
   and this attribute:
     identity: A JSON-able value that differs if the data differ, such as a
       digest of the shards' names and sizes.
@@ -156,6 +161,18 @@ class Source:
     """
     found = getattr(self.records, "image_ids", None)
     return found() if found else None
+
+  def caption_column(self, name: str) -> np.ndarray | None:
+    """Returns feature `name` of all captions if it belongs to captions."""
+    column = getattr(self.records, "caption_column", None)
+    return column(name) if column else None
+
+  def with_captions(
+    self, kept: Bool[np.ndarray, " m"]
+  ) -> tuple[Records, Bool[np.ndarray, " n"]]:
+    """Returns records that keep some captions, and which have one left."""
+    records: Any = self.records  # has caption_column
+    return records.with_captions(kept)
 
   # ---- The whole ----
 
@@ -326,6 +343,9 @@ class Mixture(Source):
 
   def image_ids(self):
     raise _each("part")
+
+  def caption_column(self, name):
+    raise _each(f'"{name}"')
 
   def parts(self):
     return self._parts, self._weights

@@ -435,3 +435,48 @@ def test_captions_that_cannot_be():
   for other in (3, [1], [["a"]], [{"raw": "a"}], np.zeros(2)):
     with pytest.raises(errors.UserError, match="where a text or several"):
       captions.captions({"c": other}, "c")
+
+
+def test_captions_of_one_image_are_filtered():
+  """Where a feature belongs to captions, an image keeps those that fit."""
+
+  class Captions:
+    """Two images; image i has captions i0, i1, i2 in three languages."""
+
+    def __init__(self, kept=(True,) * 6):
+      self.kept = np.array(kept)
+
+    def __len__(self):
+      return 2
+
+    def __getitem__(self, i):
+      texts = np.array([f"{i}{k}" for k in range(3)])
+      return {"captions": texts[self.kept[3 * i : 3 * i + 3]].tolist()}
+
+    def caption_column(self, name):
+      if name == "language":
+        return source_lib.as_column(["en", "de", None, "en", "", "fr"], "", "")
+      return None
+
+    def with_captions(self, kept):
+      return Captions(kept), kept.reshape(2, 3).any(1)
+
+  source = Source("s", Captions())
+  found = filter_lib.where(source, "language", "en")
+  assert list(kinds.all_captions(found, "captions")) == ["00", "10"]
+  found = filter_lib.where(source, "language", "fr")
+  assert list(kinds.all_captions(found, "captions")) == ["12"]
+  assert len(found) == 1 and found.numbers().tolist() == [1]
+  with pytest.raises(errors.UserError, match="for instance: de, en, fr"):
+    filter_lib.where(source, "language", "es")
+
+
+def test_a_source_needs_a_kind():
+  for section, words in (
+    ({}, "it has only: nothing"),
+    ({"kid": "tar", "shards": "x"}, "needs a kind, .*it has only: kid, shards"),
+    ({"kind": ["tar"]}, "kind="),
+  ):
+    with pytest.raises(errors.UserError, match=words) as e:
+      kinds.open_source(**section)
+    assert "\n" not in str(e.value)
