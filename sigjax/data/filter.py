@@ -14,7 +14,7 @@ from sigjax.data import faults
 from sigjax.data.example import captions
 from sigjax.data.faults import BadExample
 from sigjax.data.shards import files
-from sigjax.data.source import Example, Source, as_column
+from sigjax.data.source import Example, Members, Source, as_column, spread
 
 _CHUNK = 1 << 12  # records that are read at once, by several threads
 
@@ -23,7 +23,9 @@ def where(source: Source, key: str, wanted: Any) -> Source:
   """Narrows a source to the examples whose feature `key` is as wanted.
 
   Tar shards, Parquet and folders read the feature alone; of other sources every
-  record is read once. A group keeps those of its members that fit.
+  record is read once. A group keeps those of its members that fit. If the
+  captions of one image have different values of the feature, such as their
+  languages, the image keeps the captions that fit.
 
   Args:
     source: What to narrow.
@@ -42,34 +44,38 @@ def where(source: Source, key: str, wanted: Any) -> Source:
   _check(key, wanted)
   fits, seen = np.zeros(len(source.records), bool), set()
   counts = dict(source.faults)
-  for numbers, values in _values(source, key, counts):
-    fits[numbers] = _fit(values, wanted, key, source.name)
+
+  def fit(values, missing):
     if len(seen) < 5:
-      seen.update(str(v) for v in np.unique(values)[:5].tolist())
-  if source.members is None:
-    kept = _numbers(fits)
-  elif isinstance(source.members, np.ndarray):
-    kept = source.members[fits[source.members[:, 0]]]
+      seen.update(str(v) for v in np.unique(values[~missing])[:5].tolist())
+    return _fit(values, missing, wanted, key, source.name)
+
+  column = source.caption_column(key)
+  if column is None:
+    records = source.records
+    for numbers, values, missing in _values(source, key, counts):
+      fits[numbers] = fit(values, missing)
   else:
-    kept = [group[fits[group]] for group in source.members]
-    kept = [group for group in kept if len(group)]
+    chosen = fit(column["value"], column["missing"])
+    records, fits = source.with_captions(chosen)
+  kept = _narrowed(source, fits)
   if not len(kept):
     raise errors.UserError(
       f"{source.name} has no example with {key}={wanted!r}; "
       f"there is, for instance: {', '.join(sorted(seen)[:5])}"
     )
-  return source.replaced(members=kept, faults=counts)
+  return source.replaced(records=records, members=kept, faults=counts)
 
 
 def part(source: Source, share: Any) -> Source:
-  """Narrows a source to a share of its records, always the same ones.
+  """Narrows a source to a share of its images, always the same ones.
 
-  Whether a record is in it depends on its number alone, through a hash. So
-  (0, 0.9) and (0.9, 1) have no record in common and together have all, whatever
-  filters are applied afterwards.
+  Whether an image is in it depends on the number of the first record that shows
+  it, through a hash. So (0, 0.9) and (0.9, 1) have no image in common and
+  together have all, whatever filters are applied afterwards.
 
   Args:
-    source: A Source that is not grouped.
+    source: What to narrow.
     share: (low, high), 0 <= low < high <= 1.
 
   Raises:
@@ -86,22 +92,28 @@ def part(source: Source, share: Any) -> Source:
       f"(0.9, 1) for validation, but not {share!r}"
     )
   fits = np.zeros(len(source.records), bool)
+  shown = np.arange(len(fits))  # the first record that shows the same image
+  ids = source.image_ids()
+  if ids is not None:
+    _, first, image = np.unique(ids, return_index=True, return_inverse=True)
+    shown = first[image]
   for numbers in _chunks(np.arange(len(fits)), 1 << 20):
-    place = _hash(numbers.astype(np.uint64)) / 2.0**64
+    place = _hash(shown[numbers].astype(np.uint64)) / 2.0**64
     fits[numbers] = (share[0] <= place) & (place < share[1])
-  if not fits.any():
+  kept = _narrowed(source, fits)
+  if not len(kept):
     raise errors.UserError(
       f"part {share!r} of {source.name} holds none of its {len(fits)} "
       "records; ask for a larger share"
     )
-  return source.replaced(members=_numbers(fits))
+  return source.replaced(members=kept)
 
 
 def grouped(source: Source, key: str) -> Source:
   """Makes each set of examples that agree in feature `key` one element.
 
-  Groups come in the order of their first records. Each record may cost a few
-  Python objects.
+  An example without a value is a group of its own. Groups come in the order of
+  their first records. Each record may cost a few Python objects.
 
   Raises:
     UserError: There is no such feature.
@@ -109,11 +121,28 @@ def grouped(source: Source, key: str) -> Source:
   groups: dict[Any, list[int]] = {}
   fits = np.zeros(len(source.records), bool)
   fits[source.numbers()] = True
-  for numbers, values in _values(source, key, {}):
-    for i, value in zip(numbers.tolist(), values.tolist()):
+  for numbers, values, missing in _values(source, key, {}):
+    if values.ndim > 1:
+      raise errors.UserError(
+        f'examples cannot be grouped by "{key}", which may differ between the '
+        "texts of one example; group by a feature"
+      )
+    for i, value, gone in zip(
+      numbers.tolist(), values.tolist(), missing.tolist()
+    ):
       if fits[i]:
-        groups.setdefault(value, []).append(i)
+        groups.setdefault((None, i) if gone else value, []).append(i)
   return source.replaced(members=[np.array(g) for g in groups.values()])
+
+
+def _narrowed(source: Source, fits: Bool[np.ndarray, " n"]) -> Members:
+  """Returns the members of a source that fit, without groups that are empty."""
+  if source.members is None:
+    return _numbers(fits)
+  if isinstance(source.members, np.ndarray):
+    return source.members[fits[source.members[:, 0]]]
+  kept = [group[fits[group]] for group in source.members]
+  return [group for group in kept if len(group)]
 
 
 def _numbers(fits: Bool[np.ndarray, " n"]) -> Int[np.ndarray, "m 1"]:
@@ -153,7 +182,11 @@ def _check(key: str, wanted: Any) -> None:
 
 
 def _fit(
-  values: np.ndarray, wanted: Any, key: str, name: str
+  values: np.ndarray,
+  missing: Bool[np.ndarray, " n"],
+  wanted: Any,
+  key: str,
+  name: str,
 ) -> Bool[np.ndarray, " n"]:
   """Returns which of (n,) or (n, m) values fit; of m values all have to."""
   if isinstance(wanted, tuple):
@@ -163,7 +196,7 @@ def _fit(
         "is no range of it; give a value or a list of values"
       )
     low, high = wanted
-    fits = np.ones(values.shape, bool)  # nan fits no limit, and one is given
+    fits = np.ones(values.shape, bool)
     fits &= (low is None) | (values >= (low or 0))
     fits &= (high is None) | (values <= (high or 0))
   else:
@@ -171,7 +204,7 @@ def _fit(
     fits = np.zeros(values.shape, bool)
     for value in wanted:
       fits |= values == value
-  return np.all(fits.reshape(len(values), -1), axis=-1)
+  return np.all(fits.reshape(len(values), -1), axis=-1) & ~missing
 
 
 def _chunks(numbers: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -180,8 +213,11 @@ def _chunks(numbers: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def _values(
   source: Source, key: str, counts: dict[str, int]
-) -> Iterator[tuple[Int[np.ndarray, " n"], np.ndarray]]:
-  """Yields (numbers of records, their values) of all records of all elements.
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+  """Yields (numbers of records, their values, which of these are missing).
+
+  All records of all elements are among them. Values are (n,), or (n, 2) if they
+  are the smallest and the largest of several in one example.
 
   Args:
     source: The source.
@@ -193,9 +229,10 @@ def _values(
     yield from _read_values(source, key, counts)
     return
   start = 0
-  for values in column:
-    yield np.arange(start, start + len(values)), values
-    start += len(values)
+  for part in column:
+    numbers = np.arange(start, start + len(part))
+    yield numbers, part["value"], part["missing"]
+    start += len(part)
   if start != len(source.records):
     raise errors.UserError(
       f'{source.name} has {len(source.records)} records, but "{key}" was '
@@ -205,13 +242,19 @@ def _values(
 
 
 def _value(
-  source: Source, key: str, first: Example
+  source: Source, key: str, known: Example
 ) -> tuple[Callable[[Example], Any], bool]:
-  """Returns (fn(example) -> value, whether that needs the image)."""
+  """Returns (fn(example) -> value, whether that needs the image).
+
+  Args:
+    source: The source.
+    key: As in where().
+    known: All features that examples have; some examples may lack some.
+  """
   stem = key.removesuffix("_length")
-  texts = next((name for name in (stem, f"{stem}s") if name in first), None)
-  if key in first:
-    return lambda example: example.get(key), False  # some may lack it
+  texts = next((name for name in (stem, f"{stem}s") if name in known), None)
+  if key in known:
+    return lambda example: example.get(key), False
   if key in ("width", "height"):
 
     def side(example):
@@ -222,11 +265,13 @@ def _value(
   if stem != key and texts:
 
     def length(example):
+      if example.get(texts) is None:
+        return None
       lengths = list(map(len, captions.captions(example, texts)))
-      return (min(lengths), max(lengths)) if lengths else (np.nan, np.nan)
+      return min(lengths), max(lengths)
 
     return length, False
-  return errors.pick(first, key, f"feature of {source.name}"), False
+  return errors.pick(known, key, f"feature of {source.name}"), False
 
 
 def _size(data: bytes) -> tuple[int, int]:
@@ -240,22 +285,31 @@ def _size(data: bytes) -> tuple[int, int]:
     ) from e
 
 
-def _first(source: Source, numbers: np.ndarray) -> Example:
-  """Returns the first example that can be read."""
-  fault = None
-  for i in numbers[:100]:
+def _features(source: Source, numbers: np.ndarray, key: str) -> Example:
+  """Returns the features that examples have, with a value of each.
+
+  Reads examples from all over the source until one has `key`.
+
+  Raises:
+    BadExample: None of them can be read.
+  """
+  known, fault = {}, None
+  for i in spread(len(numbers)):
     try:
-      return source.brief(i)
+      known = {**source.brief(numbers[i]), **known}
     except BadExample as e:
-      fault = e
-  assert fault is not None
-  raise fault
+      fault = fault or e
+    if key in known:
+      break
+  if not known and fault:
+    raise fault
+  return known
 
 
 def _read_values(source: Source, key: str, counts: dict[str, int]):
   """Does what _values() does, by reading records in several threads."""
   numbers = source.numbers()
-  value, needs_image = _value(source, key, _first(source, numbers))
+  value, needs_image = _value(source, key, _features(source, numbers, key))
   read = source.read if needs_image else source.brief
 
   def value_of(i):
@@ -276,17 +330,16 @@ def _read_values(source: Source, key: str, counts: dict[str, int]):
   ):
     for chunk in _chunks(numbers, _CHUNK):
       values = list(threads.map(value_of, chunk))
-      pairs = any(isinstance(v, tuple) for v in values)
       for i, v in enumerate(values):
         if isinstance(v, BadExample):
           faults.merge(found, {v.kind: (1, source.name_of(chunk[i]))})
-          values[i] = (np.nan, np.nan) if pairs else None
-      yield (
-        chunk,
-        np.array(values, float)
-        if pairs
-        else as_column(values, key, source.name),
-      )
+          values[i] = None
+      if any(isinstance(v, tuple) for v in values):
+        missing = np.array([v is None for v in values])
+        yield chunk, np.array([v or (0, 0) for v in values]), missing
+      else:
+        column = as_column(values, key, source.name)
+        yield chunk, column["value"], column["missing"]
       bar.update(len(chunk))
   faults.report(f"reading {key} of {source.name}", found)
   for kind, (count, _) in found.items():

@@ -87,7 +87,7 @@ SOURCES: dict[str, Callable[[], Callable[..., Source]]] = {
 
 
 def open_source(
-  kind: str,
+  kind: str | None = None,
   *,
   part: Sequence[float] | None = None,
   only: Mapping[str, Any] | None = None,
@@ -112,6 +112,13 @@ def open_source(
     UserError: There is no such kind, or the kind, `part`, `only`, `group_by` or
       `shuffle` cannot be as given.
   """
+  if not isinstance(kind, str):
+    raise errors.UserError(
+      f"a source needs a kind, one of: {', '.join(SOURCES)}; it has "
+      + (
+        f"kind={kind!r}" if kind else f"only: {', '.join(kwargs) or 'nothing'}"
+      )
+    )
   opener = errors.pick(SOURCES, kind, "source")()
   source = errors.call(opener, kwargs, f'source "{kind}"')
   if part is None and not only and not group_by and not shuffle:
@@ -168,6 +175,11 @@ class _Shuffled:
 
   def __len__(self):
     return len(self._records)
+
+  @property
+  def identity(self):
+    inner = getattr(self._records, "identity", None)
+    return inner and {"shuffled": self._key, "of": inner}
 
   def __getitem__(self, i) -> Example:
     other = self._records[int(self._other[i])]

@@ -7,13 +7,14 @@ and no batch holds two members.
 """
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import copy
+import hashlib
 import itertools
 import math
 from typing import Any, Protocol
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 import numpy as np
 
 from sigjax import errors
@@ -30,8 +31,20 @@ class Records(Protocol):
 
   Records may also have these methods:
     brief(i): The example without its image, if that is cheaper to read.
-    column(name): An iterable of arrays that together hold feature `name` of all
-      records in order; None if there is no cheap way to read it.
+    column(name): An iterable of arrays made by as_column, which together hold
+      feature `name` of all records in order; None if there is no cheap way to
+      read it.
+    image_ids(): A sequence with one value for each record; records that show
+      the same image have equal values. Without this method, each record is
+      taken to have an image of its own.
+    caption_column(name): If the captions of one record may have different
+      values of feature `name`, the values of all captions of all records in
+      order, by as_column; otherwise None.
+    with_captions(kept): (records with those captions alone, which of these have
+      one left), for kept, a bool for each caption; called after caption_column.
+  and this attribute:
+    identity: A JSON-able value that differs if the data differ, such as a
+      digest of the shards' names and sizes.
   """
 
   def __len__(self) -> int: ...
@@ -141,7 +154,38 @@ class Source:
     column = getattr(self.records, "column", None)
     return column(name) if column else None
 
-  # ---- What differs between a source and a mixture ----
+  def image_ids(self) -> Sequence[Any] | None:
+    """Returns values of which those of records with the same image are equal.
+
+    Returns None if each record has an image of its own.
+    """
+    found = getattr(self.records, "image_ids", None)
+    return found() if found else None
+
+  def caption_column(self, name: str) -> np.ndarray | None:
+    """Returns feature `name` of all captions if it belongs to captions."""
+    column = getattr(self.records, "caption_column", None)
+    return column(name) if column else None
+
+  def with_captions(
+    self, kept: Bool[np.ndarray, " m"]
+  ) -> tuple[Records, Bool[np.ndarray, " n"]]:
+    """Returns records that keep some captions, and which have one left."""
+    records: Any = self.records  # has caption_column
+    return records.with_captions(kept)
+
+  # ---- The whole ----
+
+  def identity(self) -> dict[str, Any]:
+    """Returns what tells this source from others: JSON-able, and short.
+
+    Sources of equal identity have the same elements with the same numbers.
+    """
+    return {
+      "data": getattr(self.records, "identity", None) or self.name,
+      "records": len(self.records),
+      "members": _digest(self.members),
+    }
 
   def parts(self) -> tuple[list["Source"], list[float]]:
     """Returns the sources this one consists of, and their weights."""
@@ -167,11 +211,35 @@ class Source:
       )
 
 
-def _readable(read, record: int) -> Example:
+def _readable(read: Callable[[int], Example], record: int) -> Example:
+  """Calls read; whatever fails there is a fault of this record."""
   try:
     return read(record)
-  except OSError as e:
+  except (errors.UserError, MemoryError):
+    raise
+  except Exception as e:  # the formats' libraries have no common base
     raise BadExample(f"it cannot be read: {e}", kind="unreadable") from e
+
+
+def _digest(members: Members | None) -> str | None:
+  """Returns a digest of the records' numbers and their grouping, if any."""
+  if members is None:
+    return None
+  found = hashlib.blake2b(digest_size=8)
+  if isinstance(members, list):
+    lengths = np.array([len(group) for group in members], np.int64)
+    found.update(lengths.tobytes())
+    members = np.concatenate([np.ravel(group) for group in members])
+  for start in range(0, len(members), 1 << 20):
+    found.update(
+      np.asarray(members[start : start + (1 << 20)], "<i8").tobytes()
+    )
+  return found.hexdigest()
+
+
+def spread(n: int, count: int = 100) -> list[int]:
+  """Returns up to `count` numbers below n, evenly spread, the first one 0."""
+  return sorted({i * n // count for i in range(count)}) if n else []
 
 
 class _Joined:
@@ -273,8 +341,17 @@ class Mixture(Source):
   def column(self, name):
     raise _each(f'"{name}"')
 
+  def image_ids(self):
+    raise _each("part")
+
+  def caption_column(self, name):
+    raise _each(f'"{name}"')
+
   def parts(self):
     return self._parts, self._weights
+
+  def identity(self):
+    return {"parts": [part.identity() for part in self._parts]}
 
   def check_evaluable(self):
     raise errors.UserError(
@@ -320,35 +397,58 @@ def brief_name(kind: str, patterns: str | Iterable[str]) -> str:
 
 
 def as_column(values: Sequence[Any], name: str, what: str) -> np.ndarray:
-  """Returns the values of a feature as an array (n,).
+  """Returns the values of a feature as a structured array (n,).
+
+  Its fields are "value" (int64, uint64, float64, bool or str; numbers keep all
+  their digits) and "missing" (bool). A value is missing if it is None, nan or a
+  blank text.
 
   Args:
-    values: n numbers, or n texts (str, or bytes in UTF-8). A missing value is
-      None; it becomes nan among numbers, and "" among texts.
+    values: n numbers, or n texts (str, or bytes in UTF-8), or None.
     name: The feature.
     what: Its source, for messages.
 
   Raises:
-    UserError: There are both texts and numbers, or more than one value in one
-      example.
+    UserError: There are both texts and numbers, more than one value in one
+      example, or numbers that do not fit one dtype.
   """
   values = [
-    v.decode(errors="replace") if isinstance(v, bytes) else v for v in values
+    v.decode(errors="replace")
+    if isinstance(v, bytes)
+    else v.item()
+    if isinstance(v, np.generic)
+    else v
+    for v in values
   ]
-  texts = sum(isinstance(v, str) for v in values)
-  missing = sum(v is None for v in values)
-  if any(isinstance(v, (dict, list)) or np.ndim(v) for v in values):
+  missing = np.array([_is_missing(v) for v in values], bool)
+  present = [v for v, gone in zip(values, missing.tolist()) if not gone]
+  if any(isinstance(v, (dict, list)) or np.ndim(v) for v in present):
     raise errors.UserError(
       f'feature "{name}" of {what} holds more than one value, so examples '
       "cannot be chosen or grouped by it"
     )
-  if texts and texts + missing < len(values):
+  texts = sum(isinstance(v, str) for v in present)
+  if 0 < texts < len(present):
     raise errors.UserError(
       f'feature "{name}" of {what} holds texts in some examples and numbers '
       "in others, so they cannot be chosen or grouped by it"
     )
-  if missing:
-    fill = "" if texts else np.nan
-    values = [fill if v is None else v for v in values]
-  # Empty arrays are of floats, as are those with nan.
-  return np.array(values, str if texts else None)
+  known = np.array(present, str if texts else None)
+  if known.dtype.kind not in "Ubiuf" or known.tolist() != present:
+    raise errors.UserError(
+      f'feature "{name}" of {what} holds values that cannot be compared '
+      "exactly, such as dates or fractions beside very long numbers; store it "
+      "as texts"
+    )
+  column = np.zeros(
+    len(values), [("value", known.dtype), ("missing", missing.dtype)]
+  )
+  column["value"][~missing] = known
+  column["missing"] = missing
+  return column
+
+
+def _is_missing(value: Any) -> bool:
+  if isinstance(value, str):
+    return not value.strip()
+  return value is None or (isinstance(value, float) and math.isnan(value))

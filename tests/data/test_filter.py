@@ -1,7 +1,10 @@
 """Filters, shares and groups, on records that are lists."""
 
 import io
+import json
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import numpy as np
 from PIL import Image
 import pytest
@@ -56,7 +59,7 @@ class Columns(list):
     if name != "n":
       return None
     return (
-      np.array([x["n"] for x in part])
+      source_lib.as_column([x["n"] for x in part], name, "s")
       for part in (list(self)[:5], list(self)[5:])
     )
 
@@ -92,7 +95,7 @@ def kept(source):
     ("caption_length", (3, 7), [3, 4, 5, 6]),  # both captions
     ("captions_length", (3, 7), [3, 4, 5, 6]),
     ("text_length", (2, 3), [2, 3]),  # characters, not bytes
-    ("nested_length", (None, 1), [0, 1]),
+    ("nested_length", (None, 1), [1]),
   ],
 )
 def test_where(source, key, wanted, want):
@@ -100,7 +103,10 @@ def test_where(source, key, wanted, want):
   assert kept(found) == want and len(found) == len(want)
   assert isinstance(found.members, np.ndarray)
   assert found.members.dtype == np.int32
-  assert found.faults == {"missing image": 2}
+  blank = (
+    {"missing caption": 1} if key in ("text_length", "nested_length") else {}
+  )
+  assert found.faults == {"missing image": 2, **blank}
   # Of what is narrowed already, and of groups.
   half = filter_lib.where(source, "n", (4, None))
   both = [i for i in want if i >= 4]
@@ -156,7 +162,7 @@ def test_columns_are_used_and_have_to_be_whole():
     [6],
   ]
   records.append(example(12))
-  records.column = lambda name: [np.arange(12)]
+  records.column = lambda name: [source_lib.as_column(range(12), name, "s")]
   with pytest.raises(errors.UserError, match='13 records, but "n" .* of 12'):
     filter_lib.where(source, "n", 3)
 
@@ -260,13 +266,150 @@ def test_numbers_of_many_are_no_list():
   assert part.pick(3) == kept(part)[3] and type(part.pick(3)) is int
 
 
-def test_as_column():
-  column = lambda *values: source_lib.as_column(values, "f", "s")
-  assert column(1, 2**62).tolist() == [1, 2**62]
-  assert column("a", None, b"\xc3\xa9").tolist() == ["a", "", "é"]
-  np.testing.assert_array_equal(column(1, None), [1, np.nan])
-  assert np.isnan(column(None, None)).all() and column().shape == (0,)
-  assert column(np.int64(3), np.bool_(True)).tolist() == [3, 1]
+def column(*values):
+  found = source_lib.as_column(values, "f", "s")
+  return [
+    None if gone else value
+    for value, gone in zip(found["value"].tolist(), found["missing"].tolist())
+  ]
+
+
+@pytest.mark.parametrize(
+  "values, want",
+  [
+    ([1, 2**62], [1, 2**62]),
+    ([2**53 + 1, None], [2**53 + 1, None]),  # not through a float
+    ([2**63, 1], [2**63, 1]),
+    ([0.5, 1, None], [0.5, 1.0, None]),
+    (["a", None, b"\xc3\xa9"], ["a", None, "é"]),
+    (["007", "7", " ", ""], ["007", "7", None, None]),
+    ([float("nan"), None, 3], [None, None, 3]),
+    ([None, None], [None, None]),
+    ([], []),
+    ([np.int64(3), np.bool_(True)], [3, True]),
+  ],
+)
+def test_columns_are_exact(values, want):
+  assert column(*values) == want
+
+
+def test_what_no_column_holds_exactly():
+  for values in ([2**53 + 1, 0.5], [2**64], [object()]):
+    with pytest.raises(errors.UserError, match="cannot be compared exactly"):
+      column(*values)
+
+
+@pytest.mark.parametrize(
+  "values, want",
+  [
+    (["a", "", None, "a", " "], [[0, 3], [1], [2], [4]]),
+    ([1, None, None, 1, float("nan")], [[0, 3], [1], [2], [4]]),
+    ([2**53, 2**53 + 1, None, 2**53, 0], [[0, 3], [1], [2], [4]]),
+    (["007", "7", "7", "07", "007"], [[0, 4], [1, 2], [3]]),
+  ],
+)
+def test_groups_are_of_equal_values_and_nothing_else(values, want):
+  found = filter_lib.grouped(Source("s", [{"k": v} for v in values]), "k")
+  assert [m.tolist() for m in found.members] == want
+
+
+def test_what_is_missing_fits_nothing():
+  source = Source("s", [{"k": v, "c": v} for v in ("a", None, "", "b")])
+  assert kept(filter_lib.where(source, "k", ["a", "b", ""])) == [0, 3]
+  source = Source("s", [{"k": v} for v in (5, None, -3, 0)])
+  assert kept(filter_lib.where(source, "k", (None, 0))) == [2, 3]
+  source = Source("s", [{"c": v} for v in ("ab", None, [None, " "], "b")])
+  assert kept(filter_lib.where(source, "c_length", (0, 9))) == [0, 3]
+
+
+def test_a_feature_that_the_first_examples_lack():
+  class Records(list):
+    def __getitem__(self, i):
+      if i in (0, 2):
+        raise OSError("broken")
+      return super().__getitem__(i)
+
+  records = Records(
+    {"k": 1, "w": i} if i > 200 else {"k": 1} for i in range(300)
+  )
+  found = filter_lib.where(Source("s", records), "w", (250, None))
+  assert kept(found) == list(range(250, 300))
+  assert found.faults == {"unreadable": 2}
+  with pytest.raises(errors.UserError, match='"v" is not known.*: k, w'):
+    filter_lib.where(Source("s", records), "v", 1)
+
+
+def test_parts_are_of_images_not_of_records():
+  class Rows(list):
+    def image_ids(self):
+      return [row["file"] for row in self]
+
+  rows = Rows({"file": f"{i % 500}.jpg", "i": i} for i in range(2000))
+  source = Source("s", rows)
+  train, val = (filter_lib.part(source, p) for p in ((0, 0.9), (0.9, 1)))
+  assert sorted(kept(train) + kept(val)) == list(range(2000))
+  assert not {i % 500 for i in kept(train)} & {i % 500 for i in kept(val)}
+  # Where each image has one record, nothing has changed.
+  once = Source("s", Rows(rows[:500]))
+  plain = Source("s", list(rows[:500]))
+  assert kept(filter_lib.part(once, (0.9, 1))) == kept(
+    filter_lib.part(plain, (0.9, 1))
+  )
+  # Groups keep the members that fit.
+  groups = filter_lib.part(filter_lib.grouped(source, "file"), (0.9, 1))
+  assert {len(m) for m in groups.members} == {4}
+  assert sorted(np.concatenate(groups.members).tolist()) == kept(val)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+  values=st.lists(
+    st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)), min_size=1
+  )
+  | st.lists(st.one_of(st.none(), st.text(max_size=4)), min_size=1),
+  data=st.data(),
+)
+def test_selection_agrees_with_plain_python(values, data):
+  source = Source("s", [{"k": v} for v in values])
+  present = lambda v: v is not None and (not isinstance(v, str) or v.strip())
+  groups = {}
+  for i, v in enumerate(values):
+    # U arrays cannot hold trailing NULs: such texts are refused.
+    groups.setdefault(v if present(v) else (None, i), []).append(i)
+  if any(isinstance(v, str) and v.endswith("\0") for v in values):
+    return
+  found = filter_lib.grouped(source, "k")
+  assert [m.tolist() for m in found.members] == list(groups.values())
+  wanted = data.draw(st.sampled_from(values))
+  if present(wanted):
+    fits = [i for i, v in enumerate(values) if v == wanted]
+    assert kept(filter_lib.where(source, "k", wanted)) == fits
+  if all(not isinstance(v, str) for v in values):
+    low = data.draw(st.integers(-(2**63), 2**63 - 1))
+    fits = [i for i, v in enumerate(values) if v is not None and v >= low]
+    if fits:
+      assert kept(filter_lib.where(source, "k", (low, None))) == fits
+
+
+def test_identity():
+  class Sharded(list):
+    identity = "3f"
+
+  a = Source("s", Sharded([example(i) for i in range(12)]))
+  assert a.identity() == {"data": "3f", "records": 12, "members": None}
+  narrowed = [
+    filter_lib.where(a, "n", (3, 6)),
+    filter_lib.where(a, "n", (3, 7)),
+    filter_lib.part(a, (0, 0.5)),
+    filter_lib.grouped(a, "tag"),
+    filter_lib.grouped(a, "b"),
+    kinds.shuffled(a, "tag"),
+    Source("other", list(a.records)),
+  ]
+  told = [json.dumps(x.identity()) for x in [a, *narrowed]]
+  assert len(set(told)) == len(told)
+  again = filter_lib.where(Source("t", a.records), "n", (3, 6)).identity()
+  assert json.loads(json.dumps(again)) == narrowed[0].identity()
 
 
 def test_shuffled_keeps_the_faults(source):
@@ -275,6 +418,7 @@ def test_shuffled_keeps_the_faults(source):
 
 def test_captions_that_cannot_be():
   for text, kind in (
+    ("a\0b", "caption with NUL"),
     (b"\xff", "caption not UTF-8"),
     ("half \ud83d", "caption not UTF-8"),
     ("x" * 65537, "caption too long"),
@@ -283,3 +427,56 @@ def test_captions_that_cannot_be():
       captions.captions({"c": ["a", text]}, "c")
     assert e.value.kind == kind
   assert captions.captions({"c": "x" * 65536}, "c") == ["x" * 65536]
+  for nothing in ("", b" \n", None, [], ["", None, b"\t"], {"text": [""]}):
+    with pytest.raises(faults.BadExample) as e:
+      captions.captions({"c": nothing}, "c")
+    assert e.value.kind == "missing caption"
+  assert captions.captions({"c": ["", "a ", None, b"b"]}, "c") == ["a ", "b"]
+  for other in (3, [1], [["a"]], [{"raw": "a"}], np.zeros(2)):
+    with pytest.raises(errors.UserError, match="where a text or several"):
+      captions.captions({"c": other}, "c")
+
+
+def test_captions_of_one_image_are_filtered():
+  """Where a feature belongs to captions, an image keeps those that fit."""
+
+  class Captions:
+    """Two images; image i has captions i0, i1, i2 in three languages."""
+
+    def __init__(self, kept=(True,) * 6):
+      self.kept = np.array(kept)
+
+    def __len__(self):
+      return 2
+
+    def __getitem__(self, i):
+      texts = np.array([f"{i}{k}" for k in range(3)])
+      return {"captions": texts[self.kept[3 * i : 3 * i + 3]].tolist()}
+
+    def caption_column(self, name):
+      if name == "language":
+        return source_lib.as_column(["en", "de", None, "en", "", "fr"], "", "")
+      return None
+
+    def with_captions(self, kept):
+      return Captions(kept), kept.reshape(2, 3).any(1)
+
+  source = Source("s", Captions())
+  found = filter_lib.where(source, "language", "en")
+  assert list(kinds.all_captions(found, "captions")) == ["00", "10"]
+  found = filter_lib.where(source, "language", "fr")
+  assert list(kinds.all_captions(found, "captions")) == ["12"]
+  assert len(found) == 1 and found.numbers().tolist() == [1]
+  with pytest.raises(errors.UserError, match="for instance: de, en, fr"):
+    filter_lib.where(source, "language", "es")
+
+
+def test_a_source_needs_a_kind():
+  for section, words in (
+    ({}, "it has only: nothing"),
+    ({"kid": "tar", "shards": "x"}, "needs a kind, .*it has only: kid, shards"),
+    ({"kind": ["tar"]}, "kind="),
+  ):
+    with pytest.raises(errors.UserError, match=words) as e:
+      kinds.open_source(**section)
+    assert "\n" not in str(e.value)

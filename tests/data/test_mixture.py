@@ -198,7 +198,7 @@ def test_as_a_line_of_a_config(shapes_dir):
     ([part(0, 0.5), part(0, 0.5)], "source 1 of the mix is there already"),
     ([part(0, 0.5), dict(kind="mix")], "itself a mix"),
     ([part(0, 0.5), dict(kind="tfds", nam="x")], '"tfds" has no key "nam"'),
-    ([part(0, 0.5), dict(kin="tfds")], "source 1 of the mix needs: kind"),
+    ([part(0, 0.5), dict(kin="tfds")], "a source needs a kind.*only: kin"),
   ):
     with pytest.raises(errors.UserError, match=words):
       kinds.open_source("mix", sources=sources, weights=[1, 2])

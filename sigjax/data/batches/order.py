@@ -29,6 +29,13 @@ from sigjax import errors
 
 _IN_MEMORY = 1 << 16  # elements; the order of an epoch of more is computed
 
+# The version of the order is saved with the data position, because a run has to
+# go on with the order it began with. {version: rounds of the cipher that
+# permutes more than _IN_MEMORY elements}. With 4 rounds, neighbours of a shard
+# meet in a batch several times too often.
+ROUNDS = {1: 4, 2: 16}
+VERSION = 2
+
 
 def golden_step(unit: int) -> int:
   """Returns a number near unit / golden ratio that is coprime to unit.
@@ -116,6 +123,7 @@ class Order:
     batch_of: fn(place) -> (low, high), the places of the batch that holds it.
       No batch holds an element twice if n is as large as Sequence requires.
     shuffle: Whether to shuffle; otherwise each epoch is 0, 1, ..., n - 1.
+    version: A key of ROUNDS.
   """
 
   def __init__(
@@ -124,9 +132,10 @@ class Order:
     seed: tuple[int, ...],
     batch_of: Callable[[int], tuple[int, int]],
     shuffle: bool = True,
+    version: int = VERSION,
   ):
     self._n, self._seed, self._batch_of = n, seed, batch_of
-    self._shuffle = shuffle
+    self._shuffle, self._rounds = shuffle, ROUNDS[version]
     # The caches are used under the lock, so that not every thread fills them.
     self._lock = threading.RLock()
     self._permutation = functools.lru_cache(4)(self._make_permutation)
@@ -146,7 +155,7 @@ class Order:
       experimental.index_shuffle,
       max_index=self._n - 1,
       seed=int(seed.generate_state(1)[0]),
-      rounds=4,
+      rounds=self._rounds,
     )
 
   def _make_swaps(self, epoch: int) -> dict[int, int]:
@@ -226,6 +235,7 @@ class Sequence:
     batch_size: B.
     seed: 0 or more.
     shuffle: As in Order.
+    version: As in Order.
 
   Raises:
     UserError: A source has too few elements for its share of a batch.
@@ -238,17 +248,15 @@ class Sequence:
     batch_size: int,
     seed: int,
     shuffle: bool = True,
+    version: int = VERSION,
   ):
     self._batch_size = batch_size
     self._shares = Shares(weights, batch_size)
     self._orders = []
     for j, (name, n) in enumerate(sources):
       self._check(name, n, j, len(sources), shuffle)
-      self._orders.append(
-        Order(
-          n, (seed, j), functools.partial(self._shares.batch_of, j), shuffle
-        )
-      )
+      batch_of = functools.partial(self._shares.batch_of, j)
+      self._orders.append(Order(n, (seed, j), batch_of, shuffle, version))
     sizes = [n for _, n in sources]
     self._starts = [0, *itertools.accumulate(sizes)]
     self._rows = range(batch_size)

@@ -9,6 +9,8 @@ sequence of examples, and the position to resume from is one number, the step.
 from collections.abc import Callable, Iterator
 import functools
 import itertools
+import logging
+import threading
 import time
 from typing import Any
 import weakref
@@ -21,7 +23,9 @@ from sigjax.data.batches import order
 from sigjax.data.batches import tally as tally_lib
 from sigjax.data.batches.loader import Arrays, Batch, Loader
 from sigjax.data.faults import BadExample
-from sigjax.data.source import Example, Source
+from sigjax.data.source import Example, Source, spread
+
+log = logging.getLogger("sigjax")
 
 # fn(example, rng) -> example
 Preprocess = Callable[[Example, np.random.Generator], Example]
@@ -42,9 +46,14 @@ class TrainBatches:
   waited: float
 
   def __init__(
-    self, loader: Loader, identity: dict[str, Any], tally: tally_lib.Tally
+    self,
+    make_loader: Callable[[int], Loader],
+    identity: dict[str, Any],
+    tally: tally_lib.Tally,
   ):
-    self._live: list[Any] = [iter(loader)]
+    """See train_batches. make_loader takes the order's version."""
+    self._make_loader, self._order = make_loader, order.VERSION
+    self._live: list[Any] = [iter(make_loader(self._order))]
     self._identity, self._tally = identity, tally
     self._step = 0
     self.waited = 0.0
@@ -70,20 +79,41 @@ class TrainBatches:
 
   def get_state(self) -> dict[str, Any]:
     """Returns a small JSON-able dict; "step" is how many batches were taken."""
-    return {"step": self._step, **self._identity}
+    return {"step": self._step, "order": self._order, **self._identity}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Moves to a position from get_state(), in constant time.
 
+    Positions saved by older versions of sigjax are read, too: such a run goes
+    on with the order that it began with.
+
     Raises:
       UserError: The position is of another sequence of batches.
     """
+    state = {"order": 1, "source": self._identity["source"], **state}
+    if state["source"] != self._identity["source"]:
+      raise errors.UserError(
+        "the data position was saved with other data: "
+        f"{_difference(state['source'], self._identity['source'])}; give the "
+        "same shards and the same selection, or begin a new run, with init="
+      )
     for key, value in self._identity.items():
       if state.get(key) != value:
         raise errors.UserError(
           f"the data position was saved with {key}={state.get(key)}, "
           f"but now {key}={value}: the batches would be other ones"
         )
+    if state["order"] not in order.ROUNDS:
+      raise errors.UserError(
+        f"the data position was saved with order {state['order']}, but this "
+        f"version of sigjax knows {', '.join(map(str, order.ROUNDS))}; "
+        "update sigjax"
+      )
+    if state["order"] != self._order:
+      log.info("going on with the older order %d of this run", state["order"])
+      self._order = state["order"]
+      self._live.pop().close()
+      self._live.append(iter(self._make_loader(self._order)))
     grain.experimental.set_next_index(self._live[0], state["step"])
     self._step = state["step"]
 
@@ -93,17 +123,39 @@ def _close(live):
     live.pop().close()
 
 
+def _difference(saved: Any, now: Any, path: str = "source") -> str:
+  """Returns "path was X and is Y" for the first value that differs."""
+  if isinstance(saved, list) and isinstance(now, list):
+    saved, now = dict(enumerate(saved)), dict(enumerate(now))
+  if isinstance(saved, dict) and isinstance(now, dict):
+    for key in {**saved, **now}:
+      if saved.get(key) != now.get(key):
+        return _difference(saved.get(key), now.get(key), f"{path}.{key}")
+  return f"{path} was {saved} and is {now}"
+
+
 class EvalBatches:
   """A sized iterable over batches; see eval_batches."""
 
-  def __init__(self, loader: Loader, steps: int):
-    self._loader, self._steps = loader, steps
+  def __init__(
+    self,
+    make_loader: Callable[[tally_lib.Tally], Loader],
+    make_tally: Callable[[], tally_lib.Tally],
+    steps: int,
+  ):
+    self._make_loader, self._make_tally = make_loader, make_tally
+    self._tally, self._steps = make_tally(), steps
 
   def __len__(self) -> int:
     return self._steps
 
   def __iter__(self) -> Iterator[Arrays]:
-    return iter(self._loader)
+    self._tally = self._make_tally()
+    return iter(self._make_loader(self._tally))
+
+  def faults(self) -> dict[str, int]:
+    """Returns {kind: examples left out by this process} in the latest pass."""
+    return self._tally.faults()
 
 
 def train_batches(
@@ -150,31 +202,36 @@ def train_batches(
   """
   parts, weights = source.parts()
   sizes = [len(part) for part in parts]
-  sequence = order.Sequence(
-    [(part.name, n) for part, n in zip(parts, sizes)],
-    weights,
-    batch_size,
-    seed,
-    shuffle,
-  )
   tally = tally_lib.Tally(bad_fraction, source)
-  loader = Loader(
-    functools.partial(_load_good, source, sequence, preprocess, seed, tally),
-    batch_size=batch_size,
-    process_index=process_index,
-    process_count=process_count,
-    steps=None,
-    num_threads=num_threads,
-    prefetch=prefetch,
-  )
+
+  def make_loader(version: int) -> Loader:
+    sequence = order.Sequence(
+      [(part.name, n) for part, n in zip(parts, sizes)],
+      weights,
+      batch_size,
+      seed,
+      shuffle,
+      version,
+    )
+    return Loader(
+      functools.partial(_load_good, source, sequence, preprocess, seed, tally),
+      batch_size=batch_size,
+      process_index=process_index,
+      process_count=process_count,
+      steps=None,
+      num_threads=num_threads,
+      prefetch=prefetch,
+    )
+
   identity = {
     "seed": seed,
     "batch_size": batch_size,
     "elements": sizes,
     "weights": weights,
     "shuffle": shuffle,
+    "source": source.identity(),
   }
-  return TrainBatches(loader, identity, tally)
+  return TrainBatches(make_loader, identity, tally)
 
 
 def eval_batches(
@@ -184,15 +241,17 @@ def eval_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
+  bad_fraction: float = tally_lib.BAD_FRACTION,
   num_threads: int | None = None,
   prefetch: int = 2,
 ) -> EvalBatches:
   """Returns batches of all elements once, in order, over all processes.
 
-  Every process gets ceil(len(source) / B) batches. Rows past the end are zeros.
-  Of a group, the first member is shown. Random preprocessing depends on the
-  number of the element alone. Nothing is skipped: a figure is comparable only
-  if it is of the whole dataset.
+  Every process gets ceil(len(source) / B) batches. Of a group, the first member
+  is shown. Random preprocessing depends on the number of the element alone.
+
+  An example that cannot be used is left out: its row is zeros, its _mask False.
+  It is counted, so that results can tell how many were left out.
 
   Args:
     source: A Source that is no Mixture.
@@ -200,46 +259,64 @@ def eval_batches(
     batch_size: B.
     process_index: Which part of each batch this process loads.
     process_count: Into how many parts batches are split.
+    bad_fraction: The largest fraction of unusable examples, see tally.Tally.
     num_threads: How many threads load examples.
     prefetch: How many batches are held ready.
 
   Returns:
     A sized iterable that can be used several times, of {name: (b, ...),
-    "_mask": (b,) bool}. _mask is False for rows past the end.
+    "_mask": (b,) bool}. Rows of element i have _mask True if it can be used;
+    rows past the end have False.
 
   Raises:
     UserError: process_count does not divide B; the source is empty or a
-      Mixture. Also from next(): an example cannot be used.
+      Mixture. Also from next(): too many examples cannot be used.
   """
   source.check_evaluable()
-  n = len(source)
+  n, steps = len(source), -(-len(source) // batch_size)
+  blank = _Blank(source, preprocess)
 
-  def load(position):
-    real = position < n
-    index = min(position, n - 1)  # past the end: some element, for its shapes
+  def load(tally, position):
+    if position >= n:
+      return blank(), "a row past the end"
+    rng = np.random.default_rng(position)
     try:
-      example, where = _load(
-        source, source.pick(index), preprocess, np.random.default_rng(index)
-      )
+      example, where = _load(source, source.pick(position), preprocess, rng)
     except BadExample as e:
-      raise errors.UserError(
-        f"{e}; evaluation skips nothing: repair it or leave it out"
-      ) from e
-    if not real:
-      example = {key: np.zeros_like(value) for key, value in example.items()}
-    return {**example, "_mask": np.bool_(real)}, where
+      tally.bad(e)
+      return blank(), source.name_of(source.pick(position))
+    tally.good()
+    return {**example, "_mask": np.bool_(True)}, where
 
-  steps = -(-n // batch_size)
-  loader = Loader(
-    load,
-    batch_size=batch_size,
-    process_index=process_index,
-    process_count=process_count,
-    steps=steps,
-    num_threads=num_threads,
-    prefetch=prefetch,
-  )
-  return EvalBatches(loader, steps)
+  def make_loader(tally: tally_lib.Tally) -> Loader:
+    return Loader(
+      functools.partial(load, tally),
+      batch_size=batch_size,
+      process_index=process_index,
+      process_count=process_count,
+      steps=steps,
+      num_threads=num_threads,
+      prefetch=prefetch,
+    )
+
+  make_loader(tally_lib.Tally(bad_fraction, source))  # raises now, not later
+  make_tally = functools.partial(tally_lib.Tally, bad_fraction, source)
+  return EvalBatches(make_loader, make_tally, steps)
+
+
+class _Blank:
+  """Makes rows of zeros, shaped like the first example that can be used."""
+
+  def __init__(self, source: Source, preprocess: Preprocess):
+    self._source, self._preprocess = source, preprocess
+    self._lock, self._example = threading.Lock(), None
+
+  def __call__(self) -> Example:
+    with self._lock:
+      if self._example is None:
+        found = first_example(self._source, self._preprocess)
+        self._example = {key: np.zeros_like(v) for key, v in found.items()}
+    return {**self._example, "_mask": np.bool_(False)}
 
 
 def first_example(source: Source, preprocess: Preprocess) -> Arrays:
@@ -248,14 +325,14 @@ def first_example(source: Source, preprocess: Preprocess) -> Arrays:
   Of a mixture, one example of each part is read, and these have to be alike.
 
   Raises:
-    UserError: None of the first hundred examples can be used, or examples of
-      the parts are not alike.
+    UserError: None of a hundred examples from all over a part can be used, or
+      examples of the parts are not alike.
   """
   parts, _ = source.parts()
   found = Batch(len(parts))
   for j, part in enumerate(parts):
     fault = None
-    for i in range(min(len(part), 100)):
+    for i in spread(len(part)):
       rng = np.random.default_rng(0)
       try:
         found.put(j, *_load(part, part.pick(i), preprocess, rng))
@@ -264,7 +341,7 @@ def first_example(source: Source, preprocess: Preprocess) -> Arrays:
         fault = fault or e
     else:
       raise errors.UserError(
-        f"none of the first examples of {part.name} can be used: {fault}"
+        f"none of the examples tried of {part.name} can be used: {fault}"
       )
   return {key: value[0] for key, value in found.arrays().items()}
 

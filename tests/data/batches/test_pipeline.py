@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 
 from sigjax import errors
 from sigjax.data import filter as filter_lib
-from sigjax.data.batches import pipeline
+from sigjax.data.batches import order, pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.formats import tfds as tfds_lib
 from sigjax.data.source import Source
@@ -173,6 +173,53 @@ def test_state_of_other_batches_is_refused():
   ):
     with pytest.raises(errors.UserError, match="data position was saved with"):
       other.set_state(state)
+
+
+def test_a_run_of_an_older_version_goes_on_with_its_order(caplog):
+  n = 70_000  # so many that the order is computed
+  old = order.Sequence([("test", n)], [1.0], 4, 0, version=1)
+  # As it was saved before there were versions.
+  state = {
+    "step": 5,
+    "seed": 0,
+    "batch_size": 4,
+    "elements": [n],
+    "weights": [1.0],
+    "shuffle": True,
+  }
+  for _ in range(2):  # and again after the next restart
+    run = batches(n, 4)
+    next(run)
+    run.set_state(state)
+    step = state["step"]
+    want = [
+      [old.at(4 * s + r) for r in range(4)] for s in range(step, step + 3)
+    ]
+    assert take(run, 3)["i"].tolist() == want
+    state = json.loads(json.dumps(run.get_state()))
+    assert state["step"] == step + 3 and state["order"] == 1
+    run.close()
+  new = batches(n, 4).get_state()
+  assert new["order"] == order.VERSION
+  with pytest.raises(errors.UserError, match="with order 99.*update sigjax"):
+    batches(n, 4).set_state({**new, "order": 99})
+
+
+def test_other_data_of_the_same_size_is_refused():
+  def made(identity):
+    records = Counting(20)
+    records.identity = identity
+    return batches(Source("test", records), 4)
+
+  state = json.loads(json.dumps(made({"shards": "3f"}).get_state()))
+  made({"shards": "3f"}).set_state(state)
+  with pytest.raises(errors.UserError) as e:
+    made({"shards": "4a"}).set_state(state)
+  assert "source.data.shards was 3f and is 4a" in str(e.value)
+  half = filter_lib.where(source(20), "i", (0, 9))
+  other = filter_lib.where(source(20), "i", (10, 19))
+  with pytest.raises(errors.UserError, match="other data: source.members was"):
+    batches(other, 4).set_state(batches(half, 4).get_state())
 
 
 def test_groups():
@@ -369,9 +416,18 @@ def test_from_array_record_to_batches(tmp_path):
 
   bad = tfds_lib.tfds("pipeline_test_images", "bad", tmp_path)
   where = [i for i in range(16) if bad[i]["captions"][0] == b"5 0"]
+  data = pipeline.eval_batches(bad, fn, batch_size=5)
+  for _ in range(2):  # each pass counts anew
+    joined = list(data)
+    mask = np.concatenate([batch["_mask"] for batch in joined])
+    assert np.flatnonzero(~mask).tolist() == [*where, 16, 17, 18, 19]
+    images = np.concatenate([batch["image"] for batch in joined])
+    texts = np.concatenate([batch["text"] for batch in joined])
+    assert not images[~mask].any() and not texts[~mask].any()
+    assert sorted(images[mask][:, 4, 4, 1]) == sorted({*range(16)} - {5})
+    (count,) = data.faults().values()
+    assert count == 1
   with pytest.raises(errors.UserError) as e:
-    list(pipeline.eval_batches(bad, fn, batch_size=8))
-  assert str(e.value).startswith(
-    f"pipeline_test_images[bad][{where[0]}]: image cannot be decoded"
-  )
-  assert "evaluation skips nothing" in str(e.value)
+    list(pipeline.eval_batches(bad, fn, batch_size=8, bad_fraction=0))
+  assert str(e.value).startswith("1 of ")
+  assert f"(pipeline_test_images[bad][{where[0]}]: image cannot" in str(e.value)

@@ -279,11 +279,12 @@ def test_choice_takes_any_caption(captions):
 
 
 @pytest.mark.parametrize("op", ["choice", "first"])
-def test_one_caption_or_none(op):
+def test_one_caption(op):
   assert apply(f"{op}('c')", c=b"one")["text"] == "one"
   assert apply(f"{op}('c')", c="one")["text"] == "one"
-  for empty in ([], {"text": []}, ""):
-    assert apply(f"{op}('c')", c=empty)["text"] == ""
+  for empty in ([], {"text": []}, "", None, [" ", None]):
+    with pytest.raises(errors.UserError, match="no text"):
+      apply(f"{op}('c')", c=empty)
 
 
 def test_lower_tokenize_keep():
