@@ -131,6 +131,8 @@ def main(
       "config.tokenizer",
       workdir / "tokenizer.model",
       functools.partial(kinds.all_captions, source),
+      source.name,
+      any((workdir / "checkpoints").glob("[0-9]*")),
     )
   preprocess_fn = preprocess.parse(pp, tokenizer=tokens)
   batches = pipeline.train_batches(

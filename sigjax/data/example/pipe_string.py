@@ -31,13 +31,22 @@ def build(
     UserError: the string is not a pipe string, an op is unknown, or its
       arguments are wrong.
   """
+  return [_build(ops, *call, context) for call in calls(string)]
+
+
+def calls(string: str) -> list[tuple[str, list[Any], dict[Any, Any]]]:
+  """Returns (name, args, kwargs) of each op of a pipe string.
+
+  Raises:
+    UserError: the string is not a pipe string.
+  """
   if not isinstance(string, str):
     raise errors.UserError(
       f'preprocessing is a text of the form op|op(1, "a")|..., not {string!r}'
     )
   try:
     tree = ast.parse(string.strip(), mode="eval")
-    calls = list(_calls(tree.body, string))
+    return list(_calls(tree.body, string))
   except errors.UserError:
     raise
   except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
@@ -46,7 +55,6 @@ def build(
       f'"{_line(string)}" is not of the form op|op(1, "a")|...: '
       + _line(str(getattr(e, "msg", e)))
     ) from e
-  return [_build(ops, *call, context) for call in calls]
 
 
 def _calls(

@@ -11,7 +11,8 @@ Between `decode` and `value_range`, "image" is (h, w, 3) uint8. From `choice` or
 `first` to `tokenize`, "text" is a str.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import contextlib
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from sigjax import errors
 from sigjax.data.example import captions as captions_lib
 from sigjax.data.example import images, pipe_string
+from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.faults import BadExample
 
 Example = dict[str, Any]  # {feature: value}
@@ -434,3 +436,46 @@ def parse(string: str, **context: Any) -> Fn:
     return example
 
   return preprocess
+
+
+_TEXT_OPS = ("choice", "first", "lower", "tokenize")
+
+
+def cut_share(
+  brief: Callable[[int], Example],
+  numbers: Sequence[int] | np.ndarray,
+  pp: str,
+  tokenizer: Tokenizer,
+  sample: int = 1000,
+) -> float:
+  """Returns the share of texts that are longer than `tokenize` keeps.
+
+  Runs only the ops of `pp` that concern texts, so images are not needed.
+
+  Args:
+    brief: fn(number) -> the example, its image left out.
+    numbers: of all examples.
+    pp: pipe string.
+    tokenizer: of the run.
+    sample: the number of examples to look at, evenly spread.
+
+  Returns:
+    A fraction; 0 if no example could be read or `pp` has no `tokenize`.
+  """
+  cut = []
+
+  def count(text: str, length: int, pad: int = 1) -> np.ndarray:
+    cut.append(tokenizer.count(text) > length)
+    return tokenizer(text, length, pad)
+
+  built = pipe_string.build(pp, OPS, dict(tokenizer=count))
+  names = [name for name, _, _ in pipe_string.calls(pp)]
+  fns = [fn for name, fn in zip(names, built) if name in _TEXT_OPS]
+  rng = np.random.default_rng(0)
+  places = np.linspace(0, len(numbers) - 1, min(sample, len(numbers)))
+  for place in places.astype(int):
+    with contextlib.suppress(BadExample):
+      example = dict(brief(int(numbers[place])))
+      for fn in fns:
+        example = fn(example, rng)
+  return float(np.mean(cut)) if cut else 0.0
