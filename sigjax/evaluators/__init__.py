@@ -36,12 +36,15 @@ class Row(NamedTuple):
     value: a fraction, 0 to 1.
     chance: the value that random embeddings reach on average.
     n: the number of queries: images, or texts.
+    left_out: the number of further queries that cannot be used, such as images
+      that cannot be decoded.
   """
 
   metric: str
   value: float
   chance: float
   n: int
+  left_out: int = 0
 
 
 class Evaluator(Protocol):
