@@ -1,6 +1,6 @@
 """The program: trains, resumes and evaluates what a config describes.
 
-  python -m sigjax.train --config configs/siglip_emoji.py --workdir DIR
+python -m sigjax.train --config configs/siglip_emoji.py --workdir DIR
 """
 
 from collections.abc import Mapping, Sequence
@@ -134,6 +134,11 @@ def main(
       source.name,
       any((workdir / "checkpoints").glob("[0-9]*")),
     )
+  cut = preprocess.cut_share(source.brief, source.numbers(), pp, tokens)
+  if cut > 0:
+    log.info(
+      "%.1f %% of the captions are longer than tokenize keeps", 100 * cut
+    )
   preprocess_fn = preprocess.parse(pp, tokenizer=tokens)
   batches = pipeline.train_batches(
     source,
@@ -196,7 +201,7 @@ def main(
     times.resolve(evals or {}, "config.evals"),
     workdir,
     tokens,
-    {"pp_image": pp_image, "pp_text": pp_text},
+    dict(pp_image=pp_image, pp_text=pp_text, bad_fraction=bad_fraction),
     step_lib.make_embed(run.model, mesh_),
     mesh_,
   )
@@ -254,7 +259,9 @@ def main(
         stopping, save_failed = agree(stop.signal, saver.failed())
         if save_failed:
           saver.wait()  # logs why, and makes room; the next save may succeed
-        names = [k for k, every in evaluations.every.items() if due(step, every)]
+        names = [
+          k for k, every in evaluations.every.items() if due(step, every)
+        ]
         save = due(step, save_every) or step == total or stopping
         if save or names:
           report(*running)  # a step that is not finite is never saved
@@ -366,7 +373,7 @@ class _Reports:
 def _table(rows, step):
   return metrics_lib.table(
     [
-      (f"{name} {r.metric}", f"{r.value:.1%}", f"{r.chance:.2%}", r.n)
+      (f"{name} {r.metric}", f"{r.value:.1%}", f"{r.chance:.2%}", r.count())
       for name, r in rows
     ],
     (f"step {step}", "value", "chance", "n"),

@@ -46,6 +46,16 @@ class Row(NamedTuple):
   n: int
   left_out: int = 0
 
+  def count(self) -> str:
+    """Returns n for people, as "481" or "478, 3 left out"."""
+    return f"{self.n}" + f", {self.left_out} left out" * bool(self.left_out)
+
+  def __str__(self) -> str:
+    return (
+      f"{self.metric} {self.value:.1%} "
+      f"(chance {self.chance:.2%}, n {self.count()})"
+    )
+
 
 class Evaluator(Protocol):
   """What config.evals names.

@@ -80,7 +80,9 @@ def value(example: dict[str, Any], key: str, what: str) -> str | float | None:
   Raises:
     UserError: there is no such feature, or it holds several values.
   """
-  scalar = {k: _scalar(v) for k, v in example.items() if _is_scalar(v)}
+  scalar = {
+    k: _scalar(v) for k, v in example.items() if k != "image" and _is_scalar(v)
+  }
   return errors.pick(scalar, key, f"{what}: feature")
 
 
