@@ -9,7 +9,6 @@ import numpy as np
 
 from sigjax import errors
 from sigjax.data import kinds
-from sigjax.data.batches import tally
 from sigjax.data.example import captions as captions_lib
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
@@ -30,12 +29,12 @@ class Retrieval:
     data: keyword arguments of kinds.open_source.
     pp_image: preprocessing string that keeps "image".
     pp_text: preprocessing string of a caption given as "text".
+    bad_fraction: the largest fraction of examples that may be unusable. They
+      are left out, with captions that no other example of their group has.
     captions: the feature that holds the caption or captions.
     group: the feature whose value names the group; None: each example is a
       group, as is one without a value.
     batch_size: B of the embedding.
-    bad_fraction: the largest fraction of examples that may be unusable. They
-      are left out, with captions that no other example of their group has.
     ks: the k of recall at k.
   """
 
@@ -48,10 +47,10 @@ class Retrieval:
     data: dict[str, Any],
     pp_image: str,
     pp_text: str,
+    bad_fraction: float,
     captions: str = "captions",
     group: str | None = None,
     batch_size: int = 256,
-    bad_fraction: float = tally.BAD_FRACTION,
     ks: Sequence[int] = (1, 5, 10),
   ):
     self.source = kinds.open_source(**data)

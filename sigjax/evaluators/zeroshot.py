@@ -8,7 +8,6 @@ import numpy as np
 
 from sigjax import errors
 from sigjax.data import kinds
-from sigjax.data.batches import tally
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
 from sigjax.evaluators import Embed, Row, prompts, ranking
@@ -22,12 +21,12 @@ class ZeroShot:
     data: keyword arguments of kinds.open_source.
     pp_image: preprocessing string that keeps "image".
     pp_text: preprocessing string of a prompt given as "text".
+    bad_fraction: the largest fraction of examples that may be unusable; they
+      are left out, as are those without a class.
     label: the feature that holds the class.
     classes: one of prompts.CLASSES: where the names of the classes come from.
     templates: one of prompts.TEMPLATES.
     batch_size: B of the embedding.
-    bad_fraction: the largest fraction of examples that may be unusable; they
-      are left out, as are those without a class.
     ks: the k of top-k accuracy.
   """
 
@@ -40,11 +39,11 @@ class ZeroShot:
     data: dict[str, Any],
     pp_image: str,
     pp_text: str,
+    bad_fraction: float,
     label: str = "label",
     classes: str = "labels",
     templates: str = "plain",
     batch_size: int = 256,
-    bad_fraction: float = tally.BAD_FRACTION,
     ks: Sequence[int] = (1, 5, 10),
   ):
     self.source = kinds.open_source(**data)

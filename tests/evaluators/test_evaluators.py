@@ -136,11 +136,12 @@ PP = dict(
   pp_image="decode|value_range(-1,1)|keep('image')",
   pp_text="lower|tokenize(8)|keep('text')",
   batch_size=8,
+  bad_fraction=0.01,
 )
 
 
 def make(tokenizer, path=None, **section):
-  return evaluators.make("config.evals.x", path, tokenizer, {**section, **PP})
+  return evaluators.make("config.evals.x", path, tokenizer, {**PP, **section})
 
 
 def test_zeroshot(animals, tokenizer, mesh):
@@ -273,7 +274,12 @@ def embed_by_number(zimg, text_of):
   return embed
 
 
-RAW = dict(pp_image="keep('image')", pp_text="keep('text')", batch_size=16)
+RAW = dict(
+  pp_image="keep('image')",
+  pp_text="keep('text')",
+  batch_size=16,
+  bad_fraction=0.01,
+)
 
 
 def test_a_class_is_the_normalised_mean_of_its_prompts(mesh, monkeypatch):
@@ -451,7 +457,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
   for i in range(12):
     Image.new("RGB", (16, 16), (10 * (i % 6), 0, 0)).save(tmp_path / f"{i}.png")
   broken = tmp_path / "4.png"
-  broken.write_bytes(broken.read_bytes()[:60])
+  broken.write_bytes(broken.read_bytes()[:45])
   (tmp_path / "captions.jsonl").write_text(
     "".join(
       json.dumps(
@@ -468,6 +474,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
     (1.0, pytest.approx((2 * 8 + 2) / 10 / 10), 10, 2),
     (1.0, pytest.approx((2 * 8 + 2) / 10 / 10), 10, 1),
   ]
+  assert str(rows[0]).endswith("100.0% (chance 18.00%, n 10, 2 left out)")
   with pytest.raises(errors.UserError, match="bad_fraction=0.0001 allows"):
     make(tokenizer, type="retrieval", data=data, bad_fraction=0.0001).run(
       embed, mesh
