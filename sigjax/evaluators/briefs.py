@@ -18,7 +18,7 @@ from sigjax.data.source import Source
 
 Kept = TypeVar("Kept")
 
-_CHUNK = 1 << 12  # examples read at once, by several threads
+_CHUNK = 1 << 7  # examples that a thread reads at once
 
 
 def read(
@@ -52,6 +52,9 @@ def read(
     counted.good()
     return kept
 
+  def read_some(start: int) -> list[Kept | None]:
+    return [read_one(i) for i in range(start, min(start + _CHUNK, len(source)))]
+
   found: list[Kept | None] = []
   with (
     files.pool() as threads,
@@ -62,9 +65,8 @@ def read(
       desc=f"reading texts and labels of {source.name}",
     ) as bar,
   ):
-    for start in range(0, len(source), _CHUNK):
-      chunk = range(start, min(start + _CHUNK, len(source)))
-      found += threads.map(read_one, chunk)
+    for chunk in threads.map(read_some, range(0, len(source), _CHUNK)):
+      found += chunk
       bar.update(len(chunk))
   return found
 

@@ -68,16 +68,14 @@ class Retrieval:
     ]
     self._groups, _ = ranking.number(labels)  # of each image
     self._readable = np.array([x is not None for x in found])
-    pairs = list(
-      dict.fromkeys(
-        (int(group_id), text)
-        for group_id, x in zip(self._groups, found)
-        for text in (x[1] if x else ())
-      )
-    )
-    self._text_groups = np.array([group_id for group_id, _ in pairs], np.int32)
-    self.texts = [text for _, text in pairs]
-    self._strings, _ = ranking.number(self.texts)
+    texts = [text for x in found if x for text in x[1]]
+    strings, distinct = ranking.number(texts)
+    groups = np.repeat(self._groups, [len(x[1]) if x else 0 for x in found])
+    # A group has each of its texts once.
+    pairs = groups.astype(np.int64) * len(distinct) + strings
+    firsts = np.sort(np.unique(pairs, return_index=True)[1])
+    self._text_groups, self._strings = groups[firsts], strings[firsts]
+    self.texts = [texts[i] for i in firsts]
     self._pp_image, self._pp_text = pp_image, pp_text
     self._tokenizer, self._batch_size = tokenizer, batch_size
     self._bad_fraction, self._ks = bad_fraction, ks
