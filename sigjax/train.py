@@ -128,6 +128,13 @@ def main(
       "config.tokenizer",
       workdir / "tokenizer.model",
       functools.partial(kinds.all_captions, source),
+      source.name,
+      any((workdir / "checkpoints").glob("[0-9]*")),
+    )
+  cut = preprocess.cut_share(source.brief, source.numbers(), pp, tokens)
+  if cut > 0:
+    log.info(
+      "%.1f %% of the captions are longer than tokenize keeps", 100 * cut
     )
   preprocess_fn = preprocess.parse(pp, tokenizer=tokens)
   batches = pipeline.train_batches(
@@ -191,7 +198,7 @@ def main(
     times.resolve(evals or {}, "config.evals"),
     workdir,
     tokens,
-    {"pp_image": pp_image, "pp_text": pp_text},
+    dict(pp_image=pp_image, pp_text=pp_text, bad_fraction=bad_fraction),
     step_lib.make_embed(run.model, mesh_),
     mesh_,
   )
@@ -366,7 +373,7 @@ class _Reports:
 def _table(rows, step):
   return metrics_lib.table(
     [
-      (f"{name} {r.metric}", f"{r.value:.1%}", f"{r.chance:.2%}", r.n)
+      (f"{name} {r.metric}", f"{r.value:.1%}", f"{r.chance:.2%}", r.count())
       for name, r in rows
     ],
     (f"step {step}", "value", "chance", "n"),

@@ -36,12 +36,25 @@ class Row(NamedTuple):
     value: a fraction, 0 to 1.
     chance: the value that random embeddings reach on average.
     n: the number of queries: images, or texts.
+    left_out: the number of further queries that cannot be used, such as images
+      that cannot be decoded.
   """
 
   metric: str
   value: float
   chance: float
   n: int
+  left_out: int = 0
+
+  def count(self) -> str:
+    """Returns n for people, as "481" or "478, 3 left out"."""
+    return f"{self.n}" + f", {self.left_out} left out" * bool(self.left_out)
+
+  def __str__(self) -> str:
+    return (
+      f"{self.metric} {self.value:.1%} "
+      f"(chance {self.chance:.2%}, n {self.count()})"
+    )
 
 
 class Evaluator(Protocol):

@@ -1,9 +1,10 @@
-"""A picture for people: images with their five best captions."""
+"""A picture for people: images with their best captions."""
 
 import pathlib
 from typing import Any
 
 import jax
+from jaxtyping import UInt8
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,7 +14,12 @@ from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
 from sigjax.evaluators import Embed, Row, retrieval
 
-SIDE, WIDTH, LINE, GAP = 112, 400, 20, 12  # pixels: image, cell, text, margin
+COLUMNS = 3
+SIDE, WIDTH, LINE, GAP = 112, 420, 20, 12  # pixels: image, cell, text, margin
+INK, GREEN, LIGHT_GREEN = (90, 90, 90), (0, 90, 0), (205, 240, 205)
+LEGEND = (
+  "Each image with its best captions; the number is their cosine similarity."
+)
 
 
 class Picture:
@@ -25,9 +31,13 @@ class Picture:
     count: the number of examples, evenly spread over the split.
     best: the number of captions of each.
     **options: keyword arguments of Retrieval.
+
+  Attributes:
+    path: the PNG; the primary process has written it when run() returns.
   """
 
   source: Source
+  path: pathlib.Path
 
   def __init__(
     self,
@@ -42,44 +52,86 @@ class Picture:
       retrieval.Retrieval, options, "config of the picture", tokenizer
     )
     self.source = self._retrieval.source
-    self._path, self._count, self._best = path, count, best
+    self.path, self._count, self._best = path, count, best
 
   def run(self, embed: Embed, mesh: jax.sharding.Mesh) -> list[Row]:
     """Writes the picture. Returns no rows."""
     del mesh
-    r = self._retrieval
-    zimg, ztxt = r.embed(embed)
-    chosen = np.unique(np.linspace(0, len(zimg) - 1, self._count).astype(int))
-    columns = 3
-    rows = -(-len(chosen) // columns)
-    sheet = Image.new(
-      "RGB", (columns * WIDTH + GAP, rows * (SIDE + GAP) + GAP), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    for place, i in enumerate(chosen):
-      y, x = divmod(place, columns)
-      x, y = GAP + x * WIDTH, GAP + y * (SIDE + GAP)
-      image = Image.fromarray(images.decode(r.source[int(i)]["image"]))
-      sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
-      for line, j in enumerate(np.argsort(-ztxt @ zimg[i])[: self._best]):
-        right = r.text_ids[j] == r.image_ids[i]
-        top = y + line * LINE + 4
-        if right:
-          draw.rectangle(
-            (x + SIDE + 6, top - 1, x + WIDTH - GAP, top + 17),
-            fill=(205, 240, 205),
-          )
-        text = full = r.texts[j]["text"]
-        while draw.textlength(text, font) > WIDTH - SIDE - 2 * GAP - 16:
-          full = full[:-1]
-          text = full.rstrip() + "…"
-        draw.text(
-          (x + SIDE + 10, top),
-          text,
-          font=font,
-          fill=(0, 90, 0) if right else (90, 90, 90),
+    zimg, ztxt, use_image, use_text = self._retrieval.embed(embed)
+    if jax.process_index() > 0:
+      return []
+    numbers, texts = np.flatnonzero(use_image), np.flatnonzero(use_text)
+    right, _ = self._retrieval.right(numbers, texts)
+    places = np.linspace(0, len(numbers) - 1, self._count).astype(int)
+    cells = []
+    for place in np.unique(places).tolist():
+      number = int(numbers[place])
+      scores = ztxt[texts] @ zimg[number]
+      cells.append(
+        (
+          images.decode(self.source[number]["image"]),
+          [
+            (self._retrieval.texts[texts[j]], scores[j], j in right[place])
+            for j in np.argsort(-scores)[: self._best]
+          ],
         )
-    if jax.process_index() == 0:
-      sheet.save(self._path)
+      )
+    _draw(cells).save(self.path)
     return []
+
+
+def _draw(
+  cells: list[tuple[UInt8[np.ndarray, "h w 3"], list[tuple[str, float, bool]]]],
+) -> Image.Image:
+  """Draws images with (caption, score, whether it is right) beside them."""
+  lines = max([len(captions) for _, captions in cells], default=0)
+  height = max(SIDE, lines * LINE + 4) + GAP
+  rows = -(-len(cells) // COLUMNS)
+  sheet = Image.new(
+    "RGB", (COLUMNS * WIDTH + GAP, rows * height + 2 * GAP + LINE), "white"
+  )
+  draw = ImageDraw.Draw(sheet)
+  font = ImageFont.load_default(14)
+  draw.text((GAP, GAP - 4), LEGEND, font=font, fill=INK)
+  x = GAP + draw.textlength(LEGEND, font) + GAP
+  draw.rectangle((x, GAP - 5, x + 86, GAP + 13), fill=LIGHT_GREEN)
+  draw.text((x + 4, GAP - 4), "a right one", font=font, fill=GREEN)
+  for place, (pixels, captions) in enumerate(cells):
+    row, column = divmod(place, COLUMNS)
+    left, top = GAP + column * WIDTH, GAP + LINE + row * height
+    # The whole image, in its own shape, on a grey square.
+    draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), fill="#eeeeee")
+    h, w = pixels.shape[:2]
+    scale = SIDE / max(h, w)
+    size = max(1, round(w * scale)), max(1, round(h * scale))
+    small = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+    sheet.paste(
+      small, (left + (SIDE - size[0]) // 2, top + (SIDE - size[1]) // 2)
+    )
+    for line, (caption, score, right) in enumerate(captions):
+      x, y = left + SIDE + 10, top + line * LINE + 4
+      if right:
+        draw.rectangle(
+          (x - 4, y - 1, left + WIDTH - GAP, y + 17), fill=LIGHT_GREEN
+        )
+      fill = GREEN if right else INK
+      draw.text((x, y), f"{score:.2f}", font=font, fill=fill)
+      room = WIDTH - SIDE - GAP - 10 - 40
+      draw.text(
+        (x + 38, y), _cut(caption, draw, font, room), font=font, fill=fill
+      )
+  return sheet
+
+
+def _cut(
+  text: str,
+  draw: ImageDraw.ImageDraw,
+  font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+  room: float,
+) -> str:
+  """Returns as much of a text as fits into `room` pixels, as one line."""
+  text = whole = " ".join(text.split())[:200]
+  while draw.textlength(text, font) > room:
+    whole = whole[:-1]
+    text = whole.rstrip() + "…"
+  return text

@@ -20,9 +20,27 @@ from sigjax.evaluators import Embed
 BLOCK = 1024  # queries compared at a time, on all devices together
 
 
+class Texts:
+  """Texts as the records of a Source."""
+
+  def __init__(self, texts: Sequence[str]):
+    self._texts = texts
+
+  def __len__(self) -> int:
+    return len(self._texts)
+
+  def __getitem__(self, i: int) -> dict[str, str]:
+    return dict(text=self._texts[i])
+
+
 def embed_all(
-  embed: Embed, source: Source, pp: str, tokenizer: Tokenizer, batch_size: int
-) -> Float[np.ndarray, "N E"]:
+  embed: Embed,
+  source: Source,
+  pp: str,
+  tokenizer: Tokenizer,
+  batch_size: int,
+  bad_fraction: float,
+) -> tuple[Float[np.ndarray, "N E"], Bool[np.ndarray, " N"]]:
   """Embeds every example of a source once, in order.
 
   Args:
@@ -31,16 +49,19 @@ def embed_all(
     pp: preprocessing string that keeps "image" or "text".
     tokenizer: for its tokenize op.
     batch_size: B.
+    bad_fraction: the largest fraction of examples that may be unusable.
 
   Returns:
-    (N, E) float32, on every process.
+    The embeddings, float32, and which of them are of usable examples. Every
+    process gets all of them.
   """
   fn = preprocess.parse(pp, tokenizer=tokenizer)
-  rows = []
+  rows, usable = [], []
   for batch in pipeline.eval_batches(
     source,
     fn,
     batch_size=batch_size,
+    bad_fraction=bad_fraction,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   ):
@@ -48,19 +69,19 @@ def embed_all(
     zimg, ztxt = embed(**batch)
     z = zimg if ztxt is None else ztxt
     z, mask = multihost_utils.process_allgather((z, mask), tiled=True)
-    rows.append(np.asarray(z)[np.asarray(mask)])
-  return np.concatenate(rows)
+    rows.append(np.asarray(z))
+    usable.append(np.asarray(mask))
+  n = len(source)  # the last batch may go on past it
+  return np.concatenate(rows)[:n], np.concatenate(usable)[:n]
 
 
 @jax.jit
 def _ranks(
   queries: Float[Array, "n E"],
   keys: Float[Array, "M E"],
-  query_ids: Int[Array, " n"],
-  key_ids: Int[Array, " M"],
+  right: Bool[Array, "n M"],
 ) -> Int[Array, " n"]:
   scores = jnp.matmul(queries, keys.T, precision="highest")
-  right: Bool[Array, "n M"] = query_ids[:, None] == key_ids[None, :]
   best = jnp.max(jnp.where(right, scores, -jnp.inf), axis=1, keepdims=True)
   # Not "scores >= best": with a NaN every wrong key must count as better.
   return jnp.sum(~right & ~(scores < best), axis=1)
@@ -69,20 +90,18 @@ def _ranks(
 def ranks(
   queries: Float[np.ndarray, "N E"],
   keys: Float[np.ndarray, "M E"],
-  query_ids: Int[np.ndarray, " N"],
-  key_ids: Int[np.ndarray, " M"],
+  right: Sequence[Int[np.ndarray, " r"]],
   mesh: jax.sharding.Mesh,
 ) -> Int[np.ndarray, " N"]:
   """Counts the wrong keys that score at least as high as the best right key.
 
-  A tie counts against the query: a model whose embeddings are all equal ranks
-  last, not first.
+  A tie with a wrong key counts against the query: a model whose embeddings are
+  all equal ranks last, not first.
 
   Args:
     queries: unit rows.
     keys: unit rows.
-    query_ids: see key_ids.
-    key_ids: a key is right for a query if their ids are equal.
+    right: the numbers of the right keys of each query.
     mesh: the devices; each takes a share of the queries, BLOCK at a time.
 
   Returns:
@@ -90,17 +109,20 @@ def ranks(
   """
   block = max(BLOCK // mesh.size, 1) * mesh.size
   part = block // jax.process_count()
+  first = part * jax.process_index()  # of this process, in each block
   found = []
   for start in range(0, len(queries), block):
-    q, ids = queries[start : start + block], query_ids[start : start + block]
-    short = block - len(q)
-    q, ids = np.pad(q, ((0, short), (0, 0))), np.pad(ids, (0, short))
-    mine = slice(part * jax.process_index(), part * (jax.process_index() + 1))
-    q, ids = sharding.put_batch((q[mine], ids[mine]), mesh)
+    q = np.zeros((part, queries.shape[1]), queries.dtype)
+    is_right = np.zeros((part, len(keys)), bool)
+    mine = slice(start + first, min(start + first + part, start + block))
+    q[: len(queries[mine])] = queries[mine]
+    for row, numbers in enumerate(right[mine]):
+      is_right[row, numbers] = True
+    q, is_right = sharding.put_batch((q, is_right), mesh)
     rank = multihost_utils.process_allgather(
-      _ranks(q, keys, ids, key_ids), tiled=True
+      _ranks(q, keys, is_right), tiled=True
     )
-    found.append(np.asarray(rank)[: block - short])
+    found.append(np.asarray(rank)[: len(queries) - start])
   return np.concatenate(found)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sigjax import errors
 from sigjax.data import kinds
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
@@ -20,6 +21,8 @@ class ZeroShot:
     data: keyword arguments of kinds.open_source.
     pp_image: preprocessing string that keeps "image".
     pp_text: preprocessing string of a prompt given as "text".
+    bad_fraction: the largest fraction of examples that may be unusable; they
+      are left out, as are those without a class.
     label: the feature that holds the class.
     classes: one of prompts.CLASSES: where the names of the classes come from.
     templates: one of prompts.TEMPLATES.
@@ -36,6 +39,7 @@ class ZeroShot:
     data: dict[str, Any],
     pp_image: str,
     pp_text: str,
+    bad_fraction: float,
     label: str = "label",
     classes: str = "labels",
     templates: str = "plain",
@@ -43,41 +47,44 @@ class ZeroShot:
     ks: Sequence[int] = (1, 5, 10),
   ):
     self.source = kinds.open_source(**data)
-    self.image_ids, texts = prompts.classes(
-      self.source, label, classes, templates
+    self.source.check_evaluable()
+    self._labels, prompts_of = prompts.classes(
+      self.source, label, classes, templates, bad_fraction
     )
-    self.num_classes = len(texts)
-    self.texts = Source(
-      "prompts", [dict(text=text) for names in texts for text in names]
+    self._num_classes = len(prompts_of)
+    self._texts = [text for texts in prompts_of for text in texts]
+    self._text_classes = np.repeat(
+      np.arange(len(prompts_of)), [len(texts) for texts in prompts_of]
     )
-    self.text_ids = np.repeat(
-      np.arange(len(texts)), [len(names) for names in texts]
-    )
-    self.pp_image, self.pp_text = pp_image, pp_text
-    self.tokenizer, self.batch_size, self.ks = tokenizer, batch_size, ks
+    self._pp_image, self._pp_text = pp_image, pp_text
+    self._tokenizer, self._batch_size = tokenizer, batch_size
+    self._bad_fraction, self._ks = bad_fraction, ks
 
   def run(self, embed: Embed, mesh: jax.sharding.Mesh) -> list[Row]:
     """Returns the accuracies; see Evaluator.run."""
-    zimg, ztxt = (
-      ranking.embed_all(embed, source, pp, self.tokenizer, self.batch_size)
-      for source, pp in (
-        (self.source, self.pp_image),
-        (self.texts, self.pp_text),
-      )
+    args = self._tokenizer, self._batch_size, self._bad_fraction
+    zimg, good = ranking.embed_all(embed, self.source, self._pp_image, *args)
+    ztxt, _ = ranking.embed_all(
+      embed, Source("prompts", ranking.Texts(self._texts)), self._pp_text, *args
     )
-    heads = np.zeros((self.num_classes, ztxt.shape[1]), np.float32)
-    np.add.at(heads, self.text_ids, ztxt)
+    used = good & (self._labels >= 0)
+    heads = np.zeros((self._num_classes, ztxt.shape[1]), np.float32)
+    np.add.at(heads, self._text_classes, ztxt)
     heads /= np.linalg.norm(heads, axis=1, keepdims=True) + 1e-8
-    rank = ranking.ranks(
-      zimg, heads, self.image_ids, np.arange(self.num_classes), mesh
-    )
+    if not used.any():
+      raise errors.UserError(
+        f"{self.source.name} has no example that can be evaluated"
+      )
+    right = list(self._labels[used][:, None])
+    rank = ranking.ranks(zimg[used], heads, right, mesh)
     return [
       Row(
-        f"{self.num_classes}-way top-{k}",
+        f"{self._num_classes}-way top-{k}",
         float(np.mean(rank < k)),
-        k / self.num_classes,
-        len(zimg),
+        k / self._num_classes,
+        len(rank),
+        int(np.sum(~used)),
       )
-      for k in self.ks
-      if k <= self.num_classes
+      for k in self._ks
+      if k <= self._num_classes
     ]

@@ -1,7 +1,9 @@
 """Recall and accuracy against brute force and answers known by construction."""
 
 import io
+import json
 import math
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,8 @@ def test_ranks(mesh, n, m):
   keys = rng.normal(size=(m, 8)).astype(np.float32)
   key_ids = rng.integers(0, 6, m)
   query_ids = rng.choice(key_ids, n)
-  got = ranking.ranks(queries, keys, query_ids, key_ids, mesh)
+  right = [np.flatnonzero(key_ids == i) for i in query_ids]
+  got = ranking.ranks(queries, keys, right, mesh)
   # A rank counts the wrong keys before the first right one.
   np.testing.assert_array_equal(
     got, brute_force_ranks(queries, keys, query_ids, key_ids)
@@ -46,10 +49,16 @@ def test_ranks(mesh, n, m):
 
 
 def test_equal_and_nan_embeddings_are_worth_nothing(mesh):
-  ids = np.arange(10)
+  right = list(np.arange(10)[:, None])
   for value in (0.5, np.nan):
     z = np.full((10, 4), value, np.float32)
-    np.testing.assert_array_equal(ranking.ranks(z, z, ids, ids, mesh), 9)
+    np.testing.assert_array_equal(ranking.ranks(z, z, right, mesh), 9)
+
+
+def test_without_a_right_key_the_rank_is_the_worst(mesh):
+  z = np.eye(4, dtype=np.float32)
+  right = [np.array([0]), np.array([], int), np.array([2, 3]), np.array([1])]
+  assert ranking.ranks(z, z, right, mesh).tolist() == [0, 4, 0, 3]
 
 
 def test_chance_is_what_random_scores_reach(mesh):
@@ -127,11 +136,12 @@ PP = dict(
   pp_image="decode|value_range(-1,1)|keep('image')",
   pp_text="lower|tokenize(8)|keep('text')",
   batch_size=8,
+  bad_fraction=0.01,
 )
 
 
 def make(tokenizer, path=None, **section):
-  return evaluators.make("config.evals.x", path, tokenizer, {**section, **PP})
+  return evaluators.make("config.evals.x", path, tokenizer, {**PP, **section})
 
 
 def test_zeroshot(animals, tokenizer, mesh):
@@ -144,7 +154,8 @@ def test_zeroshot(animals, tokenizer, mesh):
       embed, mesh
     )
     assert [row[0] for row in rows] == ["6-way top-1", "6-way top-5"]
-    _, value, by_chance, n = rows[0]
+    _, value, by_chance, n, left_out = rows[0]
+    assert left_out == 0
     assert value == pytest.approx(17 / 18) and n == 18
     assert by_chance == pytest.approx(1 / 6)
 
@@ -154,7 +165,7 @@ def test_retrieval(animals, tokenizer, mesh):
   evaluator = make(
     tokenizer, type="retrieval", data=animals, group="concept", ks=(1, 2)
   )
-  rows = {row[0]: row[1:] for row in evaluator.run(embed, mesh)}
+  rows = {row.metric: row[1:4] for row in evaluator.run(embed, mesh)}
   # 12 texts, two of each animal; 18 images, three of each animal.
   value, by_chance, n = rows["image->text recall@1"]
   assert (value, n) == (pytest.approx(17 / 18), 18)
@@ -166,11 +177,12 @@ def test_retrieval(animals, tokenizer, mesh):
   value, by_chance, n = rows["text->image recall@1"]
   assert (value, n) == (pytest.approx(10 / 12), 12)
   assert by_chance == pytest.approx(3 / 18)
-  # Without groups each image has its own captions only: nothing tells which.
+  # Without groups each caption is there three times, and all are right.
   rows = make(tokenizer, type="retrieval", data=animals, ks=(1,)).run(
     embed, mesh
   )
-  assert rows[0][1] == 0 and rows[0][2] == pytest.approx(2 / 36)
+  assert rows[0].value == pytest.approx(17 / 18)
+  assert rows[0].chance == pytest.approx(6 / 36)
 
 
 def test_picture(animals, tokenizer, mesh, tmp_path):
@@ -179,20 +191,294 @@ def test_picture(animals, tokenizer, mesh, tmp_path):
     tokenizer, path, type="picture", data=animals, group="concept", count=5
   )
   assert picture.run(lookup_embed(tokenizer, NAMES), mesh) == []
+  assert picture.path == path
   image = np.asarray(Image.open(path)).astype(int)
-  green = (image == (205, 240, 205)).all(-1).any(-1)
+  green = (image == (205, 240, 205)).all(-1)[50:].any(-1)  # below the legend
   assert green.any() and not green.all()  # right ones are marked
+
+
+def test_a_picture_shows_whole_images_in_their_own_shape(
+  tokenizer, mesh, tmp_path
+):
+  for i, size in enumerate([(200, 50), (20, 80)]):
+    Image.new("RGB", size, "blue").save(tmp_path / f"{i}.png")
+  (tmp_path / "captions.csv").write_text(
+    'file,caption\n0.png,"a cow\n\nwith a break"\n1.png,' + "dog " * 5000 + "\n"
+  )
+  picture = make(
+    tokenizer,
+    tmp_path / "sheet.png",
+    type="picture",
+    data=dict(kind="folder", path=str(tmp_path)),
+  )
+
+  def embed(image=None, text=None):
+    z = jnp.ones((len(image if text is None else text), 2))
+    return (z, None) if text is None else (None, z)
+
+  picture._retrieval._pp_image = "decode|resize(16)|keep('image')"
+  picture.run(embed, mesh)
+  pixels = np.asarray(Image.open(picture.path)).astype(int)
+  blue = (abs(pixels - (0, 0, 255)) < 40).all(-1)
+  shapes = []
+  for half in np.split(blue[:, :840], 2, axis=1):
+    y, x = np.nonzero(half)
+    shapes.append((np.ptp(y) + 1, np.ptp(x) + 1))
+  assert shapes == [(28, 112), (112, 28)]
 
 
 def test_prompts():
   records = [
     dict(c=b"x", captions=[b"one", b"two"]),
     dict(c=b"y", captions=[b"three"]),
+    dict(c=None, captions=[b"five"]),
     dict(c=b"x", captions=[b"one", b"four"]),
+    dict(c=b"y", captions=[b"\xff"]),
   ]
-  ids, texts = prompts.classes(Source("s", records), "c", "captions", "plain")
-  assert ids.tolist() == [0, 1, 0]
+  ids, texts = prompts.classes(
+    Source("s", records), "c", "captions", "plain", 0.01
+  )
+  assert ids.tolist() == [0, 1, -1, 0, -1]
   assert texts == [["one", "two", "four"], ["three"]]
+  records = [dict(label=np.int64(i), image=b"") for i in (1, 0, -1, 2)]
+  source = Source("s", records, label_names=dict(label=["a_b", "c"]))
+  ids, texts = prompts.classes(source, "label", "labels", "photo", 0.01)
+  assert ids.tolist() == [1, 0, -1, -1]
+  assert texts[0][:2] == ["a b", "a a b"] and len(texts[0]) == 7
+
+
+def unit(rng, *shape):
+  z = rng.normal(size=shape).astype(np.float32)
+  return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def opened(monkeypatch, source):
+  monkeypatch.setitem(kinds.SOURCES, "made", lambda: lambda: source)
+  return dict(kind="made")
+
+
+def embed_by_number(zimg, text_of):
+  """Embeds image i as zimg[i] and a text as text_of(text).
+
+  Preprocessing has to hand over the number as "image" and the text as it is.
+  """
+
+  def embed(image=None, text=None):
+    if text is None:
+      return jnp.asarray(zimg[np.asarray(image)]), None
+    blank = np.zeros(zimg.shape[1], np.float32)  # a row past the end
+    return None, jnp.asarray(
+      np.stack([text_of(str(t)) if t else blank for t in text])
+    )
+
+  return embed
+
+
+RAW = dict(
+  pp_image="keep('image')",
+  pp_text="keep('text')",
+  batch_size=16,
+  bad_fraction=0.01,
+)
+
+
+def test_a_class_is_the_normalised_mean_of_its_prompts(mesh, monkeypatch):
+  rng = np.random.default_rng(0)
+  names = [f"n{i}" for i in range(12)]
+  # Prompts of later classes agree less, so that their means are shorter; the
+  # last prompt is a poor one.
+  z = {}
+  for i, name in enumerate(names):
+    centre = unit(rng, 6)
+    for form in prompts.TEMPLATES["photo"]:
+      text = centre + 0.15 * i * unit(rng, 6)
+      if form == prompts.TEMPLATES["photo"][-1]:
+        text = centre + 2 * unit(rng, 6)
+      z[form.format(name)] = (text / np.linalg.norm(text)).astype(np.float32)
+  zimg, labels = unit(rng, 300, 6), rng.integers(0, 12, 300)
+  source = Source(
+    "made",
+    [dict(image=np.int32(i), label=int(c)) for i, c in enumerate(labels)],
+    label_names=dict(label=names),
+  )
+  options = dict(
+    RAW, type="zeroshot", data=opened(monkeypatch, source), templates="photo"
+  )
+  rows = evaluators.make("x", None, None, options).run(
+    embed_by_number(zimg, z.__getitem__), mesh
+  )
+  each = np.stack(
+    [[z[f.format(n)] for f in prompts.TEMPLATES["photo"]] for n in names]
+  )
+  mean = each.mean(1)
+
+  def accuracies(heads):
+    order = np.argsort(-zimg @ heads.T, axis=1)
+    return [(order[:, :k] == labels[:, None]).any(1).mean() for k in (1, 5, 10)]
+
+  want = accuracies(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+  assert [row.value for row in rows] == pytest.approx(want)
+  for other in (mean, each[:, -1], each[:, 0]):  # the data tells these apart
+    assert accuracies(other)[0] != pytest.approx(want[0])
+
+
+def test_equal_captions_are_equally_right(mesh, monkeypatch):
+  """A perfect model has a recall of 1, though captions repeat."""
+  captions = [["a dog", "my pet"], ["a dog"], ["a cow"], ["my pet"], ["a cow"]]
+  source = Source(
+    "made",
+    [dict(image=np.int32(i), captions=c) for i, c in enumerate(captions)],
+  )
+  names = ["a dog", "my pet", "a cow"]
+  eye = np.eye(3, dtype=np.float32)
+  embed = embed_by_number(
+    eye[[0, 0, 2, 1, 2]], lambda text: eye[names.index(text)]
+  )
+  options = dict(
+    RAW, type="retrieval", data=opened(monkeypatch, source), ks=(1,)
+  )
+  rows = evaluators.make("x", None, None, options).run(embed, mesh)
+  assert [row.value for row in rows] == [1, 1]
+  # Of 6 captions those of dogs and pets (4, 2, 2, 2, 2) are right.
+  assert rows[0].chance == pytest.approx((4 + 2 + 2 + 2 + 2) / 5 / 6)
+  assert [row.n for row in rows] == [5, 6]
+
+
+@pytest.mark.parametrize("group", [None, "g"])
+def test_recall_is_that_of_brute_force(mesh, monkeypatch, group):
+  rng = np.random.default_rng(3)
+  n = 60
+  words = [f"w{i}" for i in range(40)]
+  z = dict(zip(words, unit(rng, 40, 4)))
+  records = []
+  for i in range(n):
+    texts = list(rng.choice(words, rng.integers(1, 4)))
+    label = None if i % 10 == 3 else int(rng.integers(15))
+    records.append(dict(image=np.int32(i), captions=texts, g=label))
+  records[7]["captions"] = [b"\xff"]  # left out
+  zimg = unit(rng, n, 4)
+  data = opened(monkeypatch, Source("made", records))
+  options = dict(RAW, type="retrieval", data=data, group=group, ks=(1, 5))
+  rows = evaluators.make("x", None, None, options).run(
+    embed_by_number(zimg, z.__getitem__), mesh
+  )
+
+  good = [i for i in range(n) if i != 7]
+  same = lambda i, j: (
+    i == j
+    or (
+      group is not None
+      and records[i]["g"] is not None
+      and records[i]["g"] == records[j]["g"]
+    )
+  )
+  texts = []  # each caption once for each group
+  for i in good:
+    for text in records[i]["captions"]:
+      if not any(t == text and same(i, j) for j, t in texts):
+        texts.append((i, text))
+  is_right = np.array(
+    [
+      [
+        any(t == u and same(i, j) for j in good for u in records[j]["captions"])
+        for _, t in texts
+      ]
+      for i in good
+    ]
+  )
+  scores = zimg[good] @ np.stack([z[t] for _, t in texts]).T
+  want = []
+  for s, right in ((scores, is_right), (scores.T, is_right.T)):
+    best = np.where(right, s, -9).max(1, keepdims=True)
+    rank = (~right & (s >= best)).sum(1)
+    want += [(rank < 1).mean(), (rank < 5).mean()]
+  assert [row.value for row in rows] == pytest.approx(want)
+  assert [row.n for row in rows] == [59, 59, len(texts), len(texts)]
+  assert [row.left_out for row in rows] == [1, 1, 0, 0]
+
+
+class Unreadable:
+  """Records whose images must not be read."""
+
+  def __init__(self, n):
+    self._n = n
+
+  def __len__(self):
+    return self._n
+
+  def __getitem__(self, i):
+    raise AssertionError("the image was read")
+
+  def brief(self, i):
+    return dict(captions=[f"text {i}"], label=i % 6, concept=f"c{i % 6}")
+
+
+SECTIONS = [
+  dict(type="retrieval"),
+  dict(type="retrieval", group="concept"),
+  dict(type="zeroshot"),
+  dict(type="zeroshot", label="concept", classes="captions"),
+  dict(type="picture", group="concept"),
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_images_are_not_read_to_begin_with(monkeypatch, section):
+  source = Source("made", Unreadable(100), label_names=dict(label=NAMES))
+  data = opened(monkeypatch, source)
+  evaluators.make("x", None, None, dict(RAW, data=data, **section))
+
+
+class Large:
+  """Records of a megabyte, that cannot be read without their images."""
+
+  def __len__(self):
+    return 300
+
+  def __getitem__(self, i):
+    return dict(
+      image=bytes(1 << 20), captions=[f"text {i}"], label=0, concept="c"
+    )
+
+
+@pytest.mark.parametrize("section", SECTIONS[1:4])
+def test_images_are_not_held(monkeypatch, section):
+  source = Source("made", Large(), label_names=dict(label=NAMES))
+  data = opened(monkeypatch, source)
+  tracemalloc.start()
+  evaluators.make("x", None, None, dict(RAW, data=data, **section))
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 100 << 20
+
+
+def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
+  """A real folder with a truncated image and a caption that is none."""
+  for i in range(12):
+    Image.new("RGB", (16, 16), (10 * (i % 6), 0, 0)).save(tmp_path / f"{i}.png")
+  broken = tmp_path / "4.png"
+  broken.write_bytes(broken.read_bytes()[:45])
+  (tmp_path / "captions.jsonl").write_text(
+    "".join(
+      json.dumps(
+        dict(file=f"{i}.png", caption=NAMES[i % 6] if i != 5 else "x" * 70_000)
+      )
+      + "\n"
+      for i in range(12)
+    )
+  )
+  data = dict(kind="folder", path=str(tmp_path))
+  embed = lookup_embed(tokenizer, NAMES)
+  rows = make(tokenizer, type="retrieval", data=data, ks=(1,)).run(embed, mesh)
+  assert [tuple(row)[1:] for row in rows] == [
+    (1.0, pytest.approx((2 * 8 + 2) / 10 / 10), 10, 2),
+    (1.0, pytest.approx((2 * 8 + 2) / 10 / 10), 10, 1),
+  ]
+  assert str(rows[0]).endswith("100.0% (chance 18.00%, n 10, 2 left out)")
+  with pytest.raises(errors.UserError, match="bad_fraction=0.0001 allows"):
+    make(tokenizer, type="retrieval", data=data, bad_fraction=0.0001).run(
+      embed, mesh
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,6 +491,16 @@ def test_prompts():
     (dict(type="zeroshot", label="concept"), 'label "concept" is not known'),
     (dict(type="zeroshot", templates="poem"), "choose from: photo, plain"),
     (dict(type="retrieval", captions="caption"), 'did you mean "captions"'),
+    (
+      dict(type="retrieval", group="captions"),
+      'group of the evaluation: feature "captions" is not known',
+    ),
+    (dict(type="retrieval", group="concpt"), "choose from: concept, label"),
+    (
+      dict(type="zeroshot", label="captions", classes="captions"),
+      "choose from: concept, label",
+    ),
+    (dict(type="zeroshot", label="lable"), 'did you mean "label"'),
   ],
 )
 def test_mistakes_are_named(animals, tokenizer, section, message):

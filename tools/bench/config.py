@@ -204,6 +204,8 @@ def data_rows(threads, batches, rounds, *, batch_size, data, pp, tokenizer):
       "config.tokenizer",
       pathlib.Path(folder) / "tokenizer.model",
       functools.partial(kinds.all_captions, source),
+      source.name,
+      False,
     )
   whole = preprocess.parse(pp, tokenizer=tokenizer)
   clocks = []

@@ -1,7 +1,8 @@
 """Decoding of images: by Pillow, or faster and nearly the same for training.
 
 An image that cannot be used raises BadExample, its kind being "damaged image",
-"truncated image" or "decompression bomb".
+"truncated image", "decompression bomb" or "odd shape". Sizes are checked before
+pixels are decoded or memory for them is allocated.
 """
 
 import io
@@ -9,13 +10,17 @@ import io
 import cv2
 from jaxtyping import UInt8
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 import simplejpeg
 
 from sigjax import errors
 from sigjax.data.faults import BadExample
 
 MAX_PIXELS = 89_478_485  # height * width; above it Pillow warns, too
+MAX_ASPECT = 100  # longer by shorter side; wider panoramas are hardly an image
+# Formats that Pillow may read. Others would run foreign programs (EPS) or
+# decoders that are tested less. Phones write MPO, which is read as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 cv2.setNumThreads(1)  # the data pipeline has threads of its own
 
@@ -24,17 +29,17 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
   """Decodes an image to RGB.
 
   All modes of Pillow are converted: grey, palette, 16 bits, CMYK. Transparent
-  pixels are shown on white. A rotation in the EXIF data is ignored.
+  pixels are shown on white. The image is turned upright as its EXIF data says.
 
   Raises:
-    BadExample: the image is damaged or truncated, or its header claims more
-      than MAX_PIXELS; in that case no pixel is decoded.
+    BadExample: the image is damaged, truncated or not of one of FORMATS, or its
+      header claims more than MAX_PIXELS or MAX_ASPECT.
   """
   try:
-    with Image.open(io.BytesIO(_bytes(data))) as image:
+    with Image.open(io.BytesIO(_bytes(data)), formats=FORMATS) as image:
       _check_size(*image.size)
       image.load()
-      return np.asarray(_to_rgb(image))
+      return _upright(np.asarray(_to_rgb(image)), _orientation(image))
   except (errors.UserError, MemoryError):
     raise
   except Exception as e:  # not all of Pillow's errors are OSErrors
@@ -42,7 +47,7 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def decode_small(data: bytes, size: int) -> UInt8[np.ndarray, "h w 3"]:
-  """Decodes an image to RGB with a shorter side of `size` pixels.
+  """Decodes an image to upright RGB with a shorter side of `size` pixels.
 
   The JPEG decoder scales by eighths, averaging pixels. It decodes at the
   smallest scale whose result is no smaller than asked for. The rest of the way
@@ -56,9 +61,22 @@ def decode_small(data: bytes, size: int) -> UInt8[np.ndarray, "h w 3"]:
   found = _jpeg(data, size) if _bytes(data).startswith(b"\xff\xd8") else None
   if found is None:
     image = decode(data)
-    h, w = image.shape[:2]
-  else:
-    image, h, w = found
+    return _shrink(image, image.shape[0], image.shape[1], size)
+  image, h, w = found
+  return _upright(_shrink(image, h, w, size), _jpeg_orientation(data))
+
+
+def _shrink(
+  image: UInt8[np.ndarray, "h w 3"], h: int, w: int, size: int
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Resizes an image, perhaps decoded at a reduced scale, to shorter side size.
+
+  Args:
+    image: the decoded image.
+    h: height of the whole image, pixels.
+    w: width of the whole image, pixels.
+    size: shorter side of the result, pixels.
+  """
   new_h, new_w = smaller(h, w, size)
   got_h, got_w = image.shape[:2]
   if (new_h, new_w) == (got_h, got_w):
@@ -84,9 +102,20 @@ def decode_small(data: bytes, size: int) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def smaller(h: int, w: int, size: int) -> tuple[int, int]:
-  """Returns (h, w) scaled so that the shorter side is `size`."""
+  """Returns (h, w) scaled so that the shorter side is `size`.
+
+  Raises:
+    BadExample: the result would have more than MAX_PIXELS.
+  """
   short = min(h, w)
-  return max(size, round(h * size / short)), max(size, round(w * size / short))
+  new = max(size, round(h * size / short)), max(size, round(w * size / short))
+  if new[0] * new[1] > MAX_PIXELS:
+    raise BadExample(
+      f"an image of {w} x {h} pixels cannot be resized to a shorter side of "
+      f"{size}: of {new[1]} x {new[0]} pixels, {MAX_PIXELS} are allowed",
+      kind="odd shape",
+    )
+  return new
 
 
 def _jpeg(
@@ -123,13 +152,56 @@ def _bytes(data: bytes) -> bytes:
 
 
 def _check_size(width: int, height: int) -> None:
-  """Raises BadExample for an image of more than MAX_PIXELS."""
+  """Raises BadExample for an image beyond MAX_PIXELS or MAX_ASPECT."""
   if width * height > MAX_PIXELS:
     raise BadExample(
       f"image cannot be decoded: it has {width} x {height} pixels, of which "
       f"{MAX_PIXELS} are allowed",
       kind="decompression bomb",
     )
+  if max(width, height) > MAX_ASPECT * min(width, height):
+    raise BadExample(
+      f"image cannot be decoded: it has {width} x {height} pixels, but a side "
+      f"may be at most {MAX_ASPECT} times the other",
+      kind="odd shape",
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+  """Returns the EXIF orientation, 1 to 8; 1 (upright) if there is none."""
+  if "exif" not in image.info:  # Pillow turns TIFFs itself, when it loads them
+    return 1
+  try:
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+  except Exception:  # damaged EXIF data is no reason to refuse the image
+    return 1
+
+
+def _jpeg_orientation(data: bytes) -> int:
+  """Returns the EXIF orientation of a JPEG, without decoding it."""
+  if b"Exif\0\0" not in data[: 1 << 17]:  # Pillow takes 0.1 ms, this does not
+    return 1
+  try:
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+      return _orientation(image)
+  except Exception:  # of what precedes the pixels; these were decoded
+    return 1
+
+
+def _upright(
+  image: UInt8[np.ndarray, "h w 3"], orientation: int
+) -> UInt8[np.ndarray, "h w 3"]:
+  """Undoes an EXIF orientation."""
+  turn = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90,
+  }.get(orientation)
+  return np.ascontiguousarray(turn(image)) if turn else image
 
 
 def _undecodable(error: Exception) -> BadExample:

@@ -31,13 +31,30 @@ def build(
     UserError: the string is not a pipe string, an op is unknown, or its
       arguments are wrong.
   """
+  return [_build(ops, *call, context) for call in calls(string)]
+
+
+def calls(string: str) -> list[tuple[str, list[Any], dict[Any, Any]]]:
+  """Returns (name, args, kwargs) of each op of a pipe string.
+
+  Raises:
+    UserError: the string is not a pipe string.
+  """
+  if not isinstance(string, str):
+    raise errors.UserError(
+      f'preprocessing is a text of the form op|op(1, "a")|..., not {string!r}'
+    )
   try:
     tree = ast.parse(string.strip(), mode="eval")
-  except SyntaxError as e:
+    return list(_calls(tree.body, string))
+  except errors.UserError:
+    raise
+  except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+    # ValueError: NUL characters, or a number of thousands of digits.
     raise errors.UserError(
-      f'"{string}" is not of the form op|op(1, "a")|...: {e.msg}'
+      f'"{_line(string)}" is not of the form op|op(1, "a")|...: '
+      + _line(str(getattr(e, "msg", e)))
     ) from e
-  return [_build(ops, *call, context) for call in _calls(tree.body, string)]
 
 
 def _calls(
@@ -56,13 +73,21 @@ def _calls(
         [ast.literal_eval(arg) for arg in node.args],
         {kw.arg: ast.literal_eval(kw.value) for kw in node.keywords},
       )
-    except ValueError as e:
+    except (ValueError, TypeError) as e:  # TypeError: {[]: 1}
       raise errors.UserError(
-        f'arguments in "{ast.unparse(node)}" have to be plain values '
+        f'arguments in "{_line(ast.unparse(node))}" have to be plain values '
         "(numbers, quoted strings, tuples)"
       ) from e
   else:
-    raise errors.UserError(f'"{ast.unparse(node)}" in "{string}" is not an op')
+    raise errors.UserError(
+      f'"{_line(ast.unparse(node))}" in "{_line(string)}" is not an op'
+    )
+
+
+def _line(text: str) -> str:
+  """Returns a text as one line of at most 200 characters."""
+  text = " ".join(text.split())
+  return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _build(
@@ -93,7 +118,9 @@ def _build(
     values = value if param.kind == param.VAR_POSITIONAL else [value]
     types = (int, float) if param.annotation is float else param.annotation
     if key not in needs:
-      wrong = [v for v in values if not isinstance(v, types)]
+      wrong = [
+        v for v in values if not isinstance(v, types) or isinstance(v, bool)
+      ]
       if wrong:
         raise errors.UserError(f"{title}: {key} cannot be {wrong[0]!r}")
   return op(*bound.args, **bound.kwargs)

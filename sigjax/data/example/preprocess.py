@@ -11,7 +11,8 @@ Between `decode` and `value_range`, "image" is (h, w, 3) uint8. From `choice` or
 `first` to `tokenize`, "text" is a str.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import contextlib
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from sigjax import errors
 from sigjax.data.example import captions as captions_lib
 from sigjax.data.example import images, pipe_string
+from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.faults import BadExample
 
 Example = dict[str, Any]  # {feature: value}
@@ -32,6 +34,9 @@ class Tokenize(Protocol):
   def __call__(self, text: str, length: int, pad: int = ...) -> np.ndarray: ...
 
 
+MAX_SIDE = 1 << 13  # pixels, that an op may be asked for
+MAX_TOKENS = 1 << 16
+
 # When an image shrinks, all of these but nearest are antialiased by Pillow.
 # "area" is the mean over the covered pixels.
 _RESAMPLING = {
@@ -43,13 +48,44 @@ _RESAMPLING = {
 }
 
 
+def _check(what: str, value: float, low: float, high: float) -> None:
+  """Raises UserError unless low <= value <= high."""
+  if not low <= value <= high:
+    raise errors.UserError(
+      f"{what} is {value!r:.40}, but has to be from {low} to {high}"
+    )
+
+
+def _check_sides(op: str, height: int, width: int | None) -> None:
+  """Raises UserError unless (height, width) can be the size of an image."""
+  _check(f"{op}: height", height, 1, MAX_SIDE)
+  _check(f"{op}: width", height if width is None else width, 1, MAX_SIDE)
+
+
+def _decoder(fn: Callable[[bytes], np.ndarray]) -> Fn:
+  """Applies fn(bytes) -> image to the "image" of an example."""
+
+  def apply(example: Example, rng: np.random.Generator) -> Example:
+    del rng
+    example["image"] = fn(errors.pick(example, "image", "feature"))
+    return example
+
+  return apply
+
+
 def _on_image(
   fn: Callable[[Any, np.random.Generator], np.ndarray],
 ) -> Fn:
-  """Applies fn(image, rng) -> image to the "image" of an example."""
+  """Applies fn(image, rng) -> image to the decoded "image" of an example."""
 
   def apply(example: Example, rng: np.random.Generator) -> Example:
-    example["image"] = fn(example["image"], rng)
+    image = errors.pick(example, "image", "feature")
+    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3:
+      raise errors.UserError(
+        "an op on images needs uint8 pixels; decode has to come before it, "
+        "and value_range after it"
+      )
+    example["image"] = fn(image, rng)
     return example
 
   return apply
@@ -60,7 +96,7 @@ def _on_image(
 
 def decode() -> Fn:
   """Decodes "image" to (h, w, 3) uint8; see images.decode."""
-  return _on_image(lambda data, _: images.decode(data))
+  return _decoder(images.decode)
 
 
 def decode_small(size: int) -> Fn:
@@ -69,7 +105,8 @@ def decode_small(size: int) -> Fn:
   Meant for training. Evaluations use decode|resize_small(size), which gives
   exactly Pillow's antialiased result. See images.decode_small.
   """
-  return _on_image(lambda data, _: images.decode_small(data, size))
+  _check("decode_small: size", size, 1, MAX_SIDE)
+  return _decoder(lambda data: images.decode_small(data, size))
 
 
 def resize(
@@ -83,26 +120,62 @@ def resize(
     method: nearest, bilinear, bicubic, lanczos or area, as in Pillow. When an
       image shrinks, all but nearest are antialiased.
   """
-  size = (width or height, height)
+  _check_sides("resize", height, width)
+  resample = errors.pick(_RESAMPLING, method, "resize method")
+  return _on_image(
+    lambda image, _: _resized(image, height, width or height, resample)
+  )
+
+
+def _resized(
+  image: np.ndarray, height: int, width: int, resample: Image.Resampling
+) -> np.ndarray:
+  """Returns the image in another size; itself if it has that size."""
+  if image.shape[:2] == (height, width):
+    return image
+  return np.asarray(Image.fromarray(image).resize((width, height), resample))
+
+
+def resize_small(size: int, method: str = "bilinear") -> Fn:
+  """Resizes the shorter side to `size` and keeps the aspect ratio.
+
+  Methods are those of `resize`.
+  """
+  _check("resize_small: size", size, 1, MAX_SIDE)
   resample = errors.pick(_RESAMPLING, method, "resize method")
 
-  def fn(image, _):
-    if image.shape[1::-1] == size:
-      return image
-    return np.asarray(Image.fromarray(image).resize(size, resample))
+  def fn(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    del rng
+    h, w = images.smaller(image.shape[0], image.shape[1], size)
+    return _resized(image, h, w, resample)
 
   return _on_image(fn)
 
 
-def resize_small(size: int, method: str = "bilinear") -> Fn:
-  """Resizes the shorter side to `size` and keeps the aspect ratio."""
+def pad_to_square(fill: int = 255) -> Fn:
+  """Makes the image a square: adds bars to both sides, nothing is cut off.
 
-  def fn(example, rng):
-    h, w = example["image"].shape[:2]
-    return resize(*images.smaller(h, w, size), method)(example, rng)
+  Args:
+    fill: the value of the bars in all channels.
+  """
+  _check("pad_to_square: fill", fill, 0, 255)
 
-  errors.pick(_RESAMPLING, method, "resize method")
-  return fn
+  def fn(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    del rng
+    h, w = image.shape[:2]
+    side = max(h, w)
+    if side * side > images.MAX_PIXELS:
+      raise BadExample(
+        f"an image of {w} x {h} pixels cannot be padded to a square: of "
+        f"{side} x {side} pixels, {images.MAX_PIXELS} are allowed",
+        kind="odd shape",
+      )
+    padded = np.full((side, side, 3), fill, np.uint8)
+    top, left = (side - h) // 2, (side - w) // 2
+    padded[top : top + h, left : left + w] = image
+    return padded
+
+  return _on_image(fn)
 
 
 def _crop(
@@ -121,6 +194,7 @@ def _crop(
 
 def random_crop(height: int, width: int | None = None) -> Fn:
   """Cuts out (height, width), or a square, at a random place."""
+  _check_sides("random_crop", height, width)
   return _on_image(
     lambda image, rng: _crop(
       image, height, width or height, lambda room: rng.integers(room + 1)
@@ -130,6 +204,7 @@ def random_crop(height: int, width: int | None = None) -> Fn:
 
 def central_crop(height: int, width: int | None = None) -> Fn:
   """Cuts out the central (height, width), or a square."""
+  _check_sides("central_crop", height, width)
   return _on_image(
     lambda image, _: _crop(
       image, height, width or height, lambda room: room // 2
@@ -142,6 +217,7 @@ def central_crop(height: int, width: int | None = None) -> Fn:
 
 def flip_lr(p: float = 0.5) -> Fn:
   """Mirrors left and right with probability p."""
+  _check("flip_lr: p", p, 0, 1)
   return _on_image(
     lambda image, rng: image[:, ::-1] if rng.random() < p else image
   )
@@ -161,6 +237,15 @@ def random_affine(
     shift: the largest shift as a fraction of each side, drawn uniformly.
     fill: the value of uncovered pixels in all channels.
   """
+  if len(scale) != 2 or not all(isinstance(v, (int, float)) for v in scale):
+    raise errors.UserError(
+      f"random_affine: scale is {scale!r:.40}, but has to be two numbers "
+      "(low, high)"
+    )
+  _check("random_affine: scale[0]", scale[0], 0.01, 100)
+  _check("random_affine: scale[1]", scale[1], scale[0], 100)
+  _check("random_affine: shift", shift, 0, 1)
+  _check("random_affine: fill", fill, 0, 255)
   low, high = np.log(scale[0]), np.log(scale[1])
 
   def fn(image, rng):
@@ -185,6 +270,7 @@ def random_affine(
 
 def color_gain(amount: float) -> Fn:
   """Multiplies each channel by a random factor in [1 - amount, 1 + amount]."""
+  _check("color_gain: amount", amount, 0, 1)
 
   def fn(image, rng):
     gain = rng.uniform(1 - amount, 1 + amount, 3).astype(np.float32)
@@ -196,6 +282,7 @@ def color_gain(amount: float) -> Fn:
 
 def random_grey(p: float) -> Fn:
   """Makes the image grey with probability p (luma of ITU-R 601)."""
+  _check("random_grey: p", p, 0, 1)
 
   def fn(image, rng):
     if rng.random() >= p:
@@ -208,6 +295,7 @@ def random_grey(p: float) -> Fn:
 
 def random_invert(p: float) -> Fn:
   """Replaces every value v by 255 - v with probability p."""
+  _check("random_invert: p", p, 0, 1)
   return _on_image(
     lambda image, rng: 255 - image if rng.random() < p else image
   )
@@ -215,6 +303,8 @@ def random_invert(p: float) -> Fn:
 
 def value_range(low: float, high: float) -> Fn:
   """Maps 0..255 linearly to low..high, as float32."""
+  _check("value_range: low", low, -1e6, 1e6)
+  _check("value_range: high", high, -1e6, 1e6)
   slope, offset = np.float32((high - low) / 255), np.float32(low)
   return _on_image(lambda image, _: image * slope + offset)
 
@@ -250,12 +340,22 @@ def first(key: str, out: str = "text") -> Fn:
   return fn
 
 
+def _text(example: Example) -> str:
+  """Returns the "text" that `choice` or `first` has set."""
+  text = errors.pick(example, "text", "feature")
+  if not isinstance(text, str):
+    raise errors.UserError(
+      '"text" is no text; choice or first has to come before, tokenize after'
+    )
+  return text
+
+
 def lower() -> Fn:
   """Makes "text" lower case."""
 
   def fn(example: Example, rng: np.random.Generator) -> Example:
     del rng
-    example["text"] = example["text"].lower()
+    example["text"] = _text(example).lower()
     return example
 
   return fn
@@ -269,10 +369,12 @@ def tokenize(length: int, pad: int = 1, *, tokenizer: Tokenize) -> Fn:
     pad: the id of padding: 1 in SigLIP, 0 in SigLIP 2.
     tokenizer: given by parse().
   """
+  _check("tokenize: length", length, 1, MAX_TOKENS)
+  _check("tokenize: pad", pad, 0, 2**31 - 1)
 
   def fn(example: Example, rng: np.random.Generator) -> Example:
     del rng
-    example["text"] = tokenizer(example["text"], length, pad)
+    example["text"] = tokenizer(_text(example), length, pad)
     return example
 
   return fn
@@ -292,6 +394,7 @@ OPS: dict[str, Callable[..., Fn]] = {
     decode_small,
     resize,
     resize_small,
+    pad_to_square,
     random_crop,
     central_crop,
     flip_lr,
@@ -333,3 +436,46 @@ def parse(string: str, **context: Any) -> Fn:
     return example
 
   return preprocess
+
+
+_TEXT_OPS = ("choice", "first", "lower", "tokenize")
+
+
+def cut_share(
+  brief: Callable[[int], Example],
+  numbers: Sequence[int] | np.ndarray,
+  pp: str,
+  tokenizer: Tokenizer,
+  sample: int = 1000,
+) -> float:
+  """Returns the share of texts that are longer than `tokenize` keeps.
+
+  Runs only the ops of `pp` that concern texts, so images are not needed.
+
+  Args:
+    brief: fn(number) -> the example, its image left out.
+    numbers: of all examples.
+    pp: pipe string.
+    tokenizer: of the run.
+    sample: the number of examples to look at, evenly spread.
+
+  Returns:
+    A fraction; 0 if no example could be read or `pp` has no `tokenize`.
+  """
+  cut = []
+
+  def count(text: str, length: int, pad: int = 1) -> np.ndarray:
+    cut.append(tokenizer.count(text) > length)
+    return tokenizer(text, length, pad)
+
+  built = pipe_string.build(pp, OPS, dict(tokenizer=count))
+  names = [name for name, _, _ in pipe_string.calls(pp)]
+  fns = [fn for name, fn in zip(names, built) if name in _TEXT_OPS]
+  rng = np.random.default_rng(0)
+  places = np.linspace(0, len(numbers) - 1, min(sample, len(numbers)))
+  for place in places.astype(int):
+    with contextlib.suppress(BadExample):
+      example = dict(brief(int(numbers[place])))
+      for fn in fns:
+        example = fn(example, rng)
+  return float(np.mean(cut)) if cut else 0.0

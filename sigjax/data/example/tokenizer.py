@@ -74,6 +74,10 @@ class Tokenizer:
     row[len(ids)] = EOS
     return row
 
+  def count(self, text: str) -> int:
+    """Returns the number of ids of a text, the end token included."""
+    return len(self._model.encode(text)) + 1
+
 
 def train(
   texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
@@ -123,9 +127,11 @@ def train(
     aside.write_bytes(model.getvalue())
     found = Tokenizer(aside).vocab_size
   if found < vocab_size:
-    log.info(
-      "%d texts yield a vocabulary of %d pieces, not of %d",
+    log.warning(
+      "%d texts yield a vocabulary of %d pieces, not of %d: set vocab_size to "
+      "%d, here and in the model, or train on more texts",
       len(texts),
       found,
       vocab_size,
+      found,
     )

@@ -1,9 +1,11 @@
 """Decoding fast is decoding right, to what the eye does not see."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 import pytest
 import simplejpeg
 
@@ -132,3 +134,127 @@ def test_kinds_of_faults(op):
   assert kind(claims) == "decompression bomb"
   with pytest.raises(errors.UserError, match="needs an encoded image"):
     fn(dict(image=np.zeros((2, 2, 3))), None)
+
+
+# Orientation.
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+    options = dict(quality=100) if kind == "JPEG" else {}
+    data = encoded(picture(60, 90), kind, exif=exif, **options)
+    want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    got = images.decode(data)
+    np.testing.assert_array_equal(got, np.asarray(want.convert("RGB")))
+    assert got.shape == ((90, 60, 3) if orientation > 4 else (60, 90, 3))
+    # A quarter of the JPEG is decoded, which is close to Pillow's result.
+    small = images.decode_small(data, 15)
+    want = np.asarray(want.convert("RGB").resize(small.shape[1::-1]), float)
+    assert small.shape == ((22, 15, 3) if orientation > 4 else (15, 22, 3))
+    assert np.abs(small - want).mean() < 1.5
+
+
+def test_damaged_exif_data_is_ignored():
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  data = encoded(picture(60, 90), exif=exif)
+  at = data.index(b"Exif\0\0") + 6
+  damaged = data[:at] + b"\xff" * 8 + data[at + 8 :]
+  assert images.decode(damaged).shape == (60, 90, 3)
+  assert images.decode_small(damaged, 30).shape == (30, 45, 3)
+
+
+# Hostile bytes.
+
+
+def png_of(width, height, rows=None):
+  """Returns a PNG that claims a size, with `rows` rows of zeros in it."""
+
+  def chunk(name, data):
+    check = zlib.crc32(name + data)
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+
+  pixels = zlib.compress(bytes(width + 1) * (height if rows is None else rows))
+  head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+  return b"".join(
+    [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head), chunk(b"IDAT", pixels)]
+    + [chunk(b"IEND", b"")]
+  )
+
+
+@pytest.mark.parametrize("op", ["decode", "decode_small(224)"])
+@pytest.mark.parametrize(
+  "width, height", [(60_000, 1), (1, 60_000), (10_000_000, 1), (80_000_000, 1)]
+)
+def test_odd_shapes_are_refused_by_their_header(op, width, height):
+  data = png_of(width, height, rows=0)  # the pixels are not read
+  with pytest.raises(BadExample, match=f"{width} x {height}") as e:
+    preprocess.parse(op)(dict(image=data), None)
+  assert e.value.kind == "odd shape"
+  assert images.decode(png_of(500, 5)).shape == (5, 500, 3)
+
+
+def test_the_size_of_the_result_is_judged_too():
+  wide = png_of(6000, 60)
+  for string in (
+    "decode_small(4000)",
+    "decode|resize_small(4000)",
+    "decode|resize(8192,9)|resize_small(2000)",
+  ):
+    with pytest.raises(BadExample) as e:
+      preprocess.parse(string)(dict(image=wide), None)
+    assert e.value.kind == "odd shape"
+  long = Image.new("L", (20_000, 500))
+  data = io.BytesIO()
+  long.save(data, "PNG")
+  with pytest.raises(BadExample) as e:
+    preprocess.parse("decode|pad_to_square")(dict(image=data.getvalue()), None)
+  assert e.value.kind == "odd shape"
+
+
+@pytest.mark.parametrize("op", ["decode", "decode_small(8)"])
+def test_only_listed_formats_are_read(op):
+  for kind in ("EPS", "PPM", "ICO"):  # EPS would be handed to Ghostscript
+    data = encoded(picture(40, 50), kind)
+    assert Image.open(io.BytesIO(data)).format == kind
+    with pytest.raises(BadExample, match="cannot identify"):
+      preprocess.parse(op)(dict(image=data), None)
+  for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO"):
+    options = {}
+    if kind == "MPO":
+      options = dict(save_all=True, append_images=[Image.new("RGB", (50, 40))])
+    data = encoded(picture(40, 50), kind, **options)
+    assert Image.open(io.BytesIO(data)).format == kind
+    preprocess.parse(op)(dict(image=data), None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_bytes_raise_anything_but_bad_example():
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  rng = np.random.default_rng(0)
+  fine = 0
+  for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
+    options = dict(compression="tiff_lzw") if kind == "TIFF" else {}
+    mode = "RGBA" if kind == "PNG" else "RGB"
+    whole = encoded(picture(24, 40), kind, mode, exif=exif, **options)
+    for _ in range(150):
+      data = bytearray(whole)
+      for _ in range(rng.integers(1, 6)):
+        # Headers are at the start, or at the end of a TIFF.
+        at = min(int(rng.exponential(60)), len(data) - 1)
+        at = -1 - at if kind == "TIFF" and rng.random() < 0.7 else at
+        data[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.integers(256)])
+      if rng.random() < 0.2:
+        del data[rng.integers(len(data)) :]
+      for decode in (images.decode, lambda x: images.decode_small(x, 16)):
+        try:
+          image = decode(bytes(data))
+          assert image.dtype == np.uint8 and image.shape[2] == 3
+          fine += 1
+        except BadExample as e:
+          assert "\n" not in str(e)
+  assert 100 < fine < 1700  # neither all survive nor none

@@ -85,13 +85,9 @@ def test_decode_16_bits_is_scaled_not_clipped():
   )
 
 
-def test_decode_cmyk_and_exif_rotation():
+def test_decode_cmyk():
   white = Image.new("CMYK", (4, 3))
   assert (on_image("decode", encode(white, format="TIFF")) == 255).all()
-  exif = Image.Exif()
-  exif[0x0112] = 6  # "turn me by 90 degrees"
-  data = encode(Image.fromarray(RGB), exif=exif)
-  np.testing.assert_array_equal(on_image("decode", data), RGB)
 
 
 def test_decode_refuses_damaged_images():
@@ -142,6 +138,18 @@ def test_resize_small_keeps_the_aspect():
   assert on_image("resize_small(20)", noise(40, 60, 3)).shape == (20, 30, 3)
   assert on_image("resize_small(20)", noise(10, 5, 3)).shape == (40, 20, 3)
   assert on_image("resize_small(20)", noise(20, 20, 3)).shape == (20, 20, 3)
+
+
+def test_pad_to_square():
+  got = on_image("pad_to_square(9)", RGB)
+  assert got.shape == (7, 7, 3)
+  np.testing.assert_array_equal(got[1:6], RGB)
+  assert (got[0] == 9).all() and (got[6] == 9).all()
+  got = on_image("pad_to_square", np.moveaxis(RGB, 0, 1))
+  np.testing.assert_array_equal(got[:, 1:6], np.moveaxis(RGB, 0, 1))
+  assert (got[:, 0] == 255).all() and (got[:, 6] == 255).all()
+  square = noise(6, 6, 3)
+  np.testing.assert_array_equal(on_image("pad_to_square", square), square)
 
 
 PLACES = np.stack([*np.indices((9, 7)), np.zeros((9, 7))], -1).astype(np.uint8)
@@ -346,12 +354,79 @@ def test_only_rng_is_random_and_the_example_is_left_alone():
     ("decode|64", '"64" in "decode|64" is not an op'),
     ("decode + lower", "is not an op"),
     ("__import__('os').system('x')", "is not an op"),
+    (None, "preprocessing is a text"),
+    ("resize({[]: 1})", "have to be plain values"),
+    ("resize(\0)", r"not of the form op\|op"),
+    ("resize(" + "9" * 5000 + ")", r"not of the form op\|op"),
+    ("lower" + "|lower" * 20_000, r"not of the form op\|op"),
+    ("keep(" + "[" * 5000, r"not of the form op\|op"),
+    ("resize(True)", "height cannot be True"),
+    ("resize(0)", "resize: height is 0, but has to be from 1 to 8192"),
+    ("resize(8, 0)", "resize: width is 0, but has to be from 1"),
+    ("resize(100000)", "resize: height is 100000"),
+    ("resize_small(0)", "resize_small: size is 0"),
+    ("decode_small(-3)", "decode_small: size is -3"),
+    ("random_crop(0)", "random_crop: height is 0"),
+    ("central_crop(8, 0)", "central_crop: width is 0"),
+    ("pad_to_square(256)", "pad_to_square: fill is 256"),
+    ("flip_lr(1.5)", "flip_lr: p is 1.5, but has to be from 0 to 1"),
+    ("random_grey(-1)", "random_grey: p is -1"),
+    ("random_invert(2)", "random_invert: p is 2"),
+    ("color_gain(3)", "color_gain: amount is 3"),
+    ("value_range(-1, 1e999)", "value_range: high is inf"),
+    ("random_affine((1, 2, 3))", "scale is .*two numbers"),
+    ("random_affine((0, 1))", r"scale\[0\] is 0"),
+    ("random_affine((2, 1))", r"scale\[1\] is 1"),
+    ("random_affine((1, 1), 2)", "shift is 2"),
   ],
 )
 def test_mistakes_in_pipe_strings(string, message):
   with pytest.raises(errors.UserError, match=message) as e:
     preprocess.parse(string)
-  assert "\n" not in str(e.value)
+  assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+@pytest.mark.parametrize("length", [0, -1, 10**12])
+def test_a_text_has_a_length(length):
+  with pytest.raises(errors.UserError, match=f"tokenize: length is {length}"):
+    preprocess.parse(f"tokenize({length})", tokenizer=len)
+
+
+@pytest.mark.parametrize(
+  "string, message",
+  [
+    ("resize(8)", "decode has to come before it"),
+    ("decode|value_range(0,1)|resize(8)", "value_range after it"),
+    ("first('n')|keep('image')|flip_lr", "decode has to come before it"),
+    ("keep('n')|decode", 'feature "image" is not known'),
+    ("lower", 'feature "text" is not known'),
+    ("first('n')|tokenize(3)|lower", "tokenize after"),
+  ],
+)
+def test_mistakes_in_the_order_of_ops(string, message):
+  fn = preprocess.parse(string, tokenizer=lambda *_: np.zeros(3))
+  data = encode(Image.fromarray(RGB))
+  with pytest.raises(errors.UserError, match=message):
+    fn(dict(image=data, n="x"), np.random.default_rng(0))
+
+
+def test_no_pipe_string_raises_anything_but_user_error():
+  rng = np.random.default_rng(0)
+  pieces = [*"|(),.=-\"'[]{}*_0123456789 \0\n\\#é", "1e9", "None", "lambda:0"]
+  pieces += [*preprocess.OPS, "**", "f''", "'image'", "(1, 2)", "height="]
+  good = 0
+  for _ in range(4000):
+    string = ALL
+    for _ in range(rng.integers(1, 4)):
+      a, b = sorted(rng.integers(0, len(string) + 1, 2))
+      b = min(b, a + 3)
+      string = string[:a] + str(rng.choice(pieces)) + string[b:]
+    try:
+      preprocess.parse(string)
+      good += 1
+    except errors.UserError as e:
+      assert "\n" not in str(e)
+  assert 10 < good < 3900  # neither all survive nor none
 
 
 def test_missing_feature_is_named():

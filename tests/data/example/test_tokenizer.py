@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from sigjax import errors
-from sigjax.data.example import tokenizer
+from sigjax.data.example import preprocess, tokenizer
 
 TEXTS = [
   f"a {color} {thing} in the {place}"
@@ -65,7 +65,7 @@ def test_training_is_deterministic_and_leaves_one_file(path, tmp_path):
   assert os.listdir(tmp_path) == ["again.model"]
 
 
-def test_too_few_texts(tmp_path):
+def test_too_few_texts(tmp_path, caplog):
   path = tmp_path / "old.model"
   path.write_bytes(b"old")
   with pytest.raises(
@@ -78,6 +78,7 @@ def test_too_few_texts(tmp_path):
   tokenizer.train(TEXTS, 5000, path)  # as many as there are
   tok = tokenizer.Tokenizer(path)
   assert 26 < tok.vocab_size < 200
+  assert f"of {tok.vocab_size} pieces, not of 5000: set" in caplog.text
   assert tok("a red dog", 8).tolist() != [1] * 8
 
 
@@ -105,3 +106,58 @@ def test_model_with_another_end_token_is_refused(tmp_path):
     )
   with pytest.raises(errors.UserError, match="ends texts with id 2"):
     tokenizer.Tokenizer(path)
+
+
+def test_no_bytes_raise_anything_but_user_error(path, tmp_path):
+  whole, rng = path.read_bytes(), np.random.default_rng(0)
+  broken, fine = tmp_path / "broken.model", 0
+  for _ in range(300):
+    data = bytearray(whole)
+    # The pieces and options take 1,500 bytes, the table of characters the rest.
+    size = rng.choice([60, 1500, len(data)])
+    for _ in range(rng.integers(1, 4)):
+      data[-1 - rng.integers(size) if rng.random() < 0.5 else 0] = rng.integers(
+        256
+      )
+      data[rng.integers(size)] = rng.integers(256)
+    if rng.random() < 0.2:
+      del data[rng.integers(len(data)) :]
+    broken.write_bytes(data)
+    try:
+      tokens = tokenizer.Tokenizer(broken)("a red dog in the rain é", 8)
+      assert tokens.shape == (8,)
+      fine += 1
+    except errors.UserError as e:
+      assert "\n" not in str(e)
+  assert 5 < fine < 295  # neither all survive nor none
+
+
+@pytest.mark.parametrize("length, share", [(3, 1), (50, 0)])
+def test_the_share_of_texts_that_are_cut(path, length, share):
+  tok = tokenizer.Tokenizer(path)
+  pp = f"decode|resize(8)|choice('c')|lower|tokenize({length})|keep('image')"
+  examples = [dict(c=[text.upper()]) for text in TEXTS]
+  numbers = np.arange(len(TEXTS))
+  assert preprocess.cut_share(examples.__getitem__, numbers, pp, tok) == share
+
+
+def test_the_share_of_cut_texts_is_that_of_an_even_sample(path):
+  tok = tokenizer.Tokenizer(path)
+  n = tok.count("a dog")
+  assert tok("a dog", n)[-2:].tolist() == [*tok("a dog", n + 1)[-3:-2], 1]
+  asked = []
+
+  def brief(i):
+    asked.append(i)
+    if i % 1000 == 0:
+      raise preprocess.BadExample("it is broken")
+    return dict(c="a dog" if i < 75_000 else "a dog in the rain")
+
+  share = lambda length: preprocess.cut_share(
+    brief, np.arange(100_000), f"first('c')|tokenize({length})", tok
+  )
+  assert share(n) == pytest.approx(0.25, abs=0.01)
+  assert len(asked) == 1000 and min(asked) == 0 and max(asked) == 99_999
+  assert share(n - 1) == 1
+  keep = "decode|keep('image')"
+  assert preprocess.cut_share(brief, np.arange(9), keep, tok) == 0
