@@ -9,7 +9,6 @@ no Python object.
 import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
-import hashlib
 import io
 import json
 import logging
@@ -127,8 +126,7 @@ class Shards:
     paths: the same.
     what: the same.
     files: reads the shards.
-    identity: a digest of the shards' names and sizes. The names are relative to
-      their common folder: a dataset that was moved keeps its identity.
+    identity: of the shards, see files.identity().
     lost: {number: kind} of the shards that are missing and, after index(), of
       those that are damaged.
     faults: after index(), {kind: (how many examples are left out, a name)}.
@@ -149,7 +147,7 @@ class Shards:
         "the path, which is taken from the working directory unless it is "
         "absolute"
       )
-    self.identity = _identity(paths, self._stamps)
+    self.identity = files.identity(paths, self._stamps)
     self.lost = {
       n: "vanished shard" for n, stamp in enumerate(self._stamps) if not stamp
     }
@@ -315,22 +313,6 @@ class _Joined(NamedTuple):
   starts: np.ndarray
   faults: Faults
   lost: dict[int, str]
-
-
-def _identity(
-  paths: Sequence[str], stamps: Sequence[files.Stamp | None]
-) -> str:
-  """Returns a digest of the names and sizes of shards."""
-  split = [path.split("/") for path in paths]
-  first, last = min(split), max(split)
-  common = 0
-  while first[common] == last[common] and common < len(first) - 1:
-    common += 1
-  told = [
-    ["/".join(parts[common:]), stamp and stamp[0]]
-    for parts, stamp in zip(split, stamps)
-  ]
-  return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class Index:
