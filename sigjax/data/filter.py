@@ -42,10 +42,17 @@ def where(source: Source, key: str, wanted: Any) -> Source:
   _check(key, wanted)
   fits, seen = np.zeros(len(source.records), bool), set()
   counts = dict(source.faults)
-  for numbers, values in _values(source, key, counts):
-    fits[numbers] = _fit(values, wanted, key, source.name)
-    if len(seen) < 5:
-      seen.update(str(v) for v in np.unique(values)[:5].tolist())
+  records: Any = source.records
+  of_captions = getattr(records, "caption_column", lambda key: None)(key)
+  if of_captions is not None:  # filters the captions of each example
+    kept = _fit(of_captions, wanted, key, source.name)
+    seen.update(str(v) for v in np.unique(of_captions)[:5].tolist())
+    records, fits = records.with_captions(kept)
+  else:
+    for numbers, values in _values(source, key, counts):
+      fits[numbers] = _fit(values, wanted, key, source.name)
+      if len(seen) < 5:
+        seen.update(str(v) for v in np.unique(values)[:5].tolist())
   if source.members is None:
     kept = _numbers(fits)
   elif isinstance(source.members, np.ndarray):
@@ -58,7 +65,7 @@ def where(source: Source, key: str, wanted: Any) -> Source:
       f"{source.name} has no example with {key}={wanted!r}; "
       f"there is, for instance: {', '.join(sorted(seen)[:5])}"
     )
-  return source.replaced(members=kept, faults=counts)
+  return source.replaced(records=records, members=kept, faults=counts)
 
 
 def part(source: Source, share: Any) -> Source:

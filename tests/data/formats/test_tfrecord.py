@@ -208,7 +208,7 @@ def test_a_record_that_does_not_parse(damaged):
 
 def test_identity_is_that_of_the_files(shapes_dir, copy, damaged):
   def identity(path, split="train"):
-    return kinds.tfds("shapes", split, path).records.identity
+    return tfds_lib.tfds("shapes", split, path).records.identity
 
   path, (first, *_) = damaged
   assert identity(path) == identity(copy) != identity(copy, "test")
@@ -227,7 +227,7 @@ def test_damaged_and_missing_array_records(shapes_dir, tmp_path):
   data = bytearray(file.read_bytes())
   data[len(data) // 4] ^= 255
   file.write_bytes(data)
-  source, good = kinds.tfds("shapes", "train", path), 0
+  source, good = tfds_lib.tfds("shapes", "train", path), 0
   for i in range(len(source)):
     try:
       good += bool(source.records[i])
@@ -236,4 +236,4 @@ def test_damaged_and_missing_array_records(shapes_dir, tmp_path):
   assert 0 < good < len(source)
   file.unlink()
   with pytest.raises(errors.UserError, match="none of 1 files of shapes"):
-    kinds.tfds("shapes", "train", path)
+    tfds_lib.tfds("shapes", "train", path)
