@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "data.faults",
     "data.shards",
     "data.example.captions",
+    "runtime.files",
   },
   "data.shards": {"data.shards", "data.faults", "runtime.files"},
   "data.emoji": {"data.emoji", "runtime.files"},

@@ -1,18 +1,24 @@
 """Parquet files with images and captions, in the layout of Hugging Face.
 
 Parquet is decoded by whole row groups: reading one example at random means
-decoding all rows of its group. Decoded groups are kept in memory up to a limit,
-but a shuffled run over a large dataset rarely needs the same group again soon.
-So small row groups are fast to read: 16 rows are good, 100 bearable. For larger
-ones a log line gives the command that rewrites a file.
+decoding all rows of its group, and a shuffled run rarely needs the same group
+again soon. Small groups, of 16 rows or so, are decoded each time. A large group
+is decoded once, when its first example is read, into a file in the cache folder
+from which the others are then taken.
 """
 
 import collections
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent import futures
+import hashlib
+import json
 import logging
+import os
+import pathlib
+import shutil
 import threading
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,17 +29,17 @@ from sigjax.data.example import captions as captions_lib
 from sigjax.data.faults import BadExample
 from sigjax.data.shards import files
 from sigjax.data.shards import index as index_lib
+from sigjax.runtime import files as local_files
 
 log = logging.getLogger("sigjax")
 
-_LARGE = 8 << 20  # bytes of a row group; decoding takes about 10 ms
+_LARGE = 1 << 20  # bytes of a row group that is decoded into a file
+_MAPPED = 64 << 10  # bytes that a mapped file counts in memory
+_UNUSED_DAYS = 30  # after which decoded files are deleted
 _ROW = np.dtype([("rows", "<i8"), ("bytes", "<i8")])  # of a row group
-_REWRITE = (
-  'python -c "import sys, pyarrow.parquet as p; f = p.ParquetFile('
-  "sys.argv[1]); w = p.ParquetWriter(sys.argv[2], f.schema_arrow, "
-  "compression='NONE', use_dictionary=False); [w.write_batch(b, "
-  'row_group_size=16) for b in f.iter_batches(1024)]; w.close()" OLD NEW'
-)
+# Usual names of the two columns.
+_IMAGE = ("image", "jpg", "img", "picture")
+_CAPTION = ("caption", "captions", "text", "sentences", "title")
 
 
 def _library() -> Any:
@@ -76,7 +82,9 @@ def _build(
   return np.array(rows, _ROW), {}
 
 
-_INDEX = index_lib.Kind("groups", _ROW, _build)
+_INDEX = index_lib.Kind(
+  "groups", _ROW, _build, lambda rows: int(rows["rows"].sum())
+)
 
 
 class _Cache:
@@ -119,32 +127,239 @@ class _Cache:
     return value
 
 
+class _Table(NamedTuple):
+  """The rows of a row group, and the bytes that they take in memory."""
+
+  rows: Any
+  nbytes: int
+
+
+class _Decoded:
+  """Row groups that were decoded into files of the cache folder.
+
+  The files may take up half of the disk's free space. Files that no run has
+  used for a month are deleted.
+
+  Args:
+    needed: the bytes of all row groups that may be decoded.
+    what: names the Parquet files in messages.
+  """
+
+  def __init__(self, needed: int, what: str):
+    self._folder = local_files.cache_dir() / "parquet"
+    self._usable = False
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      for file in self._folder.iterdir():
+        if time.time() - file.stat().st_mtime > _UNUSED_DAYS * 86400:
+          file.unlink(missing_ok=True)
+      used = sum(file.stat().st_size for file in self._folder.iterdir())
+      free = shutil.disk_usage(self._folder).free
+    except OSError as e:
+      used, free = 0, 0
+      log.warning("%s cannot be used: %s", self._folder, e.strerror)
+    self._usable = needed <= used + free // 2
+    if self._usable:
+      log.info(
+        "%s have large row groups; each is decoded once, into %s (up to %.1f "
+        "GiB)",
+        what,
+        self._folder,
+        needed / 2**30,
+      )
+    else:
+      log.warning(
+        "%s have large row groups, and their %.1f GiB do not fit into half of "
+        "the free space at %s: reading will be slow; write the files with row "
+        "groups of 16 rows, or set SIGJAX_CACHE to a folder with room",
+        what,
+        needed / 2**30,
+        self._folder,
+      )
+
+  def table(self, key: Sequence[Any], decode: Callable[[], Any]) -> _Table:
+    """Returns decode(), from a file if it was decoded before.
+
+    Args:
+      key: what identifies the rows: the file, its size, the group, the columns.
+      decode: fn() -> a pyarrow.Table.
+    """
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    place = self._folder / f"{digest}.arrow"
+    if not self._usable:
+      table = decode()
+      return _Table(table, table.nbytes)
+    found = self._map(place)
+    if found is None:
+      table = decode()
+      try:
+        with local_files.replacing(place) as aside:
+          self._write(aside, table)
+      except OSError as e:
+        self._usable = False
+        log.warning(
+          "no more row groups are decoded into %s: %s", self._folder, e.strerror
+        )
+        return _Table(table, table.nbytes)
+      found = self._map(place)
+    if found is None:  # deleted meanwhile
+      table = decode()
+      found = _Table(table, table.nbytes)
+    return found
+
+  def _write(self, path: pathlib.Path, table: Any) -> None:
+    import pyarrow as pa
+
+    with (
+      pa.OSFile(str(path), "wb") as file,
+      pa.ipc.new_file(file, table.schema) as writer,
+    ):
+      writer.write_table(table)
+
+  def _map(self, path: pathlib.Path) -> _Table | None:
+    """Returns the rows in a file, None if there is none or it is damaged."""
+    import pyarrow as pa
+
+    try:
+      with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+      table.validate(full=True)
+      os.utime(path)  # it is in use
+    except (OSError, ValueError, LookupError):  # pyarrow's are these
+      return None
+    return _Table(table, _MAPPED)
+
+
+def _leaf(
+  schema: Any, name: str, path: str, what: str
+) -> tuple[str, list[str], Any]:
+  """Finds a column, or a field within structs, such as "sentences.raw".
+
+  Args:
+    schema: of the file.
+    name: of the column, with the names of fields after dots.
+    path: of the file.
+    what: "image=" or "captions=", for messages.
+
+  Returns:
+    (column, names of fields, their type without the lists around it).
+  """
+  import pyarrow as pa
+
+  column, *fields = [name] if name in schema.names else name.split(".")
+  errors.pick(dict.fromkeys(schema.names), column, f"column of {path}")
+  kind = whole = schema.field(column).type
+  for field in [*fields, None]:
+    while (
+      pa.types.is_list(kind)
+      or pa.types.is_large_list(kind)
+      or pa.types.is_fixed_size_list(kind)
+    ):
+      kind = kind.value_type
+    if field is not None:
+      inner = {}
+      if pa.types.is_struct(kind):
+        inner = {inner.name: inner for inner in kind}
+      if field not in inner:
+        raise errors.UserError(
+          f'column "{column}" of {path} is {whole}, and has no field '
+          f'"{field}"; check {what}{name!r}'
+        )
+      kind = inner[field].type
+  return column, fields, kind
+
+
+def _texts(value: Any, fields: Sequence[str]) -> list[str | bytes]:
+  """Returns all texts in a value, those at a field of the structs in it."""
+  if isinstance(value, list):
+    return [text for inner in value for text in _texts(inner, fields)]
+  if isinstance(value, dict):
+    return _texts(value.get(fields[0]), fields[1:]) if fields else []
+  return [value] if isinstance(value, (str, bytes)) and not fields else []
+
+
+def _usual(schema: Any, names: Sequence[str], given: str | None) -> str:
+  """Returns the column that is given, or the first usual one in the schema."""
+  return given or next((n for n in names if n in schema.names), names[0])
+
+
 class ParquetRecords:
-  """Random access to the rows of Parquet files; see parquet()."""
+  """Random access to the rows of Parquet files; see parquet().
+
+  Attributes:
+    identity: of the files.
+  """
 
   def __init__(
     self,
     shards: index_lib.Shards,
-    image: str,
-    captions: str,
+    image: str | None,
+    captions: str | None,
     columns: Sequence[str],
     cache_mb: int,
   ):
-    self._shards = shards
-    self._image, self._captions, self._columns = image, captions, columns
+    self._shards, self._columns = shards, columns
+    self.identity = shards.identity
     self._index = index = shards.index(_INDEX)
     self._starts = np.concatenate([[0], np.cumsum(index.rows["rows"])])
     self._tables = _Cache(cache_mb << 20)
     self._footers = _Cache(cache_mb << 18)
+    sizes = index.rows["bytes"]
+    large = int(sizes[sizes > _LARGE].sum())
+    self._decoded = _Decoded(large, shards.what) if large else None
     number, _ = index.locate(0)
+    path = shards.paths[number]
     schema = self._footer(number).meta.schema.to_arrow_schema()
-    for name in (image, captions, *columns):
-      errors.pick(
-        dict.fromkeys(schema.names), name, f"column of {shards.paths[number]}"
+    for name in columns:
+      errors.pick(dict.fromkeys(schema.names), name, f"column of {path}")
+    self._image = _usual(schema, _IMAGE, image)
+    captions = _usual(schema, _CAPTION, captions)
+    self._read = self._image_column(schema, path)
+    self._captions, self._fields = self._caption_column(schema, captions, path)
+    log.info(
+      '%s: column "%s" has the images, "%s" the captions',
+      shards.what,
+      self._image,
+      captions,
+    )
+
+  def _image_column(self, schema: Any, path: str) -> str:
+    """Returns what to read for an image: of a struct only the bytes."""
+    import pyarrow as pa
+
+    errors.pick(dict.fromkeys(schema.names), self._image, f"column of {path}")
+    kind = schema.field(self._image).type
+    bytes_of = kind
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+      bytes_of = kind.field("bytes").type
+    if not _is_text(bytes_of, text=False):
+      raise errors.UserError(
+        f'column "{self._image}" of {path} is {kind}, but images have to be '
+        "binary, or structs with a binary field bytes; name another: image="
       )
-    kind = str(schema.field(image).type)
-    # Of a struct of bytes and path only the bytes are read.
-    self._read = f"{image}.bytes" if kind.startswith("struct") else image
+    return self._image if bytes_of is kind else f"{self._image}.bytes"
+
+  def _caption_column(
+    self, schema: Any, captions: str, path: str
+  ) -> tuple[str, list[str]]:
+    """Returns the column of captions, and the fields in it."""
+    import pyarrow as pa
+
+    column, fields, kind = _leaf(schema, captions, path, "captions=")
+    if not _is_text(kind):
+      whole = schema.field(column).type
+      inner = list(kind) if pa.types.is_struct(kind) else []
+      found = next((f.name for f in inner if _is_text(f.type)), None)
+      raise errors.UserError(
+        f'column "{column}" of {path} is {whole}, but captions have to be '
+        "texts or lists of texts; "
+        + (
+          f'pick a field: captions="{captions}.{found}"'
+          if found
+          else "name another column: captions="
+        )
+      )
+    return column, fields
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -155,20 +370,6 @@ class ParquetRecords:
   def brief(self, i: int) -> dict[str, Any]:
     """Returns an example without its image, which is not read."""
     return self._row(i, with_image=False)
-
-  def warn_if_large(self) -> None:
-    """Logs what large row groups cost, and how to rewrite the files."""
-    groups = self._index.rows
-    mean = groups["bytes"].mean()
-    if mean > _LARGE:
-      log.warning(
-        "%s have row groups of %d rows, %d MiB: reading one example decodes "
-        "that much; for faster reading rewrite each file: %s",
-        self._shards.what,
-        groups["rows"].mean(),
-        int(mean) >> 20,
-        _REWRITE,
-      )
 
   def _footer(self, number: int) -> "_Footer":
     return self._footers.get(
@@ -183,17 +384,25 @@ class ParquetRecords:
     row = int(i - self._starts[group])
     where = f"{self._shards.paths[number]}, row {i - self._first(number)}"
 
-    def make() -> Any:
-      names = [self._captions, *self._columns]
-      names = [self._read, *names] if with_image else names
+    def decode() -> Any:
       path = self._shards.paths[number]
       with _opened(path, self._footer(number).meta) as found:
-        return found.read_row_group(
-          group - self._index.first(number), columns=names, use_threads=False
-        )
+        return found.read_row_group(at, columns=names, use_threads=False)
 
+    def make() -> _Table:
+      large = self._index.rows["bytes"][group] > _LARGE
+      if large and with_image and self._decoded:
+        stamp = self._shards.stamps[number]
+        key = [self._shards.paths[number], stamp, at, names]
+        return self._decoded.table(key, decode)
+      table = decode()
+      return _Table(table, table.nbytes)
+
+    names = [self._captions, *self._columns]
+    names = [self._read, *names] if with_image else names
+    at = group - self._index.first(number)
     try:
-      table = self._tables.get((group, with_image), make)
+      table = self._tables.get((group, with_image), make).rows
       values = {
         name: table.column(name)[row].as_py() for name in table.column_names
       }
@@ -224,9 +433,7 @@ class ParquetRecords:
           f"{where} has no bytes of an image", kind="missing image"
         )
       example["image"] = image
-    texts = values.get(self._captions)
-    texts = [texts] if isinstance(texts, (str, bytes)) else texts
-    texts = [text for text in texts or [] if text is not None]
+    texts = _texts(values.get(self._captions), self._fields)
     if not texts:
       raise BadExample(f"{where} has no caption", kind="missing caption")
     example["captions"] = list(map(captions_lib.caption, texts))
@@ -258,6 +465,18 @@ class ParquetRecords:
     return map(read, present)
 
 
+def _is_text(kind: Any, text: bool = True) -> bool:
+  """Returns whether a column's type is binary or, if `text`, also string."""
+  import pyarrow as pa
+
+  if pa.types.is_dictionary(kind):
+    kind = kind.value_type
+  names = ["binary", "large_binary", "binary_view"]
+  if text:
+    names += ["string", "large_string", "string_view", "null"]
+  return str(kind) in names or pa.types.is_fixed_size_binary(kind)
+
+
 class _Footer:
   """The metadata at the end of a file."""
 
@@ -269,8 +488,8 @@ class _Footer:
 
 def parquet(
   shards: str | Sequence[str],
-  image: str = "image",
-  captions: str = "caption",
+  image: str | None = None,
+  captions: str | None = None,
   columns: Sequence[str] = (),
   cache_mb: int = 512,
 ) -> source_lib.Source:
@@ -281,8 +500,10 @@ def parquet(
   Args:
     shards: paths, local or in a bucket, with globs and brace lists.
     image: the column of images: bytes, or structs of bytes and path as in
-      Hugging Face's datasets.
-    captions: the column of captions, each a text or a list of texts.
+      Hugging Face's datasets; None: image, jpg, img or picture.
+    captions: the column of captions, each a text or a list of texts; of
+      structs, or lists of structs, the field is named, too: "sentences.raw";
+      None: caption, captions, text, sentences or title.
     columns: further columns that become features. Filters (`only`) may also use
       columns that are not listed here.
     cache_mb: MiB of decoded row groups that are kept in memory.
@@ -298,7 +519,6 @@ def parquet(
     files.expand(shards, "Parquet files"), "Parquet files"
   )
   records = ParquetRecords(found, image, captions, tuple(columns), cache_mb)
-  records.warn_if_large()
   return source_lib.Source(
     source_lib.brief_name("parquet", shards),
     records,

@@ -5,13 +5,62 @@ from typing import Any
 
 from sigjax import errors
 from sigjax.data import source as source_lib
+from sigjax.data.faults import BadExample
 from sigjax.data.formats import tfrecord
+from sigjax.data.shards import files
 
 _PREPARE = (
   'python -c "import tensorflow_datasets as tfds; tfds.builder({args}, '
   "file_format='array_record').download_and_prepare()\" "
   "(many of TFDS's own builders need TensorFlow for this one step)"
 )
+
+
+class ArrayRecordRecords:
+  """Random access to a split that is stored as ArrayRecord.
+
+  Args:
+    builder: a TFDS builder.
+    split: "train[:90%]" and the like.
+    decoders: of the features that are to stay encoded.
+
+  Attributes:
+    identity: of the split's files, see files.identity().
+
+  Raises:
+    ValueError: there is no such split.
+    UserError: all of its files are missing.
+  """
+
+  def __init__(self, builder: Any, split: str, decoders: dict[str, Any]):
+    from tensorflow_datasets.core import splits
+    from tensorflow_datasets.core.data_sources import base
+
+    self._source = builder.as_data_source(split, decoders=decoders)
+    wanted = base.file_instructions(builder.info, splits.Split(split))
+    paths = [files.canonical(str(part.filename)) for part in wanted]
+    stamps = files.stamps(paths)
+    if not any(stamps):
+      raise errors.UserError(
+        f"none of {len(paths)} files of {builder.info.full_name}[{split}] is "
+        f"there, such as {paths[0]}; prepare the dataset again"
+      )
+    self.identity = files.identity(paths, stamps)
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    if not 0 <= i < len(self):
+      raise IndexError(i)
+    try:
+      return self._source[i]
+    except (
+      Exception
+    ) as e:  # array_record's and TFDS's have no common base class
+      raise BadExample(
+        f"record {i} cannot be read: {e}", kind="damaged record"
+      ) from e
 
 
 def from_builder(builder: Any, split: str) -> source_lib.Source:
@@ -38,8 +87,7 @@ def from_builder(builder: Any, split: str) -> source_lib.Source:
     if builder.info.file_format.value == "tfrecord":
       records, faults = tfrecord.of_builder(builder, split, decoders)
     else:
-      records = builder.as_data_source(split, decoders=decoders)
-      len(records)
+      records = ArrayRecordRecords(builder, split, decoders)
   except errors.UserError:
     raise
   except ValueError as e:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import contextlib
 import glob
+import hashlib
+import json
 import os
 import re
 import threading
@@ -213,6 +215,26 @@ def stamps(paths: Sequence[str]) -> list[Stamp | None]:
 
   with pool() as threads:
     return list(threads.map(stamp, paths))
+
+
+def identity(paths: Sequence[str], stamps: Sequence[Stamp | None]) -> str:
+  """Returns a digest of the names and sizes of files.
+
+  The names are relative to the deepest common folder of all files, so moving a
+  dataset does not change its identity.
+  """
+  split = [path.split("/") for path in paths]
+  first, last = min(split), max(split)
+  common = 0
+  while common < min(len(first), len(last)) - 1 and (
+    first[common] == last[common]
+  ):
+    common += 1
+  told = [
+    ["/".join(parts[common:]), stamp and stamp[0]]
+    for parts, stamp in zip(split, stamps)
+  ]
+  return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class _Descriptor:

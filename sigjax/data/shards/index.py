@@ -9,7 +9,6 @@ no Python object.
 import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
-import hashlib
 import io
 import json
 import logging
@@ -126,9 +125,9 @@ class Shards:
   Attributes:
     paths: the same.
     what: the same.
+    stamps: of the shards, see files.stamps().
     files: reads the shards.
-    identity: a digest of the shards' names and sizes. The names are relative to
-      their common folder: a dataset that was moved keeps its identity.
+    identity: of the shards, see files.identity().
     lost: {number: kind} of the shards that are missing and, after index(), of
       those that are damaged.
     faults: after index(), {kind: (how many examples are left out, a name)}.
@@ -141,17 +140,17 @@ class Shards:
     self.paths = paths
     self.what = what
     self.files = files.Files(paths)
-    self._stamps = files.stamps(paths)
-    gone = [p for p, stamp in zip(paths, self._stamps) if stamp is None]
+    self.stamps = files.stamps(paths)
+    gone = [p for p, stamp in zip(paths, self.stamps) if stamp is None]
     if len(gone) == len(paths):
       raise errors.UserError(
         f"none of {len(paths)} {what} is there, such as {gone[0]}; check "
         "the path, which is taken from the working directory unless it is "
         "absolute"
       )
-    self.identity = _identity(paths, self._stamps)
+    self.identity = files.identity(paths, self.stamps)
     self.lost = {
-      n: "vanished shard" for n, stamp in enumerate(self._stamps) if not stamp
+      n: "vanished shard" for n, stamp in enumerate(self.stamps) if not stamp
     }
     self.faults: Faults = {}
 
@@ -161,7 +160,7 @@ class Shards:
     Shards are indexed in random order: processes that start at the same time
     then find each other's index files instead of building the same ones.
     """
-    todo = [(n, stamp) for n, stamp in enumerate(self._stamps) if stamp]
+    todo = [(n, stamp) for n, stamp in enumerate(self.stamps) if stamp]
     random.Random(uuid.uuid4().int).shuffle(todo)
     with (
       files.pool() as threads,
@@ -205,9 +204,7 @@ class Shards:
     Raises:
       UserError: there is no row at all, or no place to keep an index.
     """
-    told = json.dumps(
-      [index_files.VERSION, kind.name, self.paths, self._stamps]
-    )
+    told = json.dumps([index_files.VERSION, kind.name, self.paths, self.stamps])
     place = index_files.cache_path(told, ".npy")
     found = self._load_joined(place)
     if found is None:
@@ -315,22 +312,6 @@ class _Joined(NamedTuple):
   starts: np.ndarray
   faults: Faults
   lost: dict[int, str]
-
-
-def _identity(
-  paths: Sequence[str], stamps: Sequence[files.Stamp | None]
-) -> str:
-  """Returns a digest of the names and sizes of shards."""
-  split = [path.split("/") for path in paths]
-  first, last = min(split), max(split)
-  common = 0
-  while first[common] == last[common] and common < len(first) - 1:
-    common += 1
-  told = [
-    ["/".join(parts[common:]), stamp and stamp[0]]
-    for parts, stamp in zip(split, stamps)
-  ]
-  return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class Index:

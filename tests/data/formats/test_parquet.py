@@ -1,6 +1,8 @@
 """Parquet files that pyarrow wrote, as Hugging Face's datasets have them."""
 
 import concurrent.futures
+import os
+import shutil
 import sys
 
 import fsspec
@@ -19,6 +21,7 @@ NUM = 50  # rows, in two files
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
   monkeypatch.setenv("SIGJAX_CACHE", str(tmp_path / "cache"))
+  return tmp_path / "cache"
 
 
 def image(i):
@@ -181,7 +184,7 @@ def test_damaged_and_vanished_files(folder, caplog):
   (folder / "c.parquet").write_bytes(b"PAR1 and nothing else")
   source = opened(folder / "{a,b,c,d}.parquet")
   assert len(source) == NUM
-  assert source.faults == {"vanished shard": 1, "damaged shard": 1}
+  assert source.faults == {"vanished shard": 25, "damaged shard": 25}
   assert f"such as {folder}/c.parquet" in caplog.text
   with pytest.raises(errors.UserError, match="no example.*1 x damaged shard"):
     opened(folder / "c.parquet")
@@ -243,6 +246,124 @@ def test_many_threads_read_at_once(folder):
   with concurrent.futures.ThreadPoolExecutor(16) as threads:
     for i, found in zip(order, threads.map(source.records.__getitem__, order)):
       assert found == {"image": image(i), "captions": [f"né {i}"]}
+
+
+def test_structs_and_lists_of_captions(tmp_path):
+  raw = [["a", "b"], ["c"], [], None]
+  rows = [
+    None if texts is None else [{"raw": t, "tokens": [t, "x"]} for t in texts]
+    for texts in raw
+  ]
+  path = tmp_path / "a.parquet"
+  pq.write_table(
+    pa.table(
+      {
+        "image": [b"x"] * 4,
+        "sentences": rows,
+        "one": [r[0] if r else None for r in rows],
+        "nested": [[["a"], None, ["b", None]], [[]], [["c"]], None],
+        "id": pa.array([2**53, 2**53 + 1, None, 4]),
+        "word": pa.array(["a", "b", "c", None]).dictionary_encode(),
+        "a.b": ["dot", "dot", "dot", "dot"],
+      }
+    ),
+    path,
+  )
+
+  def texts(captions):
+    source, found = opened(path, captions=captions), []
+    for i in range(4):
+      try:
+        found.append(source[i]["captions"])
+      except faults.BadExample as e:
+        assert e.kind == "missing caption"
+        found.append(None)
+    return found
+
+  assert texts("sentences.raw") == [["a", "b"], ["c"], None, None]
+  assert texts("sentences.tokens") == [
+    ["a", "x", "b", "x"],
+    ["c", "x"],
+    None,
+    None,
+  ]
+  assert texts("one.raw") == [["a"], ["c"], None, None]
+  assert texts("nested") == [["a", "b"], None, ["c"], None]
+  assert texts("word") == [["a"], ["b"], ["c"], None]
+  assert texts("a.b") == [["dot"]] * 4
+  for captions, message in (
+    ("sentences", "list<.*struct<.*raw: string.*captions=.sentences.raw"),
+    ("one", "struct<.*pick a field: captions=.one.raw"),
+    ("one.row", 'has no field "row"; check captions=.one.row'),
+    ("id", "is int64, but captions have to be texts.*name another column"),
+    ("id.x", 'is int64, and has no field "x"'),
+  ):
+    with pytest.raises(errors.UserError, match=message) as e:
+      opened(path, captions=captions)
+    assert "\n" not in str(e.value)
+  with pytest.raises(errors.UserError, match="string, but images have to be"):
+    opened(path, image="a.b", captions="a.b")
+
+
+def test_usual_columns_are_found(tmp_path, caplog):
+  caplog.set_level("INFO", "sigjax")
+  path = tmp_path / "a.parquet"
+  pq.write_table(pa.table({"text": ["a"], "jpg": [b"x"], "title": ["b"]}), path)
+  assert opened(path)[0] == {"image": b"x", "captions": ["a"]}
+  assert 'column "jpg" has the images, "text" the captions' in caplog.text
+
+
+@pytest.fixture
+def large(tmp_path):
+  """A file with groups of 16 rows, and one with groups of about 2 MB."""
+  numbers = range(64)
+  rows = pa.table(
+    {
+      "image": [np.random.default_rng(i).bytes(70_000) for i in numbers],
+      "caption": [f"{i}" for i in numbers],
+    }
+  )
+  pq.write_table(rows, tmp_path / "small.parquet", row_group_size=8)
+  pq.write_table(rows, tmp_path / "large.parquet", row_group_size=32)
+  return tmp_path
+
+
+def test_large_row_groups_are_decoded_once(large, cache, caplog, monkeypatch):
+  caplog.set_level("INFO", "sigjax")
+  small = opened(large / "small.parquet")
+  assert not list(cache.rglob("*.arrow")) and "large" not in caplog.text
+  want = [small[i] for i in range(64)]
+  source = opened(large / "large.parquet", cache_mb=0)
+  assert "have large row groups; each is decoded once" in caplog.text
+  assert source[3] == want[3] and len(list(cache.rglob("*.arrow"))) == 1
+  with concurrent.futures.ThreadPoolExecutor(8) as threads:
+    order = np.random.default_rng(0).integers(64, size=300).tolist()
+    for i, found in zip(order, threads.map(source.records.__getitem__, order)):
+      assert found == want[i]
+  decoded = sorted(cache.rglob("*.arrow"))
+  assert len(decoded) == 2
+  with monkeypatch.context() as patch:  # another run needs no decoding
+    patch.setattr(pq.ParquetFile, "read_row_group", None)
+    source = opened(large / "large.parquet")
+    assert [source[i] for i in range(64)] == want
+  decoded[0].write_bytes(decoded[0].read_bytes()[:-20])  # made anew
+  source = opened(large / "large.parquet")
+  assert [source[i] for i in range(64)] == want
+  os.utime(decoded[1], (0, 0))
+  opened(large / "large.parquet")
+  assert not decoded[1].exists() and decoded[0].exists()
+
+
+def test_large_row_groups_without_room(large, cache, caplog, monkeypatch):
+  usage = shutil.disk_usage("/")._replace(free=1000)
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda path: usage)
+    source = opened(large / "large.parquet")
+  assert "reading will be slow" in caplog.text
+  assert source[5]["captions"] == ["5"] and not list(cache.rglob("*.arrow"))
+  (cache / "parquet").rmdir()
+  (cache / "parquet").write_bytes(b"")  # no folder can be there
+  assert opened(large / "large.parquet")[5]["captions"] == ["5"]
 
 
 def test_remote(folder):

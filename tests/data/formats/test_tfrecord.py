@@ -204,3 +204,36 @@ def test_a_record_that_does_not_parse(damaged):
     source.records[0]
   assert e.value.kind == "damaged record"
   assert source.records[1]
+
+
+def test_identity_is_that_of_the_files(shapes_dir, copy, damaged):
+  def identity(path, split="train"):
+    return tfds_lib.tfds("shapes", split, path).records.identity
+
+  path, (first, *_) = damaged
+  assert identity(path) == identity(copy) != identity(copy, "test")
+  assert identity(shapes_dir) not in (
+    identity(copy),
+    identity(shapes_dir, "test"),
+  )
+  first.write_bytes(first.read_bytes()[:-1])
+  assert identity(path) != identity(copy)
+
+
+def test_damaged_and_missing_array_records(shapes_dir, tmp_path):
+  shutil.copytree(shapes_dir, tmp_path / "copy")
+  path = tmp_path / "copy"
+  (file,) = (path / "shapes" / "1.0.0").glob("*train.array_record*")
+  data = bytearray(file.read_bytes())
+  data[len(data) // 4] ^= 255
+  file.write_bytes(data)
+  source, good = tfds_lib.tfds("shapes", "train", path), 0
+  for i in range(len(source)):
+    try:
+      good += bool(source.records[i])
+    except faults.BadExample as e:
+      assert e.kind == "damaged record" and f"record {i} " in str(e)
+  assert 0 < good < len(source)
+  file.unlink()
+  with pytest.raises(errors.UserError, match="none of 1 files of shapes"):
+    tfds_lib.tfds("shapes", "train", path)
