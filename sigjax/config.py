@@ -15,7 +15,7 @@ log = logging.getLogger("sigjax")
 
 
 def default_workdir(config: str) -> str:
-  """Returns workdirs/x_a=1 for configs/x.py:a=1: an own one for each argument."""
+  """Returns workdirs/x_a=1 for configs/x.py:a=1."""
   file, colon, arg = config.partition(":")
   arg = re.sub(r"[^\w.=,-]+", "_", arg)
   return f"workdirs/{pathlib.Path(file).stem}{'_' if colon else ''}{arg}"
@@ -24,13 +24,12 @@ def default_workdir(config: str) -> str:
 def write_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
   """Writes config.json; logs what differs from the one that was there."""
   text = json.dumps(config, indent=2, default=str) + "\n"
+  new, old = json.loads(text), {}
   try:
-    old = json.loads(path.read_text()) if path.exists() else None
-  except ValueError:
+    old = dict(json.loads(path.read_text())) if path.exists() else new
+  except (ValueError, TypeError):
     log.warning("%s was damaged; it is written anew", path)
-    old = None
-  new = json.loads(text)
-  for key in sorted({**old, **new}) if isinstance(old, dict) else ():
+  for key in sorted({**old, **new}) if old else ():
     if old.get(key) != new.get(key):
       log.info(
         "this run is resumed with another config.%s: it was %s, now it is %s",
@@ -104,9 +103,7 @@ class Durations:
     UserError: none or several of them are given.
   """
 
-  def __init__(
-    self, batch_size: int, num_examples: int, **total: float | None
-  ):
+  def __init__(self, batch_size: int, num_examples: int, **total: float | None):
     self._per_unit = dict(
       steps=1, epochs=num_examples / batch_size, examples=1 / batch_size
     )

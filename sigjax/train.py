@@ -28,7 +28,7 @@ from sigjax.data import kinds
 from sigjax.data.batches import pipeline, tally
 from sigjax.data.example import preprocess
 from sigjax.models import flops as flops_lib
-from sigjax.runtime import hosts, logs, program
+from sigjax.runtime import hosts, identity, logs, program
 from sigjax.runtime import lock as lock_lib
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
@@ -104,9 +104,11 @@ def main(
   Durations in optim, checkpoints and evals may also be given as *_epochs,
   *_examples or *_percent.
   """
-  config = {k: v for k, v in locals().items() if k in MAIN_KEYS}
+  config = dict(locals())
+  del config["workdir"], config["eval_only"]
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
+  identity.check_hosts("config", config)
 
   # ---- Devices ----
   mesh_ = errors.call(sharding_lib.make_mesh, mesh or {}, "config.mesh")
@@ -211,17 +213,30 @@ def main(
   saver = errors.call(
     Checkpoints, section, "config.checkpoints", workdir, read_only=eval_only
   )
+  me = identity.of_run(
+    data=source.identity(),
+    tokenizer=identity.sha256(workdir / "tokenizer.model"),
+    pp=pp,
+    model=model,
+  )
+  identity.check_hosts("the run", me)
   data_state = None
-  if found := saver.restore_newest(run.state):
+  if found := saver.restore_newest(run.state, me):
     state, data_state = found
   elif eval_only:
     raise errors.UserError(f"{workdir} has no checkpoint; train it first")
   elif resume:
     log.info("starting from resume=%s", resume)
-    state, data_state = restore.read(resume, run.state)
+    state, data_state = restore.read(resume, run.state, me)
   else:
-    log.info("starting from %s", f"init={init}" if init else "scratch")
-    given = errors.call(restore.read_init, init or {}, "config.init", shapes)
+    log.info("starting from %s", _shown(init) or "scratch")
+    given = errors.call(
+      restore.read_init,
+      init or {},
+      "config.init",
+      shapes,
+      tokenizer_sha=me["tokenizer"],
+    )
     state = state_lib.init_state(
       run.model, run.tx, seed, example, run.state, given, lock
     )
@@ -234,6 +249,8 @@ def main(
   if eval_only or first_step >= total:
     log.info("at step %d of %d: only evaluating", first_step, total)
     total = first_step
+  elif hosts.is_primary():  # nothing can be refused any more
+    config_lib.write_config(config, workdir / "config.json")
   agree = hosts.Agreement(mesh_)
   due = functools.partial(_due, total=total)
 
@@ -265,7 +282,8 @@ def main(
           running = None
         if save:
           position = {**batches.get_state(), "tower": source.tower}
-          saver.save(step, state, position)
+          about = {"config": config, "identity": me}
+          saver.save(step, state, position, about)
         if stopping:
           saver.check(step)
           sys.exit(
@@ -292,6 +310,11 @@ def main(
 
 
 # ---- Parts of main ----
+
+
+def _shown(init: Mapping[str, Any] | None) -> str:
+  given = {k: v for k, v in (init or {}).items() if v}
+  return f"init={given}" if given.get("path") else ""
 
 
 def _check_vocabulary(text: Mapping[str, Any], pieces: int) -> None:

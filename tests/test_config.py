@@ -2,7 +2,6 @@
 
 import json
 
-from ml_collections import ConfigDict
 import pytest
 
 from sigjax import config, errors
@@ -81,9 +80,31 @@ def test_another_argument_is_another_workdir():
 def test_another_config_in_a_workdir_is_said(tmp_path, caplog):
   caplog.set_level("INFO", logger="sigjax")
   path = tmp_path / "config.json"
-  config.keep_config(ConfigDict(dict(a=1, b=(2, 3))), path)
-  config.keep_config(ConfigDict(dict(a=1, b=(2, 3))), path)
+  config.write_config(dict(a=1, b=(2, 3)), path)
+  config.write_config(dict(a=1, b=(2, 3)), path)
   assert not caplog.text
-  config.keep_config(ConfigDict(dict(a=1, b=(2, 4))), path)
+  config.write_config(dict(a=1, b=(2, 4)), path)
   assert "config.b: it was [2, 3], now it is [2, 4]" in caplog.text
   assert json.loads(path.read_text()) == {"a": 1, "b": [2, 4]}
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[1]"])
+def test_a_damaged_config_does_not_block(tmp_path, text):
+  path = tmp_path / "config.json"
+  path.write_text(text)
+  config.write_config(dict(a=1), path)
+  assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+  "arg, path",
+  [
+    ("path=d/{a,b}.tar,n=2", "d/{a,b}.tar"),
+    ("n=2,path=d/{{a,b},{1..3}}.tar", "d/{{a,b},{1..3}}.tar"),
+    ("path=one\\, two,n=2", "one, two"),
+    ("path=a\\{b,n=2", "a{b"),
+    ("path=a=b,n=2", "a=b"),
+  ],
+)
+def test_commas_within_values(arg, path):
+  assert config.parse_arg(arg, path="", n=1) == dict(path=path, n=2)

@@ -17,9 +17,8 @@ import orbax.checkpoint as ocp
 
 from sigjax import errors, trees
 from sigjax.checkpoints import layout, manifest
-from sigjax.data.example import tokenizer as vocabulary
 from sigjax.runtime import files, hosts, identity
-from sigjax.weights import fetch, known, npz
+from sigjax.weights import fetch, known, npz, vocabulary
 
 log = logging.getLogger("sigjax")
 
