@@ -87,7 +87,7 @@ def fill(config: Any, main: Callable[..., Any] | None = None) -> None:
   if (section := config.get("mesh")) is not None:
     _add(section, sharding.make_mesh, ("devices",))
   if (section := config.get("init")) is not None:
-    _add(section, restore.read_init)
+    _add(section, restore.read_init, ("tokenizer_sha",))
   if (section := config.get("checkpoints")) is not None:
     _add(section, save.Checkpoints, ("read_only",))
     _add_duration(section, "every")
@@ -96,7 +96,7 @@ def fill(config: Any, main: Callable[..., Any] | None = None) -> None:
   _add_source(config.get("data"), kinds)
   for section in (config.get("evals") or {}).values():
     make = evaluators.EVALUATORS.get(section.get("type"))
-    _add(section, make and make(), ("path",))
+    _add(section, make and make(), ("path", "bad_fraction"))
     _add_duration(section, "every")
     _add_source(section.get("data"), kinds)
 
