@@ -365,19 +365,20 @@ def test_a_shard_that_vanishes_later(tmp_path):
   assert run.faults()["unreadable shard"] >= 8
 
 
-def test_a_store_that_fails():
+@pytest.mark.parametrize(
+  "error", [OSError("stale handle"), RuntimeError("corrupt"), KeyError("x")]
+)
+def test_a_library_that_fails(error):
+  """Whatever reading raises is a fault of that record."""
+
   class Records(list):
     def __getitem__(self, i):
       if i == BAD:
-        raise OSError("stale handle")
+        raise error
       return super().__getitem__(i)
 
-  source = Source(
-    "test",
-    Records({"image": picture(i), "captions": [f"{i}"]} for i in range(NUM)),
-  )
-  run = check(lambda: source, [BAD])
-  assert set(run.faults()) == {"unreadable"}
+  records = ({"image": picture(i), "captions": [f"{i}"]} for i in range(NUM))
+  check_one_faulty(Source("test", Records(records)), "unreadable")
 
 
 @pytest.fixture
