@@ -19,6 +19,7 @@ A layout that is easy to write for other programs:
 In both, an example has these features, and "image", the embedding (W,).
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -30,6 +31,7 @@ import ml_dtypes
 import numpy as np
 
 from sigjax import errors
+from sigjax.data.faults import BadExample
 
 DTYPES = {
   "float16": np.dtype(np.float16),
@@ -59,6 +61,30 @@ def plain(value: Any) -> Any:
   return value
 
 
+def _features(data: bytes, where: str) -> dict[str, Any]:
+  """Returns the features that a line or record of JSON holds.
+
+  Raises:
+    BadExample: the JSON is damaged, or is neither text, list nor object.
+  """
+  try:
+    value = json.loads(data)
+  except (ValueError, RecursionError) as e:
+    raise BadExample(
+      f"{where} is not JSON: {e}", kind="JSON does not parse"
+    ) from e
+  if isinstance(value, str):
+    value = [value]
+  if isinstance(value, list):
+    value = {"captions": value}
+  if not isinstance(value, dict):
+    raise BadExample(
+      f"{where} is neither a text, a list of texts nor an object",
+      kind="JSON does not parse",
+    )
+  return value
+
+
 class ArrayRecordEmbeddings:
   """Random access to the embeddings that tools.embed wrote.
 
@@ -66,41 +92,71 @@ class ArrayRecordEmbeddings:
     path: the folder.
     index: its index.json.
 
+  Attributes:
+    identity: a digest of index.json.
+
   Raises:
-    UserError: a shard is missing or has another size than it was written with.
+    UserError: index.json lacks something, or a shard is missing or has another
+      size than it was written with.
   """
 
   def __init__(self, path: pathlib.Path, index: dict[str, Any]):
     from array_record.python import array_record_data_source
 
-    for shard in index["shards"]:
-      file = path / shard["file"]
+    try:
+      self._dtype = DTYPES[index["dtype"]]
+      self._width, count = int(index["width"]), int(index["count"])
+      shards = [(path / x["file"], int(x["bytes"])) for x in index["shards"]]
+    except (LookupError, TypeError, ValueError) as e:
+      raise errors.UserError(
+        f"{path / INDEX} is damaged: {type(e).__name__} {e}; run tools.embed "
+        "again"
+      ) from e
+    for file, written in shards:
       size = file.stat().st_size if file.exists() else None
-      if size != shard["bytes"]:
+      if size != written:
         found = "is missing" if size is None else f"has {size} bytes"
         raise errors.UserError(
-          f"{file} {found}, but {shard['bytes']} were written: copy it "
-          "again, or delete it and index.json and run tools.embed again"
+          f"{file} {found}, but {written} were written: copy it again, or "
+          "delete it and index.json and run tools.embed again"
         )
-    self._records = array_record_data_source.ArrayRecordDataSource(
-      [str(path / shard["file"]) for shard in index["shards"]]
-    )
-    if len(self._records) != index["count"]:
-      raise errors.UserError(
-        f"{path} has {len(self._records)} records, but its {INDEX} says "
-        f"{index['count']}; run tools.embed again, into another folder"
+    try:
+      self._records = array_record_data_source.ArrayRecordDataSource(
+        [str(file) for file, _ in shards]
       )
-    self._dtype = DTYPES[index["dtype"]]
-    self._bytes = index["width"] * self._dtype.itemsize
+      found = len(self._records)
+    except Exception as e:  # array_record's have no common base class
+      raise errors.UserError(
+        f"the shards in {path} cannot be read: {e}; run tools.embed again"
+      ) from e
+    if found != count:
+      raise errors.UserError(
+        f"{path} has {found} records, but its {INDEX} says {count}; run "
+        "tools.embed again, into another folder"
+      )
+    self._path = path
+    text = json.dumps(index, sort_keys=True)
+    self.identity = hashlib.sha256(text.encode()).hexdigest()
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    record = self._records[i]
+    try:
+      record = self._records[i]
+    except IndexError:
+      raise
+    except Exception as e:  # array_record's have no common base class
+      raise BadExample(
+        f"record {i} cannot be read: {e}", kind="damaged record"
+      ) from e
+    size = self._width * self._dtype.itemsize
+    if len(record) < size:
+      raise BadExample(f"record {i} is too short", kind="damaged record")
+    split = len(record) - size
     return {
-      **json.loads(record[: -self._bytes]),
-      "image": np.frombuffer(record[-self._bytes :], self._dtype),
+      **_features(record[:split], f"record {i} of {self._path}"),
+      "image": np.frombuffer(record[split:], self._dtype),
     }
 
 
@@ -110,15 +166,16 @@ class NpyEmbeddings:
   Args:
     path: the folder.
 
+  Attributes:
+    identity: a digest of the sizes of the two files.
+
   Raises:
     UserError: a file is missing or damaged, or their lengths differ.
   """
 
   def __init__(self, path: pathlib.Path):
     try:
-      self._z = np.load(
-        path / "embeddings.npy", mmap_mode="r", allow_pickle=False
-      )
+      z = np.load(path / "embeddings.npy", mmap_mode="r", allow_pickle=False)
       with open(path / "captions.jsonl", "rb") as f:
         self._lines = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as e:
@@ -126,53 +183,63 @@ class NpyEmbeddings:
         f"{path} has neither {INDEX} nor embeddings.npy and captions.jsonl; "
         "is it still being written by tools.embed?"
       ) from e
-    except (ValueError, EOFError, OSError) as e:  # truncated, empty, no .npy
+    except Exception as e:  # truncated, empty, no .npy: NumPy raises anything
       raise errors.UserError(
         f"{path}: embeddings.npy or captions.jsonl cannot be read: {e}"
       ) from e
-    if self._z.dtype == "V2":  # as NumPy reads bfloat16
-      self._z = self._z.view(ml_dtypes.bfloat16)
-    if self._z.ndim != 2 or self._z.dtype not in DTYPES.values():
+    if not isinstance(z, np.ndarray):
+      raise errors.UserError(f"{path}/embeddings.npy is an .npz; save an array")
+    if z.dtype == "V2":  # as NumPy reads bfloat16
+      z = z.view(ml_dtypes.bfloat16)
+    if z.ndim != 2 or z.dtype not in DTYPES.values():
       raise errors.UserError(
-        f"{path}/embeddings.npy is {self._z.dtype} {self._z.shape}; it has "
-        f"to be (N, W) of {', '.join(DTYPES)}"
+        f"{path}/embeddings.npy is {z.dtype} {z.shape}; it has to be (N, W) of "
+        f"{', '.join(DTYPES)}"
       )
     text = np.frombuffer(self._lines, np.uint8)
     ends = np.flatnonzero(text == ord("\n"))
     if text[-1] != ord("\n"):
       ends = np.append(ends, len(text))
-    self._ends = ends
-    if len(ends) != len(self._z):
+    if len(ends) != len(z):
       raise errors.UserError(
-        f"{path}: embeddings.npy has {len(self._z)} rows, captions.jsonl "
+        f"{path}: embeddings.npy has {len(z)} rows, captions.jsonl "
         f"{len(ends)} lines; both need one per example"
       )
+    self._z, self._ends = z, ends
+    sizes = [[*z.shape, str(z.dtype)], len(text)]
+    self.identity = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
   def __len__(self) -> int:
     return len(self._z)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     start = int(self._ends[i - 1]) + 1 if i else 0
-    try:
-      value = json.loads(self._lines[start : int(self._ends[i])])
-    except ValueError as e:
-      raise errors.UserError(
-        f"line {i + 1} of captions.jsonl is not JSON: {e}"
-      ) from e
-    if isinstance(value, str):
-      value = [value]
-    if isinstance(value, list):
-      value = {"captions": value}
-    return {**value, "image": np.array(self._z[i])}
+    line = self._lines[start : int(self._ends[i])]
+    return {
+      **_features(line, f"line {i + 1} of captions.jsonl"),
+      "image": np.array(self._z[i]),
+    }
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Raises:
+    UserError: the file is damaged, or holds no object.
+  """
+  try:
+    found = json.loads(file.read_bytes())
+  except (OSError, ValueError, RecursionError) as e:
+    raise errors.UserError(f"{file} is damaged: {e}") from e
+  if not isinstance(found, dict):
+    raise errors.UserError(f"{file} is damaged: it holds no object")
+  return found
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[str, Any] | None:
   """Returns the index.json of a folder, or None if there is none."""
   file = pathlib.Path(path) / INDEX
-  try:
-    return json.loads(file.read_text()) if file.exists() else None
-  except ValueError as e:
-    raise errors.UserError(f"{file} is damaged: {e}") from e
+  return _read_json(file) if file.exists() else None
 
 
 def open_folder(
@@ -198,11 +265,15 @@ def open_folder(
   index = read_index(path)
   if index is None:
     info = path / "info.json"
-    about = json.loads(info.read_text()) if info.exists() else {}
+    about = _read_json(info) if info.exists() else {}
     records = NpyEmbeddings(path)
   else:
     about, records = index, ArrayRecordEmbeddings(path, index)
-  found = about.get("tower")
+  found, label_names = about.get("tower"), about.get("label_names", {})
+  if not isinstance(found, str | None) or not isinstance(label_names, dict):
+    raise errors.UserError(
+      f'{path}: "tower" has to be a text, and "label_names" an object'
+    )
   for key, want, same in (
     ("tower", tower, (found or "").startswith(tower or "")),
     ("pp_image", pp_image, about.get("pp_image") == pp_image),
@@ -212,7 +283,7 @@ def open_folder(
         f"the embeddings in {path} have {key} {about.get(key)}, but the "
         f"config wants {want}: compute them again, or change the config"
       )
-  return records, found, about.get("label_names", {})
+  return records, found, label_names
 
 
 def storage(count: int, width: int, dtype: str) -> int:

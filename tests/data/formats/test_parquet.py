@@ -301,6 +301,8 @@ def test_structs_and_lists_of_captions(tmp_path):
     with pytest.raises(errors.UserError, match=message) as e:
       opened(path, captions=captions)
     assert "\n" not in str(e.value)
+  # 2**53 and 2**53 + 1 differ, also beside a missing value.
+  assert len(opened(path, captions="word", group_by="id")) == 4
   with pytest.raises(errors.UserError, match="string, but images have to be"):
     opened(path, image="a.b", captions="a.b")
 

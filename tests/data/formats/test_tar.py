@@ -315,6 +315,14 @@ def test_filters_do_not_depend_on_the_first_sample(tmp_path):
     assert keys(source) == [f"{1:09d}"]
 
 
+def test_large_numbers_stay_exact_beside_missing_ones(tmp_path):
+  ids = [2**53, 2**53 + 1, None, 2**53]
+  samples = [sample(i, id=x) for i, x in enumerate(ids)]
+  write(tmp_path / "a.tar", sum(samples, []))
+  for _ in range(2):  # read, and from the kept values
+    assert len(opened(tmp_path / "a.tar", group_by="id")) == 3
+
+
 @pytest.mark.parametrize("size", [512, 1024, 1025])
 def test_a_shard_that_ends_with_its_last_member(tmp_path, size):
   good = member("a.jpg", b"A", b"1") + member("a.txt", b"t", b"1")
