@@ -60,7 +60,10 @@ class Picture:
     zimg, ztxt, use_image, use_text = self._retrieval.embed(embed)
     if jax.process_index() > 0:
       return []
-    numbers, texts = np.flatnonzero(use_image), np.flatnonzero(use_text)
+    numbers = np.flatnonzero(use_image)
+    # Of equal captions one is shown.
+    distinct = {self._retrieval.texts[j]: j for j in np.flatnonzero(use_text)}
+    texts = np.array(list(distinct.values()))
     right, _ = self._retrieval.right(numbers, texts)
     places = np.linspace(0, len(numbers) - 1, self._count).astype(int)
     cells = []

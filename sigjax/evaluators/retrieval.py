@@ -118,18 +118,16 @@ class Retrieval:
     with_group = _places(self._groups[images])
     with_string = _places(self._strings[texts])
     strings, groups = {}, {}  # of each group, of each string
-    for group, string in zip(self._text_groups[texts], self._strings[texts]):
-      strings.setdefault(group, []).append(string)
-      groups.setdefault(string, []).append(group)
-    texts_of = {
-      g: np.concatenate([with_string[s] for s in strings[g]]) for g in strings
-    }
-    images_of = {
-      s: np.concatenate([with_group[g] for g in groups[s]]) for s in groups
-    }
+    for group, string in zip(self._text_groups, self._strings):
+      if group in with_group and string in with_string:
+        strings.setdefault(group, []).append(with_string[string])
+        groups.setdefault(string, []).append(with_group[group])
+    none = np.array([], int)
+    texts_of = {g: np.concatenate(places) for g, places in strings.items()}
+    images_of = {s: np.concatenate(places) for s, places in groups.items()}
     return (
-      [texts_of[g] for g in self._groups[images]],
-      [images_of[s] for s in self._strings[texts]],
+      [texts_of.get(g, none) for g in self._groups[images]],
+      [images_of.get(s, none) for s in self._strings[texts]],
     )
 
   def run(self, embed: Embed, mesh: jax.sharding.Mesh) -> list[Row]:

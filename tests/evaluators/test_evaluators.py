@@ -96,6 +96,12 @@ def lookup_embed(tokenizer, names):
   return embed
 
 
+def encoded(colour):
+  data = io.BytesIO()
+  Image.new("RGB", (16, 16), colour).save(data, "PNG")
+  return data.getvalue()
+
+
 NAMES = ["ant", "bee", "cow", "dog", "elk", "fox"]
 
 
@@ -112,13 +118,11 @@ def animals(monkeypatch):
   records = []
   for copy in range(3):
     for i, name in enumerate(NAMES):
-      data = io.BytesIO()
       # One in three dogs looks like an elk.
       shown = 4 if name == "dog" and copy == 0 else i
-      Image.new("RGB", (16, 16), (10 * shown, 0, 0)).save(data, "PNG")
       records.append(
         dict(
-          image=data.getvalue(),
+          image=encoded((10 * shown, 0, 0)),
           label=i,
           concept=name,
           captions=[name, f"a {name}"],
@@ -195,6 +199,30 @@ def test_picture(animals, tokenizer, mesh, tmp_path):
   image = np.asarray(Image.open(path)).astype(int)
   green = (image == (205, 240, 205)).all(-1)[50:].any(-1)  # below the legend
   assert green.any() and not green.all()  # right ones are marked
+
+
+def test_a_picture_marks_a_caption_that_others_have_too(
+  monkeypatch, mesh, tmp_path
+):
+  png = encoded((0, 0, 0))
+  records = [dict(image=png, captions=["a dog"]) for _ in range(3)]
+  picture = evaluators.make(
+    "x",
+    tmp_path / "x.png",
+    None,
+    dict(RAW, type="picture", data=opened(monkeypatch, Source("m", records))),
+  )
+
+  def embed(image=None, text=None):
+    z = jnp.ones((len(image if text is None else text), 2))
+    return (z, None) if text is None else (None, z)
+
+  picture._retrieval._pp_image = "decode|keep('image')"
+  picture.run(embed, mesh)
+  image = np.asarray(Image.open(picture.path)).astype(int)
+  lines = (image == (205, 240, 205)).all(-1)[30:]
+  for cell in range(3):
+    assert 15 <= lines[:, 12 + 420 * cell :][:, :400].any(1).sum() <= 20
 
 
 def test_a_picture_shows_whole_images_in_their_own_shape(

@@ -313,7 +313,7 @@ def value_range(low: float, high: float) -> Fn:
 
 
 def choice(key: str, out: str = "text") -> Fn:
-  """Sets `out` to a random one of the texts at `key`; "" if there is none.
+  """Sets `out` to a random one of the texts at `key`.
 
   Args:
     key: a feature that holds a text, several texts, or {"text": several, ...}
@@ -323,7 +323,7 @@ def choice(key: str, out: str = "text") -> Fn:
 
   def fn(example: Example, rng: np.random.Generator) -> Example:
     texts = captions_lib.captions(example, key)
-    example[out] = texts[rng.integers(len(texts))] if texts else ""
+    example[out] = texts[rng.integers(len(texts))]
     return example
 
   return fn
@@ -334,7 +334,7 @@ def first(key: str, out: str = "text") -> Fn:
 
   def fn(example: Example, rng: np.random.Generator) -> Example:
     del rng
-    example[out] = (captions_lib.captions(example, key) or [""])[0]
+    example[out] = captions_lib.captions(example, key)[0]
     return example
 
   return fn
