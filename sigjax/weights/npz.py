@@ -332,7 +332,6 @@ def _positions(
       and tower + beside in flat
       and flat[name].ndim == 3
       and flat[name].shape[0] == 1
-      and flat[name].size
     ):
       yield tower, name
 
