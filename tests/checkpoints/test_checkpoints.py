@@ -15,9 +15,8 @@ from sigjax import errors, optim, sharding
 from sigjax import state as state_lib
 from sigjax.checkpoints import manifest, restore
 from sigjax.checkpoints import save as save_lib
-from sigjax.data.example import tokenizer as vocabulary
 from sigjax.runtime import identity
-from sigjax.weights import fetch, known, npz
+from sigjax.weights import fetch, known, npz, vocabulary
 
 PARAMS = {"img": {"kernel": jnp.arange(64.0).reshape(8, 8)}, "t": jnp.ones(1)}
 FSDP = ((".*", "fsdp"),)
