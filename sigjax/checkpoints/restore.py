@@ -180,7 +180,7 @@ def read_init(
   """Reads the weights that a run starts from, released ones or another run's.
 
   Args:
-    shapes: the tree of the model's parameters, arrays or shapes.
+    shapes: the model's parameters, a tree of ShapeDtypeStructs.
     path: a workdir, WORKDIR/checkpoints/STEP, or what npz.load_params takes: a
       .npz file, its URL, or the name of a released checkpoint. None reads
       nothing.

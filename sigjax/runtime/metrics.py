@@ -55,8 +55,9 @@ class Writer:
   Args:
     workdir: the run's directory.
     first_step: the run resumes from this step. Metrics of later steps are cut
-      off: a run wrote them that was killed after its last checkpoint. None
-      keeps everything.
+      off: a run wrote them that was killed after its last checkpoint. Lines
+      that are not metrics are cut off as well. None keeps everything, and a
+      workdir that cannot be written gets nothing: for evaluation alone.
   """
 
   def __init__(
@@ -67,12 +68,23 @@ class Writer:
       return
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
-    if path.exists():
-      _cut(path, first_step)
-    self._file = _AppendedFile(path)
-    self._events = _AppendedFile(
-      workdir / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-    )
+    host = socket.gethostname()
+    try:
+      if path.exists():
+        _cut(path, first_step)
+      self._file = _AppendedFile(path)
+      self._events = _AppendedFile(
+        workdir / f"events.out.tfevents.{time.time_ns()}.{host}"
+      )
+    except OSError as e:
+      if first_step is not None:
+        raise
+      log.warning(
+        "%s cannot be written (%s): the results are only printed",
+        path,
+        e.strerror,
+      )
+      return
     self._write_event(file_version="brain.Event:2")
     if first_step is not None:  # TensorBoard forgets what came after it
       start = _event_pb2.SessionLog(status=_event_pb2.SessionLog.START)
@@ -150,13 +162,28 @@ def _cut(path: pathlib.Path, last_step: int | None) -> None:
   if lines and not lines[-1].endswith(b"\n"):
     # In place: a run that only evaluates may not replace another run's file.
     os.truncate(path, sum(map(len, lines)) - len(lines.pop()))
+  if last_step is None:
+    return
+  steps = [_step_of(line) for line in lines]
+  if unreadable := steps.count(None):
+    log.warning(
+      "%s: %d lines are not metrics; they are removed", path, unreadable
+    )
   kept = [
     line
-    for line in lines
-    if last_step is None or json.loads(line)["step"] <= last_step
+    for line, step in zip(lines, steps)
+    if step is not None and step <= last_step
   ]
   if kept != lines:
     files.write(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+  """Returns the step of a line of metrics.jsonl; None of anything else."""
+  try:
+    return int(json.loads(line)["step"])
+  except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    return None
 
 
 class Clock:

@@ -9,6 +9,7 @@ fetched.
 """
 
 import base64
+import binascii
 from collections.abc import Iterator, Mapping
 import contextlib
 import fcntl
@@ -42,6 +43,10 @@ TIMEOUT = 60.0  # seconds without an answer
 CHUNK = 1 << 20
 
 
+# Weak ones, W/"..", do not identify bytes.
+_STRONG_ETAG = re.compile(r'"[\x20\x21\x23-\x7e]{1,500}"')
+
+
 class _Answer(NamedTuple):
   """What a server said of a file."""
 
@@ -67,8 +72,8 @@ def local(url: str, missing: str = "") -> str:
 
   Raises:
     UserError: the file does not exist or is private, there is no network or no
-      room, or the server's size or MD5 differs from what arrived. Then the
-      cache has nothing under the file's name.
+      room, https redirects to http, or the server's size or MD5 differs from
+      what arrived. Then the cache has nothing under the file's name.
   """
   target = cached(url)
   if not os.path.exists(target):
@@ -76,7 +81,7 @@ def local(url: str, missing: str = "") -> str:
       os.makedirs(os.path.dirname(target), exist_ok=True)
       with _locked(f"{target}.partial") as f:
         if not os.path.exists(target):
-          log.info("fetching %s to %s", url, target)
+          log.info("fetching %s to %s", _shown(url), target)
           _download(url, f, target, missing)
         else:  # another process fetched it meanwhile
           _remove(f"{target}.partial")
@@ -94,13 +99,34 @@ def cached(url: str) -> str:
   Raises:
     UserError: the URL names no file.
   """
-  parts = urllib.parse.urlsplit(_web(url))
+  web = _web(url)
+  try:
+    parts = urllib.parse.urlsplit(web)
+  except ValueError:  # "http://[", for one
+    parts = urllib.parse.urlsplit("")
   names = parts.path.removeprefix("/").split("/")
   if parts.query:
     names[-1] += "?" + urllib.parse.quote(parts.query, safe="=&")
-  if not parts.netloc or {".", "..", ""} & set(names):
-    raise errors.UserError(f"{url} names no file")
-  return str(files.cache_dir().joinpath(parts.netloc, *names))
+  if names[-1].endswith((".partial", ".partial.etag")):
+    names[-1] += "_"  # not what has arrived of another file
+  names.insert(0, parts.netloc)
+  if {".", "..", ""} & set(names) or re.search(r"[\0-\x1f\x7f]", web):
+    raise errors.UserError(f"{_shown(url)} names no file")
+  return str(files.cache_dir().joinpath(*map(_short, names)))
+
+
+def _short(name: str) -> str:
+  """Returns a name that file systems take, with room for ".partial.etag"."""
+  data = name.encode(errors="surrogateescape")
+  if len(data) <= 200:
+    return name
+  return f"{name[:40]}..{hashlib.sha256(data).hexdigest()[:32]}"
+
+
+def _shown(url: str) -> str:
+  """Returns a URL for messages, without the signature of a presigned one."""
+  start, _, query = str(url).partition("?")
+  return f"{start}?.." if len(query) > 40 else str(url)
 
 
 def _web(url: str) -> str:
@@ -160,7 +186,7 @@ def _download(url: str, f: BinaryIO, target: str, missing: str) -> None:
     best = max(best, have)
     if tries == ATTEMPTS:
       raise errors.UserError(
-        f"{url} was cut off again and again, at last after {have} of "
+        f"{_shown(url)} was cut off again and again, at last after {have} of "
         f"{answer.total} bytes; run again to resume there"
       )
     time.sleep(PAUSE)
@@ -173,7 +199,7 @@ def _download(url: str, f: BinaryIO, target: str, missing: str) -> None:
       _remove(etag)
       _remove(partial)
       raise errors.UserError(
-        f"{url} arrived damaged and was deleted: its MD5 is {md5}, not "
+        f"{_shown(url)} arrived damaged and was deleted: its MD5 is {md5}, not "
         f"{answer.md5} as the server says; run again to fetch it again"
       )
   os.replace(partial, target)
@@ -183,8 +209,12 @@ def _download(url: str, f: BinaryIO, target: str, missing: str) -> None:
 def _fill(url: str, f: BinaryIO, target: str, missing: str) -> _Answer:
   """Appends to f what one request brings."""
   have = f.seek(0, os.SEEK_END)
-  with _request(url, _resume(target, have), target, missing) as response:
-    got = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+  response = _request(url, _resume(target, have), target, missing)
+  if response is None:
+    return _Answer(False, None, None)
+  with response:
+    content_range = response.headers.get("Content-Range", "")
+    got = re.match(r"bytes ([0-9]{1,18})-", content_range)
     if response.status != 206 or not got or int(got[1]) != have:
       # The server sends the whole file, or another part than was asked for.
       f.truncate(0)
@@ -193,17 +223,17 @@ def _fill(url: str, f: BinaryIO, target: str, missing: str) -> _Answer:
       if response.status != 200:
         _remove(f"{target}.partial.etag")
         return _Answer(False, None, None)
-    length = response.headers.get("Content-Length")
+    length = response.length  # None if it is not a number
     if length is None and not response.chunked:
       raise errors.UserError(
-        f"the server does not say how long {url} is, so that half of it "
-        f"would look like all; {_by_hand(target)}"
+        f"the server does not say how long {_shown(url)} is, so that half of "
+        f"it would look like all; {_by_hand(target)}"
       )
-    total = None if length is None else have + int(length)
+    total = None if length is None else have + length
     room = shutil.disk_usage(os.path.dirname(target)).free
     if total and total - have > room:
       raise errors.UserError(
-        f"no room for {url}: it needs {(total - have) / 1e9:.3f} GB, "
+        f"no room for {_shown(url)}: it needs {(total - have) / 1e9:.3f} GB, "
         f"{os.path.dirname(target)} has {room / 1e9:.3f}; make room, or name "
         "another folder in SIGJAX_CACHE"
       )
@@ -234,19 +264,21 @@ def _resume(target: str, have: int) -> dict[str, str]:
   """Returns the headers that ask for the missing rest of the same version."""
   etag = ""
   with (
-    contextlib.suppress(FileNotFoundError),
-    open(f"{target}.partial.etag", encoding="utf-8") as f,
+    contextlib.suppress(FileNotFoundError, UnicodeDecodeError),
+    open(f"{target}.partial.etag", encoding="ascii") as f,
   ):
-    etag = f.read()
-  return {"Range": f"bytes={have}-", "If-Range": etag} if have and etag else {}
+    etag = f.read(1000)
+  if not have or not _STRONG_ETAG.fullmatch(etag):
+    return {}
+  return {"Range": f"bytes={have}-", "If-Range": etag}
 
 
 def _note_version(headers: Mapping[str, str], target: str) -> None:
   """Stores the version of the file that is about to arrive."""
   etag = headers.get("ETag", "")
   _remove(f"{target}.partial.etag")
-  if etag and not etag.startswith("W/"):  # weak ones do not identify bytes
-    with open(f"{target}.partial.etag", "w", encoding="utf-8") as f:
+  if _STRONG_ETAG.fullmatch(etag):
+    with open(f"{target}.partial.etag", "w", encoding="ascii") as f:
       f.write(etag)
 
 
@@ -257,7 +289,10 @@ def _md5(url: str, headers: Any) -> str | None:
   )
   stored = headers.get("x-goog-stored-content-encoding", "identity")
   if goog and stored == "identity":  # else it is that of the compressed file
-    return base64.b64decode(goog[1]).hex()
+    with contextlib.suppress(binascii.Error):
+      digest = base64.b64decode(goog[1], validate=True)
+      return digest.hex() if len(digest) == 16 else None
+    return None
   # S3: the ETag is the MD5, unless the file was uploaded in parts ("..-8") or
   # is encrypted with a key of its own.
   etag = re.fullmatch(r'"([0-9a-f]{32})"', headers.get("ETag", ""))
@@ -274,34 +309,61 @@ def _by_hand(target: str) -> str:
 def _request(
   url: str, headers: dict[str, str], target: str, missing: str
 ) -> Any:
-  """Opens a URL; see local for the errors."""
-  request = urllib.request.Request(_web(url), headers=headers)
+  """Opens a URL; see local for the errors.
+
+  Returns:
+    The response; None if the server says that nothing is left of the version
+    which `headers` name, so that the next request has to be for all of it.
+  """
+  shown = _shown(url)
   try:
-    return urllib.request.urlopen(request, timeout=TIMEOUT)
+    quoted = urllib.parse.quote(_web(url), safe=":/?#[]@!$&'()*+,;=%~")
+    request = urllib.request.Request(quoted, headers=headers)
+    opener = urllib.request.build_opener(_Redirects)
+    return opener.open(request, timeout=TIMEOUT)
+  except errors.UserError:
+    raise
   except urllib.error.HTTPError as e:
     e.close()
-    if e.code == 416:  # nothing is left: the file is another one by now
+    if e.code == 416 and headers:  # the file is another one by now
       _remove(f"{target}.partial.etag")
-      return _request(url, {}, target, missing)
+      return None
     if e.code in (404, 410):
       raise errors.UserError(
-        f"there is no {url} (the server says {e.code})"
+        f"there is no {shown} (the server says {e.code})"
         + (f"; {missing}" if missing else "")
       ) from None
     if e.code in (401, 403):
       # Google's buckets answer so for absent files, too, if they may not be
       # listed.
       raise errors.UserError(
-        f"{url} is private, or does not exist (the server says {e.code}): "
+        f"{shown} is private, or does not exist (the server says {e.code}): "
         "copy it by hand and give the path of the copy"
         + (f"; {missing}" if missing else "")
       ) from None
     raise errors.UserError(
-      f"{url} cannot be fetched now (the server says {e.code} {e.reason}): "
+      f"{shown} cannot be fetched now (the server says {e.code} {e.reason}): "
       f"try again, or {_by_hand(target)}"
     ) from None
-  except (OSError, http.client.HTTPException) as e:
+  except (OSError, http.client.HTTPException, ValueError) as e:
     reason = getattr(e, "reason", e)
     raise errors.UserError(
-      f"{url} cannot be reached ({reason}): {_by_hand(target)}"
+      f"{shown} cannot be reached ({reason}): {_by_hand(target)}"
     ) from None
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+  """Follows redirects to http or https, but never from https to http."""
+
+  def redirect_request(
+    self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+  ) -> urllib.request.Request | None:
+    allowed = ("https",) if req.type == "https" else ("http", "https")
+    if urllib.parse.urlsplit(newurl).scheme not in allowed:
+      fp.close()
+      raise errors.UserError(
+        f"{_shown(req.full_url)} redirects to {_shown(newurl)}, which is not "
+        "encrypted: somebody on the way could change the file; give an https "
+        "URL of it, or fetch it by hand"
+      )
+    return super().redirect_request(req, fp, code, msg, headers, newurl)

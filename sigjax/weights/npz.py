@@ -13,10 +13,10 @@ import os
 import re
 from typing import Any
 import zipfile
-import zlib
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -71,9 +71,17 @@ def load_params(
   """
   file, part = known.split(path)
   flat = _rename(_read(file, part), part, file)
-  return (
-    trees.unflatten(flat) if like is None else fit(flat, like, dont_load, path)
-  )
+  if like is not None:
+    return fit(flat, like, dont_load, path)
+  for name in flat:
+    parents = name.split("/")[:-1]
+    for i in range(1, len(parents) + 1):
+      if "/".join(parents[:i]) in flat:
+        raise errors.UserError(
+          f"{path} has an array {'/'.join(parents[:i])} and another one, "
+          f"{name}, below it"
+        )
+  return trees.unflatten(flat)
 
 
 def fit(
@@ -95,9 +103,18 @@ def fit(
   want = trees.flatten(like)
   flat = _stack(_unstack(flat, keep=want), want)
   want = {k: v for k, v in want.items() if not skip.fullmatch(k)}
+  other = {
+    k: v for k, v in flat.items() if not jnp.issubdtype(v.dtype, jnp.floating)
+  }
+  for name in sorted(other.keys() & want.keys()):
+    raise errors.UserError(
+      f"{path}: {name} has values of type {other[name].dtype}, but weights are "
+      "real numbers"
+    )
+  flat = {k: v for k, v in flat.items() if k not in other}
   _fit_image_positions(flat, want)
   _fit_text_positions(flat, want, path)
-  flat = {k: v for k, v in flat.items() if not skip.fullmatch(k)}
+  flat = {k: v for k, v in {**flat, **other}.items() if not skip.fullmatch(k)}
   lines = trees.difference(want, flat)
   if lines:
     count = f"{len(lines)} array{'s' if len(lines) > 1 else ''}"
@@ -146,29 +163,71 @@ def _read(path: str, part: str) -> dict[str, np.ndarray]:
       again = f"; delete it to fetch it again from {path}"
     # allow_pickle=False: a foreign file must not run code.
     with epath.Path(file).open("rb") as f:
-      arrays = np.load(f, allow_pickle=False)
-      if isinstance(arrays, np.ndarray):
-        raise ValueError("a single array")
-      prefix = f"{part.strip('/')}/" if part else ""
-      names = [
-        name
-        for name in arrays.files
-        if name.removeprefix("params/").startswith(prefix)
-      ]
-      arrays = {name: arrays[name] for name in names or arrays.files}
-      if not all(isinstance(a, np.ndarray) for a in arrays.values()):
-        raise ValueError("a zip file of something else, such as PyTorch's")
-      return arrays
+      return _arrays(f, part)
   except FileNotFoundError:
     raise errors.UserError(known.no_file(path)) from None
   except errors.UserError:  # a ValueError, too
     raise
   except (ImportError, OSError) as e:  # such as hdfs:// without its library
     raise errors.UserError(f"cannot read {file}: {e}") from None
-  except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+  except MemoryError:
+    raise errors.UserError(f"{file} does not fit into memory") from None
+  except Exception as e:  # zipfile and numpy raise anything
     raise errors.UserError(
       f"{file} is not a .npz file, or not a whole one{again}"
-    ) from None
+    ) from e
+
+
+def _arrays(file: Any, part: str) -> dict[str, np.ndarray]:
+  """Returns {name: array} of an open .npz file, of one part if given."""
+  if not zipfile.is_zipfile(file):
+    raise ValueError("no zip file")
+  prefix = f"{part.strip('/')}/" if part else ""
+  with zipfile.ZipFile(file) as zipped:
+    members = {
+      info.filename.removesuffix(".npy"): info for info in zipped.infolist()
+    }
+    names = [
+      name
+      for name in members
+      if name.removeprefix("params/").startswith(prefix)
+    ]
+    size = file.seek(0, os.SEEK_END)
+    return {
+      name: _array(zipped, members[name], size) for name in names or members
+    }
+
+
+def _array(
+  zipped: zipfile.ZipFile, member: zipfile.ZipInfo, file_size: int
+) -> np.ndarray:
+  """Returns the array of a member, whose claimed sizes are checked first.
+
+  Raises:
+    ValueError: it is no array, or claims sizes that it cannot have.
+  """
+  # Deflate shrinks nothing to less than 1/1032. Members that are compressed
+  # otherwise are not numpy's.
+  most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
+  if member.compress_size > file_size or (
+    member.file_size > member.compress_size * most[member.compress_type]
+  ):
+    raise ValueError("sizes that cannot be")
+  with zipped.open(member) as f:
+    version = np.lib.format.read_magic(f)
+    read_header = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, _, dtype = read_header(f)
+    # A dimension of 0 would let the others be of any size.
+    if math.prod(shape) * dtype.itemsize != member.file_size - f.tell() or (
+      max(shape, default=0) > member.file_size
+    ):
+      raise ValueError("a shape that cannot be")
+  with zipped.open(member) as f:
+    # allow_pickle=False: a foreign file must not run code.
+    return np.lib.format.read_array(f, allow_pickle=False)
 
 
 def _rename(
@@ -201,7 +260,7 @@ def _rename(
       name = re.sub(old, new, name)
     if value.dtype == "V2":  # numpy reads bfloat16 so
       value = value.view(ml_dtypes.bfloat16)
-    if value.dtype.kind in "fiuV":
+    if value.dtype.kind in "fiu" or value.dtype == ml_dtypes.bfloat16:
       value = value.astype(np.float32, copy=False)
     out[name] = value
   return out
@@ -217,7 +276,7 @@ def _unstack(
   out = {}
   for name, value in flat.items():
     head, block, tail = f"/{name}".partition("/encoderblock/")
-    if block and name not in keep:
+    if block and name not in keep and value.ndim:
       for i, layer in enumerate(value):
         out[f"{head}/encoderblock_{i}/{tail}"[1:]] = layer
     else:
@@ -232,10 +291,10 @@ def _stack(
   out: dict[str, np.ndarray] = {}
   layers: dict[str, dict[int, np.ndarray]] = {}
   for name, value in flat.items():
-    found = re.search(r"(?:^|/)encoderblock_(\d+)/", name)
+    found = re.search(r"(?:^|/)encoderblock_([0-9]{1,9})/", name)
     stacked = name
     if found:
-      stacked = re.sub(r"(^|/)encoderblock_\d+/", r"\1encoderblock/", name)
+      stacked = re.sub(r"(^|/)encoderblock_[0-9]+/", r"\1encoderblock/", name)
     if found and stacked in names:
       layers.setdefault(stacked, {})[int(found[1])] = value
     else:
@@ -271,7 +330,8 @@ def _positions(
       found
       and not rest
       and tower + beside in flat
-      and (flat[name].ndim == 3 and flat[name].shape[0] == 1)
+      and flat[name].ndim == 3
+      and flat[name].shape[0] == 1
     ):
       yield tower, name
 
@@ -282,9 +342,14 @@ def _fit_image_positions(
   """Resamples image position tables in place, to the shapes in `want`."""
   for tower, name in _positions(flat, "embedding/kernel"):
     table = flat[name]
-    if tower + "cls" in flat and _grid(table.shape[1] - 1):
+    cls = flat.get(tower + "cls")
+    if (
+      cls is not None
+      and cls.shape == table[:, :1].shape
+      and _grid(table.shape[1] - 1)
+    ):
       # The first row is the position of cls (AugReg).
-      flat[tower + "cls"] = flat[tower + "cls"] + table[:, :1]
+      flat[tower + "cls"] = cls + table[:, :1]
       table = table[:, 1:]
     new = want.get(name, table)
     old_grid, new_grid = _grid(table.shape[1]), _grid(new.shape[1])

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is what is read, and faults are named."""
 
 import os
+import pathlib
 import resource
 import shutil
 import time
@@ -15,6 +16,7 @@ from sigjax import state as state_lib
 from sigjax.checkpoints import manifest, restore
 from sigjax.checkpoints import save as save_lib
 from sigjax.runtime import identity
+from sigjax.weights import fetch, known, npz, vocabulary
 
 PARAMS = {"img": {"kernel": jnp.arange(64.0).reshape(8, 8)}, "t": jnp.ones(1)}
 FSDP = ((".*", "fsdp"),)
@@ -397,3 +399,65 @@ def test_a_save_that_cannot_begin_is_logged(tmp_path, caplog, monkeypatch):
   assert saved.failed()
   saved.close()
   assert "step 1 could not be saved: No such file or directory" in caplog.text
+
+
+TEXT = {
+  "img": {"kernel": np.ones((2, 3), np.float32)},
+  "txt": {
+    "Embed_0": {"embedding": np.ones((5, 3), np.float32)},
+    "head": np.ones(3, np.float32),
+  },
+}
+SHAPES = jax.eval_shape(lambda: TEXT)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_embeddings_of_another_tokenizer_are_refused(tmp_path, recorded):
+  """Whether the checkpoint says which one it was, or the file beside it."""
+  (tmp_path / "tokenizer.model").write_bytes(b"theirs")
+  theirs = identity.sha256(tmp_path / "tokenizer.model")
+  known_as = {"identity": dict(RUN, tokenizer=theirs)} if recorded else {}
+  with save_lib.Checkpoints(tmp_path) as saved:
+    saved.save(1, make_state(TEXT, ((".*", "replicate"),))[0], {}, known_as)
+  if recorded:
+    (tmp_path / "tokenizer.model").unlink()
+
+  def read(sha, shapes=SHAPES, **options):
+    return restore.read_init(shapes, tmp_path, tokenizer_sha=sha, **options)
+
+  assert len(read(theirs)) == len(read(None)) == 3
+  with pytest.raises(errors.UserError) as e:
+    read("another")
+  assert str(e.value) == (
+    f"config.init.path={tmp_path} was trained with another tokenizer, so its "
+    "token embeddings mean other tokens; take that one with "
+    f'config.tokenizer=dict(path="{tmp_path}/tokenizer.model"), or train new '
+    'embeddings with config.init.dont_load=("txt/Embed_0/.*",)'
+  )
+  left = read("another", dont_load=("txt/Embed_0/.*",))
+  assert set(left) == {"img/kernel", "txt/head"}
+  # Without tokens there is nothing to mistake.
+  assert read("another", {"img": SHAPES["img"]}, dont_load=("txt/.*",))
+
+
+def test_a_released_text_tower_with_another_tokenizer(
+  tmp_path, monkeypatch, caplog
+):
+  """Said, not refused: a text tower can be trained anew."""
+  monkeypatch.setenv("SIGJAX_CACHE", str(tmp_path))
+  file = pathlib.Path(fetch.cached(vocabulary.NAMES["c4_en"]))
+  npz.save_params(fetch.cached(known.get("siglip/b16_256").url), TEXT)
+  want = "siglip/b16_256 was trained with the tokenizer c4_en, but this run"
+
+  def said(sha, path="siglip/b16_256", shapes=SHAPES, **options):
+    caplog.clear()
+    restore.read_init(shapes, path, tokenizer_sha=sha, **options)
+    return want in caplog.text
+
+  assert said("another")
+  file.parent.mkdir(parents=True)
+  file.write_bytes(b"c4_en")
+  assert said("another")
+  assert not said(identity.sha256(file))
+  assert not said("another", dont_load=["txt/Embed_0/.*"])
+  assert not said("another", "siglip/b16_256:img", SHAPES, into="img")

@@ -1,7 +1,10 @@
 """What a run writes and shows."""
 
 import json
+import os
+import pathlib
 import resource
+import tempfile
 
 import pytest
 from tensorboardX import record_writer
@@ -81,6 +84,41 @@ def test_steps_that_are_done_again_are_written_once(tmp_path):
   with metrics.Writer(tmp_path) as writer:  # evaluation alone
     writer.write(2, {"x": 1})
   assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+  "line",
+  [b"", b"{}", b"null", b"\0\0\0", b"\xff", b'{"step": "x"}', b"[" * 99999],
+)
+def test_a_damaged_line_does_not_block_a_restart(tmp_path, caplog, line):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+  with metrics.Writer(tmp_path, 2) as writer:
+    writer.write(3, {"loss": 1.0})
+  lines = path.read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+  assert "metrics.jsonl: 1 lines are not metrics" in caplog.text
+
+
+@pytest.fixture
+def read_only_dir():
+  """A folder that this process may not write, even if root runs the tests."""
+  folder = pathlib.Path(tempfile.mkdtemp())
+  folder.chmod(0o555)
+  user = os.geteuid()
+  if user == 0:
+    os.seteuid(65534)
+  yield folder
+  os.seteuid(user)
+  folder.rmdir()
+
+
+def test_evaluation_alone_needs_no_right_to_write(read_only_dir, caplog):
+  with metrics.Writer(read_only_dir) as writer:
+    writer.write(2, {"held/top-1": 0.5})
+  assert "cannot be written (Permission denied): the results" in caplog.text
+  with pytest.raises(PermissionError):
+    metrics.Writer(read_only_dir, 2)
 
 
 def test_a_full_disk_delays_what_is_written(tmp_path, caplog):

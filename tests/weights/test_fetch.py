@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import resource
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +18,28 @@ import pytest
 from sigjax import errors
 from sigjax.checkpoints import restore
 from sigjax.weights import fetch, npz, vocabulary
+
+# Of a server on this machine, for nothing but these tests: openssl req -x509
+# -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 36500
+# -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1
+KEY_AND_CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgB/Ri7STFlYkjLKEA
+3Bx4MSiqlekIoM95UhOW69G2mnehRANCAAT/oFzuG91zv+jTplTjgp0/VQuM3syD
+GLbzfxdKqtg0ydADzTp8F4GQzzauLBcZEninAHWH2OjG4qrcMmCcCO/J
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmzCCAUGgAwIBAgIUW3tV/PWBZ0r467pzWdiXyA9yWckwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNTAxNDM0NVoYDzIxMjYxMTAx
+MDE0MzQ1WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAT/oFzuG91zv+jTplTjgp0/VQuM3syDGLbzfxdKqtg0ydADzTp8F4GQ
+zzauLBcZEninAHWH2OjG4qrcMmCcCO/Jo28wbTAdBgNVHQ4EFgQUjF1+ZtO1NxIA
+h9m7OHPX2Z2RImQwHwYDVR0jBBgwFoAUjF1+ZtO1NxIAh9m7OHPX2Z2RImQwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSAAwRQIgeRlKtM148T95n+Yi0WmdewiOzwqyl3viwG7Wbl50cZ4CIQDq
+Mtpao0Vy5hyFWD3DPqz8LewdQoAr5lWeDFIV5cXbgw==
+-----END CERTIFICATE-----
+"""
 
 DATA = np.random.default_rng(0).bytes(3_000_000)
 
@@ -37,6 +60,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.chunked = False
     self.delay = 0
     self.headers = {}
+    self.moved = {}  # {path: the URL that it redirects to}
     self.asked = []  # (path, Range) of every request
 
   @property
@@ -55,8 +79,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.close_connection = True
     server.asked.append((self.path, self.headers["Range"]))
     data = server.files.get(self.path)
+    if self.path in server.moved:
+      data = b""
     if server.status or data is None:
       self.send_error(server.status or 404)
+      return
+    if self.path in server.moved:
+      self.send_response(302)
+      self.send_header("Location", server.moved[self.path])
+      self.send_header("Content-Length", "0")
+      self.end_headers()
       return
     start = 0
     wanted = self.headers["Range"]
@@ -201,6 +233,150 @@ def test_from_the_start_if_it_cannot_go_on(server, why):
     server.etag = server.etag and '"version two"'
     server.files["/bucket/dir/x.bin"] = DATA[::-1]
   assert read(fetch.local(url)) == server.files["/bucket/dir/x.bin"]
+
+
+def test_a_server_that_answers_416_for_ever(server, tmp_path):
+  """Asked for a rest once, and then for all of it."""
+  url = "gs://bucket/dir/x.bin"
+  server.cut = [1_000_000] + [0] * fetch.ATTEMPTS
+  message(url)
+  server.asked.clear()
+  server.status = 416
+  assert "cannot be fetched now (the server says 416" in message(url)
+  assert [r for _, r in server.asked] == ["bytes=1000000-", None]
+  server.status = None
+  assert read(fetch.local(url)) == DATA
+
+
+@pytest.mark.parametrize(
+  "headers, expected",
+  [
+    ({"Content-Length": "many"}, "does not say how long"),
+    ({"Content-Length": "-5"}, "does not say how long"),
+    ({"Content-Length": "9" * 5000}, "does not say how long"),
+    ({"Content-Length": "9" * 17}, "no room for"),
+    # What is no MD5 is none.
+    ({"x-goog-hash": "md5=A"}, None),
+    ({"x-goog-hash": "md5=AAAA"}, None),
+    ({"x-goog-hash": "md5====="}, None),
+    ({"ETag": '"' + "x" * 9000 + '"'}, None),
+    ({"ETag": '"\xe4"'}, None),
+    ({"Content-Range": "bytes 0-1/2"}, None),
+  ],
+)
+def test_whatever_a_server_says(server, tmp_path, headers, expected):
+  url = "gs://bucket/dir/x.bin"
+  server.length = "Content-Length" not in headers
+  server.etag = "" if "ETag" in headers else server.etag
+  server.headers = headers
+  if expected:
+    assert expected in message(url)
+    assert not files(tmp_path)
+  else:
+    server.cut = [1_000_000]
+    assert read(fetch.local(url)) == DATA
+
+
+@pytest.mark.parametrize("kept", [b"\xff", b"a\r\nb", b"", b"x" * 5000])
+def test_a_damaged_note_of_the_version(server, tmp_path, kept):
+  """It is fetched from the start: nobody knows of what the first part is."""
+  url = "gs://bucket/dir/x.bin"
+  server.cut = [1_000_000] + [0] * fetch.ATTEMPTS
+  message(url)
+  (note,) = (tmp_path / "cache").rglob("*.etag")
+  note.write_bytes(kept)
+  server.files["/bucket/dir/x.bin"] = DATA[::-1]
+  assert read(fetch.local(url)) == DATA[::-1]
+
+
+def test_redirects(server, tmp_path, monkeypatch):
+  """To where the server says, but never from https to http."""
+  server.moved = {"/old": f"{server.url}/bucket/dir/x.bin"}
+  assert read(fetch.local(f"{server.url}/old")) == DATA
+  (tmp_path / "both.pem").write_text(KEY_AND_CERTIFICATE)
+  context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+  context.load_cert_chain(tmp_path / "both.pem")
+  monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "both.pem"))
+  with Server() as safe:
+    safe.socket = context.wrap_socket(safe.socket, server_side=True)
+    thread = threading.Thread(target=safe.serve_forever, args=(0.01,))
+    thread.start()
+    home = f"https://localhost:{safe.server_port}"
+    safe.moved = {
+      "/a": f"{server.url}/bucket/dir/x.bin?X-Signature=" + 64 * "0",
+      "/b": f"{home}/bucket/dir/x.bin",
+      "/c": "ftp://localhost/x.bin",
+    }
+    said = [message(f"{home}/{name}") for name in "ac"]
+    assert read(fetch.local(f"{home}/b")) == DATA
+    safe.shutdown()
+    thread.join()
+  assert (
+    f"{home}/a redirects to {server.url}/bucket/dir/x.bin?.., which"
+    in (said[0])
+  )
+  assert "redirects to ftp://localhost/x.bin, which is not encr" in said[1]
+  assert len(server.asked) == 2  # not asked for what could be anything
+
+
+def test_presigned_urls(server, tmp_path):
+  """Their signatures are longer than a file's name may be, and secret."""
+  query = "?X-Amz-Signature=" + "0123456789abcdef" * 60
+  server.files["/bucket/dir/x.bin" + query] = DATA
+  url = f"{server.url}/bucket/dir/x.bin{query}"
+  path = fetch.local(url)
+  assert read(path) == DATA and fetch.local(url) == path
+  assert fetch.cached(url[:-1]) != path != fetch.cached(url + "0")
+  assert len(server.asked) == 1
+  del server.files["/bucket/dir/x.bin" + query]
+  os.remove(path)
+  assert f"there is no {server.url}/bucket/dir/x.bin?.. (" in message(url)
+  long = f"{server.url}/{'x' * 5000}.npz"
+  assert "there is no" in message(long)
+
+
+@pytest.mark.parametrize(
+  "url",
+  [
+    "http://../x",
+    "https://./x",
+    "http://..",
+    "gs://../x",
+    "gs://b/../../x",
+    "https://h/a/./b",
+    "https://h//x",
+    "https:///x",
+    "https://[/x",
+    "https://h/x\0y",
+    "https://h/x\ny",
+  ],
+)
+def test_nothing_is_outside_of_the_cache(url):
+  with pytest.raises(errors.UserError, match="names no file"):
+    fetch.cached(url)
+
+
+@pytest.mark.parametrize(
+  "url",
+  [
+    "http://a..b/x",
+    "http://h:port/x",
+    "http://h:99999999/x",
+    "http://\N{SNOWMAN}.invalid/x",
+    "https://h.invalid/a b/\N{SNOWMAN}",
+  ],
+)
+def test_urls_that_cannot_be(server, url):
+  assert "cannot be reached" in message(url)
+
+
+def test_what_has_arrived_is_not_taken_for_a_file(server, tmp_path):
+  server.files["/x"] = DATA
+  server.files["/x.partial"] = b"another file"
+  server.cut = [1_000_000] + [0] * fetch.ATTEMPTS
+  message(f"{server.url}/x")
+  assert read(fetch.local(f"{server.url}/x.partial")) == b"another file"
+  assert read(fetch.local(f"{server.url}/x")) == DATA
 
 
 def test_more_is_there_than_the_file_has(server):

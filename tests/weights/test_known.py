@@ -9,9 +9,8 @@ import pytest
 
 from sigjax import errors, trees
 from sigjax.checkpoints import restore
-from sigjax.data.example import tokenizer
 from sigjax.models import two_towers, vit
-from sigjax.weights import fetch, known, npz
+from sigjax.weights import fetch, known, npz, vocabulary
 
 # Width, depth, mlp, heads.
 SIZES = {
@@ -244,7 +243,7 @@ def test_files_and_scores():
     if "so400m" in name and name.startswith("siglip/") and words[-1] != "i18n":
       words[0] = "so400m"  # These leave out the patch.
     assert all(plain(word) in plain(it.url) for word in words), name
-    assert it.tokenizer in [None, *tokenizer.NAMES]
+    assert it.tokenizer in [None, *vocabulary.NAMES]
 
   scores = lambda name: tuple(
     known.KNOWN[name].scores[k] for k in ("imagenet", "i2t", "t2i")

@@ -1,5 +1,6 @@
 """Reading and writing the layouts of released files."""
 
+import contextlib
 import pathlib
 import zipfile
 
@@ -384,3 +385,169 @@ def test_a_foreign_file(tmp_path):
   path = write(tmp_path / "a.npz", {"names": np.array(["x", "y"])})
   with pytest.raises(errors.UserError, match="left over names"):
     npz.load_params(path, trees.unflatten(tower()))
+
+
+def test_values_that_are_no_numbers(tmp_path):
+  for bad in (np.array(["x", "y"]), np.ones(2, bool), np.ones(2, complex)):
+    path = write(tmp_path / "a.npz", {"a": bad, "b": np.ones(2)})
+    one = np.ones(2, np.float32)
+    with pytest.raises(errors.UserError, match="a.npz: a has values of type"):
+      npz.load_params(path, {"a": one, "b": one})
+    same(npz.load_params(path, {"b": one}, dont_load=["a"]), {"b": one})
+
+
+def member(header, data=b"", version=1):
+  """Returns the bytes of an .npy file with any header."""
+  text = str(header).encode()
+  size = len(text).to_bytes(2 if version == 1 else 4, "little")
+  return b"\x93NUMPY" + bytes([version, 0]) + size + text + data
+
+
+def npy(shape, descr="<f4", order=False):
+  return dict(descr=descr, fortran_order=order, shape=shape)
+
+
+PETA = 2**50
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    member(npy((PETA,)), bytes(8)),
+    member(npy((PETA, PETA)), bytes(8)),
+    member(npy((2**40, 2**24)), b""),  # 2**64 values: 0 in an int64
+    member(npy((-1,)), bytes(8)),
+    member(npy((-2, -1)), bytes(8)),
+    member(npy((PETA, 0))),
+    member(npy((2, "3")), bytes(24)),
+    member(npy((2.0,)), bytes(8)),
+    member(npy((2,), "O"), bytes(8)),
+    member(npy((2,), f"V{PETA}"), bytes(8)),
+    member(npy((2,), "no"), bytes(8)),
+    member(npy((PETA,), "V0")),
+    member(npy((2,)), bytes(8), version=2)[:-1],
+    member(npy((2,)), bytes(8), version=3),
+    member("(" * 5000, bytes(8)),
+    member("{" * 50, bytes(8)),
+    member('  """', bytes(8)),
+    member("[" + "1," * 20000 + "]", bytes(8), version=2),
+    member({}, bytes(8)),
+    b"",
+    b"\x93NUMPY",
+  ],
+)
+def test_sizes_that_a_file_claims(tmp_path, data):
+  """They cost nothing, and end in one line."""
+  for i, compression in enumerate((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)):
+    path = tmp_path / f"{i}.npz"
+    with zipfile.ZipFile(path, "w", compression) as f:
+      f.writestr("a.npy", data)
+    with pytest.raises(errors.UserError, match="is not a .npz file, or not a"):
+      npz.load_params(path)
+
+
+def test_sizes_that_the_list_of_members_claims(tmp_path):
+  """The header's claim of 4 PB agrees with that of the zip file."""
+  data = member(npy((PETA,)), bytes(8))
+  path = tmp_path / "a.npz"
+  for compression in zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA:
+    with zipfile.ZipFile(path, "w", compression) as f:
+      f.writestr("a.npy", data)
+      info = f.getinfo("a.npy")
+      info.file_size = 4 * PETA + len(data) - 8
+      f.filelist = [info]
+    with pytest.raises(errors.UserError, match="is not a .npz file, or not a"):
+      npz.load_params(path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_foreign_bytes_end_in_one_line(tmp_path, seed):
+  """Altered files are refused, or hold what they held."""
+  rng = np.random.default_rng(seed)
+  flat = tower(pos=4, cls=True, layers=1, scan=seed == 1)
+  like = trees.unflatten(flat)
+  path = tmp_path / "a.npz"
+  (np.savez_compressed if seed == 2 else np.savez)(path, **flat)
+  whole = path.read_bytes()
+  refused = 0
+  for _ in range(400):
+    data = bytearray(whole)
+    for _ in range(rng.integers(1, 4)):
+      at = int(rng.integers(len(data)))
+      match rng.integers(5):
+        case 0:
+          data[at] = int(rng.integers(256))
+        case 1:
+          del data[at : at + int(rng.integers(1, 50))]
+        case 2:
+          data[at:at] = rng.bytes(int(rng.integers(1, 9)))
+        case 3:
+          data[at : at + 4] = b"\xff" * 4
+        case 4:
+          other = int(rng.integers(len(data)))
+          data[at : at + 30] = data[other : other + 30]
+    path.write_bytes(data)
+    try:
+      got = npz.load_params(path, like)
+    except errors.UserError:
+      refused += 1
+    else:
+      same(got, flat)
+  assert refused > 200
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_foreign_arrays_end_in_one_line(tmp_path, seed):
+  """Names, shapes and types of every kind, in a file that is whole."""
+  rng = np.random.default_rng(seed)
+  names = [
+    *tower(pos=4, cls=True),
+    *tower(scan=True),
+    "Transformer/encoderblock_99999999999999999999/LayerNorm_1/scale",
+    "Transformer/encoderblock_7/LayerNorm_1/scale",
+    "params/cls",
+    "pos_embedding/cls",
+    "Embed_0/embedding",
+    "/",
+    "a//b",
+  ]
+  want = tower(pos=4, cls=True, scan=seed == 1)
+  for i in range(150):
+    # Some are right, so that what follows is tried as well.
+    flat = {k: v for k, v in want.items() if rng.random() < 0.8}
+    for _ in range(rng.integers(1, 4)):
+      shape = tuple(rng.integers(0, 7, rng.integers(0, 5)).tolist())
+      kind = rng.choice(
+        ["f4", "f2", "i8", "?", "c8", "U3", "M8[s]", "V2", "V3"]
+      )
+      flat[str(rng.choice(names))] = np.zeros(shape, str(kind))
+    path = write(tmp_path / f"{i}.npz", flat)
+    for like in (None, trees.unflatten(want)):
+      with contextlib.suppress(errors.UserError):
+        npz.load_params(path, like, dont_load=["cls"] if i % 2 else [])
+
+
+@pytest.mark.parametrize(
+  "shapes, expected",
+  [
+    (dict(cls=(1, 1, 5), pos_embedding=(1, 5, 6)), "shape of cls"),
+    (dict(cls=(7,), pos_embedding=(1, 5, 6)), "shape of cls"),
+    (dict(pos_embedding=(1, 0, 6)), "shape of pos_embedding"),
+    ({"Transformer/encoderblock/LayerNorm_1/scale": ()}, "left over"),
+  ],
+)
+def test_foreign_shapes_are_listed(tmp_path, shapes, expected):
+  want = tower(pos=4, cls=True)
+  flat = want | {k: np.ones(s, np.float32) for k, s in shapes.items()}
+  with pytest.raises(errors.UserError, match=expected):
+    npz.load_params(write(tmp_path / "a.npz", flat), trees.unflatten(want))
+
+
+def test_positions_at_a_lower_resolution_are_averaged(tmp_path):
+  """Columns of 0 1 1 0 become their mean; the middle alone would be 1."""
+  flat = tower(pos=64)
+  stripes = np.tile([0, 1, 1, 0], 16).reshape(1, 64, 1)
+  flat["pos_embedding"] = (stripes * np.ones(6)).astype(np.float32)
+  path = write(tmp_path / "a.npz", flat)
+  got = npz.load_params(path, trees.unflatten(tower(pos=4)))["pos_embedding"]
+  np.testing.assert_allclose(got, 0.5, atol=0.05)
