@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
-
 # A config section, before it is put into a ConfigDict.
 Section = dict[str, Any]
+# A ConfigDict. Its sections are attributes, which have no static types.
+Config = Any
 
 # The arguments of the large configs and their defaults.
 LARGE_ARGS: Section = dict(
@@ -42,52 +42,52 @@ def own_data(kind: str, path: str, part: tuple[float, float]) -> Section:
   }
 
 
-def large(config: ConfigDict, arg: Section, res: int, length: int) -> None:
+def large(config: Config, args: Section, res: int, length: int) -> None:
   """Sets data, preprocessing, loss, checkpoints and evaluation of a config.
 
   Args:
     config: the config to fill in.
-    arg: a value for each key of LARGE_ARGS.
+    args: a value for each key of LARGE_ARGS.
     res: height and width of an image, in pixels.
     length: number of tokens of a text.
   """
-  config.batch_size = arg["batch_size"]
-  config.microbatches, config.feed = arg["microbatches"], "device"
-  if arg["kind"] == "tfds":
-    data = lambda split: dict(kind="tfds", name=arg["dataset"], split=split)
+  config.batch_size = args["batch_size"]
+  config.microbatches, config.feed = args["microbatches"], "device"
+  if args["kind"] == "tfds":
+    data = lambda split: dict(kind="tfds", name=args["dataset"], split=split)
   else:  # the last hundredth is for retrieval
     data = lambda split: own_data(
-      arg["kind"],
-      arg["path"],
-      (0.99, 1) if split == arg["val"] else (0, 0.99 if arg["val"] else 1),
+      args["kind"],
+      args["path"],
+      (0.99, 1) if split == args["val"] else (0, 0.99 if args["val"] else 1),
     )
-  config.data = data(arg["split"])
-  config.tokenizer = dict(path=arg["tokenizer"])
+  config.data = data(args["split"])
+  config.tokenizer = dict(path=args["tokenizer"])
   # Images stay uint8 until the model maps them to [-1, 1] on the device.
   image = f"decode|resize({res})"
   config.pp = (
-    f"{image}|choice('{arg['captions']}')|tokenize({length})"
+    f"{image}|choice('{args['captions']}')|tokenize({length})"
     "|keep('image','text')"
   )
   config.pp_image = f"{image}|keep('image')"
   config.pp_text = f"tokenize({length})|keep('text')"
   config.loss = dict(
-    name=arg["loss"], dtype="bfloat16", tile=2048, direction="forward"
+    name=args["loss"], dtype="bfloat16", tile=2048, direction="forward"
   )
   config.checkpoints = dict(every_steps=1000, keep_every_steps=10_000)
   config.evals = dict(
     retrieval=dict(
       type="retrieval",
-      captions=arg["captions"],
+      captions=args["captions"],
       every_steps=5000,
-      data=data(arg["val"]),
+      data=data(args["val"]),
     )
   )
-  if not arg["val"]:
+  if not args["val"]:
     del config.evals
 
 
-def precompute(config: ConfigDict, folder: str) -> None:
+def precompute(config: Config, folder: str) -> None:
   """Replaces the image tower by embeddings that tools.embed computed.
 
   Args:
@@ -95,7 +95,7 @@ def precompute(config: ConfigDict, folder: str) -> None:
     folder: the --out folder of tools.embed, which was run with this config.
   """
 
-  def embedded(section: ConfigDict, pp_image: str) -> Section:
+  def embedded(section: Config, pp_image: str) -> Section:
     filters = {
       k: section[k]
       for k in ("part", "only", "group_by", "shuffle")
@@ -120,7 +120,7 @@ def precompute(config: ConfigDict, folder: str) -> None:
     del config.init
 
 
-def pretrained(config: ConfigDict, tower: str, weights: str) -> None:
+def pretrained(config: Config, tower: str, weights: str) -> None:
   """Starts one tower from pretrained weights and fine-tunes it.
 
   The pretrained tower has a tenth of the learning rate and no weight decay
@@ -178,7 +178,7 @@ def emoji_evals(
   return evals
 
 
-def shrink(config: ConfigDict, arg: Section) -> None:
+def shrink(config: Config, args: Section) -> None:
   """Turns a config into a smoke test: tiny towers, emoji data, few steps.
 
   Everything else stays as it is: pooling, scan, dtype, loss, optimizer and
@@ -186,7 +186,7 @@ def shrink(config: ConfigDict, arg: Section) -> None:
 
   Args:
     config: the config to change.
-    arg: a value for each key of LARGE_ARGS.
+    args: a value for each key of LARGE_ARGS.
   """
   config.batch_size, config.microbatches = 64, 2
   config.total_steps, config.total_examples = 100, None
@@ -196,7 +196,7 @@ def shrink(config: ConfigDict, arg: Section) -> None:
     config[key] = (
       config[key]
       .replace("(224)", "(64)")
-      .replace(f"'{arg['captions']}'", "'captions'")
+      .replace(f"'{args['captions']}'", "'captions'")
     )
   for tower in (config.model.image, config.model.text):
     tower.update(variant=None, width=64, depth=2, num_heads=2)

@@ -42,16 +42,18 @@ RES, LENGTH = 224, 16
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the config; the module's docstring lists the arguments."""
-  arg = config_lib.parse_arg(
+  args = config_lib.parse_arg(
     arg, **common.LARGE_ARGS, examples=3e9, pretrained=""
   )
   config = ConfigDict()
-  common.large(config, arg, RES, LENGTH)
-  config.total_examples = arg["examples"]
+  common.large(config, args, RES, LENGTH)
+  config.total_examples = args["examples"]
 
+  # Public ViTs have a "cls" token and pool by it.
+  pool_type = "tok" if args["pretrained"] else "map"
   config.model = dict(
-    image=dict(variant="B/16", pool_type="map", scan=True, remat="dots"),
-    text=dict(variant="B", vocab_size=arg["vocab"], scan=True, remat="dots"),
+    image=dict(variant="B/16", pool_type=pool_type, scan=True, remat="dots"),
+    text=dict(variant="B", vocab_size=args["vocab"], scan=True, remat="dots"),
     out_dim=(None, 768),
     temperature_init=10.0,
     bias_init=-10.0,
@@ -66,10 +68,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     schedule=dict(name="cosine", warmup_examples=200e6),
   )
 
-  if arg["pretrained"]:
-    # Public ViTs have a "cls" token and pool by it.
-    config.model.image.pool_type = "tok"
-    common.pretrained(config, "img", arg["pretrained"])
-  if arg["smoke"]:
-    common.shrink(config, arg)
+  if args["pretrained"]:
+    common.pretrained(config, "img", args["pretrained"])
+  if args["smoke"]:
+    common.shrink(config, args)
   return config

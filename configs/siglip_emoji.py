@@ -26,20 +26,19 @@ RES, LENGTH, VOCAB = 64, 12, 2048
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the config; the module's docstring lists the arguments."""
-  arg = config_lib.parse_arg(
+  args = config_lib.parse_arg(
     arg, shuffle_captions=False, steps=1250, batch_size=256
   )
   config = ConfigDict()
-  config.batch_size = arg["batch_size"]
-  config.total_steps = arg["steps"]
+  config.batch_size = args["batch_size"]
+  config.total_steps = args["steps"]
 
   # One element is a concept, drawn in one of the five styles at random. Two
   # drawings of one concept in a batch would be negatives of each other.
-  config.data = dict(
-    kind="emoji", split="train", only=dict(is_flag=0), group_by="concept"
-  )
-  if arg["shuffle_captions"]:
-    config.data.shuffle = "captions"
+  data = dict(common.drawings("train"), group_by="concept")
+  if args["shuffle_captions"]:
+    data["shuffle"] = "captions"
+  config.data = data
   config.tokenizer = dict(vocab_size=VOCAB, captions="captions")
   config.pp = (
     "decode|random_affine(scale=(0.85,1.15),shift=0.08)|color_gain(0.3)"

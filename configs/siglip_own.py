@@ -30,16 +30,16 @@ LENGTH, VOCAB = 24, 4096
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the config; the module's docstring lists the arguments."""
-  arg = config_lib.parse_arg(
+  args = config_lib.parse_arg(
     arg, path="pictures", kind="folder", epochs=30.0, batch_size=64, res=64
   )
   config = ConfigDict()
-  config.batch_size = arg["batch_size"]
-  config.total_epochs = arg["epochs"]
+  config.batch_size = args["batch_size"]
+  config.total_epochs = args["epochs"]
 
-  config.data = common.own_data(arg["kind"], arg["path"], (0, 0.9))
+  config.data = common.own_data(args["kind"], args["path"], (0, 0.9))
   config.tokenizer = dict(vocab_size=VOCAB)
-  res = arg["res"]
+  res = args["res"]
   config.pp = (
     f"decode_small({res * 9 // 8})|random_crop({res})"
     f"|choice('captions')|lower|tokenize({LENGTH})"
@@ -74,10 +74,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     retrieval=dict(
       type="retrieval",
       every_percent=25,
-      data=common.own_data(arg["kind"], arg["path"], (0.9, 1)),
+      data=common.own_data(args["kind"], args["path"], (0.9, 1)),
     ),
     picture=dict(
-      type="picture", data=common.own_data(arg["kind"], arg["path"], (0.9, 1))
+      type="picture", data=common.own_data(args["kind"], args["path"], (0.9, 1))
     ),
   )
   return config

@@ -27,7 +27,7 @@ WIDTH, LENGTH, VOCAB = 1280, 12, 2048
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the config; the module's docstring lists the arguments."""
-  arg = config_lib.parse_arg(
+  args = config_lib.parse_arg(
     arg,
     embeddings="embeddings/emoji",
     shuffle_captions=False,
@@ -35,15 +35,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     batch_size=256,
   )
   config = ConfigDict()
-  config.batch_size = arg["batch_size"]
-  config.total_steps = arg["steps"]
+  config.batch_size = args["batch_size"]
+  config.total_steps = args["steps"]
 
   def split(name):
-    return dict(kind="embeddings", path=f"{arg['embeddings']}/{name}")
+    return dict(kind="embeddings", path=f"{args['embeddings']}/{name}")
 
-  config.data = dict(split("train"), group_by="concept")
-  if arg["shuffle_captions"]:
-    config.data.shuffle = "captions"
+  data = dict(split("train"), group_by="concept")
+  if args["shuffle_captions"]:
+    data["shuffle"] = "captions"
+  config.data = data
   config.tokenizer = dict(vocab_size=VOCAB, captions="captions")
   config.pp = (
     f"choice('captions')|lower|tokenize({LENGTH})|keep('image','text')"

@@ -50,26 +50,26 @@ RES, LENGTH, WIDTH = 224, 16, 1024
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the config; the module's docstring lists the arguments."""
-  arg = config_lib.parse_arg(
+  args = config_lib.parse_arg(
     arg, **common.LARGE_ARGS, weights="augreg/L_16", embeddings="", steps=65_000
   )
   config = ConfigDict()
-  common.large(config, arg, RES, LENGTH)
-  config.total_steps = arg["steps"]
+  common.large(config, args, RES, LENGTH)
+  config.total_steps = args["steps"]
 
   # As in LiT (arXiv 2111.07991), the locked tower has no classifier, and the
   # head of the text tower maps to the width of the image tower.
   config.model = dict(
     image=dict(variant="L/16", pool_type="tok", scan=True),
     text=dict(
-      variant="L", depth=12, vocab_size=arg["vocab"], scan=True, remat="dots"
+      variant="L", depth=12, vocab_size=args["vocab"], scan=True, remat="dots"
     ),
     out_dim=(None, WIDTH),
     temperature_init=10.0,
     bias_init=-10.0,
     dtype="bfloat16",
   )
-  config.init = dict(path=arg["weights"], into="img", dont_load=("head/.*",))
+  config.init = dict(path=args["weights"], into="img", dont_load=("head/.*",))
   config.lock = ("img",)
   config.optim = dict(
     name="lion",
@@ -79,9 +79,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     schedule=dict(name="cosine", warmup_percent=10),
   )
 
-  if arg["smoke"]:
-    common.shrink(config, arg)
+  if args["smoke"]:
+    common.shrink(config, args)
     del config.init
-  if arg["embeddings"]:
-    common.precompute(config, arg["embeddings"])
+  if args["embeddings"]:
+    common.precompute(config, args["embeddings"])
   return config
