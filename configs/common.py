@@ -115,7 +115,7 @@ def precompute(config: Config, folder: str) -> None:
   )
   config.pp_image = "keep('image')"
   config.model.image = dict(kind="precomputed", width=config.model.out_dim[1])
-  del config.lock
+  del config["lock"]
   if "init" in config:
     del config.init
 

@@ -70,7 +70,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     dtype="bfloat16",
   )
   config.init = dict(path=args["weights"], into="img", dont_load=("head/.*",))
-  config.lock = ("img",)
+  config["lock"] = ("img",)
   config.optim = dict(
     name="lion",
     lr=1e-4,
