@@ -1,18 +1,30 @@
-"""Eight fake CPU devices and JAX's strict flags, before JAX is first used."""
+"""Eight fake CPU devices, JAX's strict flags, and data that many tests use."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
-  # Most of the tests' time is compiling: a third less of it.
-  + " --xla_backend_optimization_level=0"
-)
+# pytest-xdist starts its workers with the environment of the main process, in
+# which these lines have run before.
+if "xla_force_host_platform_device_count" not in os.environ.get(
+  "XLA_FLAGS", ""
+):
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # Compiling takes most of the time; this saves a third of it.
+    + " --xla_backend_optimization_level=0"
+  )
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  # Many tests, and the programs that they start, compile the same steps. All
+  # share one cache, which is removed at the end.
+  compiled = tempfile.TemporaryDirectory(prefix="sigjax_tests_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax  # pylint: disable=wrong-import-position
 
-# A silent broadcast or a silent float64/float32 mix is how losses go wrong.
+# Silent broadcasting and silent mixes of dtypes are how losses go wrong.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
