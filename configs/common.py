@@ -32,8 +32,7 @@ def own_data(kind: str, path: str, part: tuple[float, float]) -> Section:
     kind: "folder", "tar" or "parquet".
     path: the folder; for "tar" and "parquet" the shards, which may contain
       globs and braces.
-    part: the share of the examples to use, such as (0, 0.9) for the first nine
-      tenths.
+    part: the share of the images to use, such as (0, 0.9) for nine tenths.
   """
   return {
     "kind": kind,
@@ -55,7 +54,7 @@ def large(config: Config, args: Section, res: int, length: int) -> None:
   config.microbatches, config.feed = args["microbatches"], "device"
   if args["kind"] == "tfds":
     data = lambda split: dict(kind="tfds", name=args["dataset"], split=split)
-  else:  # the last hundredth is for retrieval
+  else:  # a hundredth is for retrieval
     data = lambda split: own_data(
       args["kind"],
       args["path"],

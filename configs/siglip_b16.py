@@ -19,8 +19,8 @@ Arguments (defaults in brackets):
   dataset, split, captions: for tfds the dataset, prepared as ArrayRecord or
     TFRecord, the split to train on, and the feature with the texts
     (coco_captions, train, captions).
-  val: for tfds the split for retrieval; for other kinds the last hundredth of
-    the examples is used. "" turns retrieval off (val).
+  val: for tfds the split for retrieval; for other kinds a hundredth of the
+    images is used. "" turns retrieval off (val).
   tokenizer, vocab: name or file of a SentencePiece model, and its number of
     pieces (c4_en, 32000).
   batch_size, examples, microbatches: (32768, 3e9, 1).
