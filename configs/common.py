@@ -1,7 +1,15 @@
-"""What several configs share."""
+"""Arguments and sections that several configs share."""
 
-# Arguments of the large configs, with their defaults.
-LARGE_ARGS = dict(
+from collections.abc import Callable
+from typing import Any
+
+# A config section, before it is put into a ConfigDict.
+Section = dict[str, Any]
+# A ConfigDict. Its sections are attributes, which have no static types.
+Config = Any
+
+# The arguments of the large configs and their defaults.
+LARGE_ARGS: Section = dict(
   kind="tfds",
   path="",
   dataset="coco_captions",
@@ -17,13 +25,14 @@ LARGE_ARGS = dict(
 )
 
 
-def own_data(kind, path, part):
-  """A data section over files of one's own.
+def own_data(kind: str, path: str, part: tuple[float, float]) -> Section:
+  """Returns the data section for files of your own.
 
   Args:
-    kind: folder, tar or parquet.
-    path: the folder, or the shards with globs and braces.
-    part: (from, to), the share of the examples, such as (0, 0.9).
+    kind: "folder", "tar" or "parquet".
+    path: the folder; for "tar" and "parquet" the shards, which may contain
+      globs and braces.
+    part: the share of the images to use, such as (0, 0.9) for nine tenths.
   """
   return {
     "kind": kind,
@@ -32,94 +41,95 @@ def own_data(kind, path, part):
   }
 
 
-def large(config, arg, res, length):
-  """Fills in data, preprocessing, loss, checkpoints and evaluation.
+def large(config: Config, args: Section, res: int, length: int) -> None:
+  """Sets data, preprocessing, loss, checkpoints and evaluation of a config.
 
   Args:
-    config: ConfigDict.
-    arg: values of LARGE_ARGS.
-    res: H and W of the image.
-    length: L, tokens.
+    config: the config to fill in.
+    args: a value for each key of LARGE_ARGS.
+    res: height and width of an image, in pixels.
+    length: number of tokens of a text.
   """
-  config.batch_size = arg["batch_size"]
-  config.microbatches, config.feed = arg["microbatches"], "device"
-  if arg["kind"] == "tfds":
-    data = lambda split: dict(kind="tfds", name=arg["dataset"], split=split)
-  else:  # one in a hundred for retrieval
+  config.batch_size = args["batch_size"]
+  config.microbatches, config.feed = args["microbatches"], "device"
+  if args["kind"] == "tfds":
+    data = lambda split: dict(kind="tfds", name=args["dataset"], split=split)
+  else:  # a hundredth is for retrieval
     data = lambda split: own_data(
-      arg["kind"],
-      arg["path"],
-      (0.99, 1) if split == arg["val"] else (0, 0.99 if arg["val"] else 1),
+      args["kind"],
+      args["path"],
+      (0.99, 1) if split == args["val"] else (0, 0.99 if args["val"] else 1),
     )
-  config.data = data(arg["split"])
-  config.tokenizer = dict(path=arg["tokenizer"])
-  # The model maps the bytes of images to [-1, 1], on the device.
+  config.data = data(args["split"])
+  config.tokenizer = dict(path=args["tokenizer"])
+  # Images stay uint8 until the model maps them to [-1, 1] on the device.
   image = f"decode|resize({res})"
   config.pp = (
-    f"{image}|choice('{arg['captions']}')|tokenize({length})"
+    f"{image}|choice('{args['captions']}')|tokenize({length})"
     "|keep('image','text')"
   )
   config.pp_image = f"{image}|keep('image')"
   config.pp_text = f"tokenize({length})|keep('text')"
   config.loss = dict(
-    name=arg["loss"], dtype="bfloat16", tile=2048, direction="forward"
+    name=args["loss"], dtype="bfloat16", tile=2048, direction="forward"
   )
   config.checkpoints = dict(every_steps=1000, keep_every_steps=10_000)
   config.evals = dict(
     retrieval=dict(
       type="retrieval",
-      captions=arg["captions"],
+      captions=args["captions"],
       every_steps=5000,
-      data=data(arg["val"]),
+      data=data(args["val"]),
     )
   )
-  if not arg["val"]:
+  if not args["val"]:
     del config.evals
 
 
-def precompute(config, folder):
-  """Puts what tools.embed made with this config in the image tower's place.
+def precompute(config: Config, folder: str) -> None:
+  """Replaces the image tower by embeddings that tools.embed computed.
 
   Args:
-    config: ConfigDict with a locked image tower without a head.
-    folder: what --out was.
+    config: a config with a locked image tower that has no head.
+    folder: the --out folder of tools.embed, which was run with this config.
   """
 
-  def of(section, pp_image):
-    choosing = {
+  def embedded(section: Config, pp_image: str) -> Section:
+    filters = {
       k: section[k]
       for k in ("part", "only", "group_by", "shuffle")
       if k in section
     }
     name = section.get("split", section["kind"])
     return dict(
-      kind="embeddings", path=f"{folder}/{name}", pp_image=pp_image, **choosing
+      kind="embeddings", path=f"{folder}/{name}", pp_image=pp_image, **filters
     )
 
-  config.data = of(config.data, config.pp_image)
+  config.data = embedded(config.data, config.pp_image)
   for section in config.get("evals", {}).values():
-    section.data = of(section.data, config.pp_image)
+    section.data = embedded(section.data, config.pp_image)
   ops = config.pp.split("|")
   config.pp = "|".join(
     op for op in ops if not op.startswith(("decode", "resize"))
   )
   config.pp_image = "keep('image')"
   config.model.image = dict(kind="precomputed", width=config.model.out_dim[1])
-  del config.lock
+  del config["lock"]
   if "init" in config:
     del config.init
 
 
-def pretrained(config, tower, weights):
-  """Starts a tower from weights, to be trained on (section 4.5, figure 4).
+def pretrained(config: Config, tower: str, weights: str) -> None:
+  """Starts one tower from pretrained weights and fine-tunes it.
 
-  What is pretrained has a tenth of the learning rate and no weight decay.
+  The pretrained tower has a tenth of the learning rate and no weight decay
+  (SigLIP, section 4.5 and figure 4).
 
   Args:
-    config: ConfigDict, its model and optim set.
+    config: a config whose model and optim are set.
     tower: "img" or "txt".
-    weights: a released checkpoint's name, its URL or a file, see
-      docs/checkpoints.md; its classifier is left out.
+    weights: the name of a released checkpoint, a URL or a file, see
+      docs/checkpoints.md. Its classifier is not loaded.
   """
   config.init = dict(path=weights, into=tower, dont_load=("head/.*",))
   config.optim.lr_mults = ((f"{tower}/.*", 0.1), (".*", 1.0))
@@ -130,19 +140,25 @@ def pretrained(config, tower, weights):
   )
 
 
-def drawings(split):
-  """The drawings of a split, less the flags, which look alike in any style."""
+def drawings(split: str) -> Section:
+  """Returns the data section of a split of the emoji dataset, without flags.
+
+  Flags look alike in all styles, so they would make the evaluation too easy.
+  """
   return dict(kind="emoji", split=split, only=dict(is_flag=0))
 
 
-def emoji_evals(data=drawings):
-  """Evaluations on what was held out of the emoji dataset.
+def emoji_evals(
+  data: Callable[[str], Section] = drawings,
+) -> dict[str, Section]:
+  """Returns the evaluations on the held-out splits of the emoji dataset.
 
-  held_style: an unseen drawing style of seen concepts; held_family: unseen
-  families of concepts in seen styles; held_both: unseen in both ways.
+  The splits: held_style has concepts of the training data in an unseen drawing
+  style; held_family has unseen families of concepts in the trained styles;
+  held_both has unseen families in the unseen style.
 
   Args:
-    data: fn(split) -> arguments of sources.open_source.
+    data: fn(split) -> data section.
   """
   evals = {}
   for name in ("held_style", "held_family", "held_both", "train"):
@@ -161,11 +177,15 @@ def emoji_evals(data=drawings):
   return evals
 
 
-def shrink(config, arg):
-  """Makes a config a smoke test: tiny towers, the emoji data, few steps.
+def shrink(config: Config, args: Section) -> None:
+  """Turns a config into a smoke test: tiny towers, emoji data, few steps.
 
-  Everything else, such as pooling, scan, dtype, loss, optimizer and what is
-  frozen, stays as it is.
+  Everything else stays as it is: pooling, scan, dtype, loss, optimizer and
+  locked parameters.
+
+  Args:
+    config: the config to change.
+    args: a value for each key of LARGE_ARGS.
   """
   config.batch_size, config.microbatches = 64, 2
   config.total_steps, config.total_examples = 100, None
@@ -175,7 +195,7 @@ def shrink(config, arg):
     config[key] = (
       config[key]
       .replace("(224)", "(64)")
-      .replace(f"'{arg['captions']}'", "'captions'")
+      .replace(f"'{args['captions']}'", "'captions'")
     )
   for tower in (config.model.image, config.model.text):
     tower.update(variant=None, width=64, depth=2, num_heads=2)

@@ -4,28 +4,32 @@
   python -m sigjax.train \
     --config configs/siglip_b16.py:kind=tar,path=data/{00000..00999}.tar
 
-Hardware: the paper used 32 TPUv4 chips for 2 days (3B examples, ImageNet 72.1)
-or 5 days (9B, 73.4) on WebLI, which is not public. With fewer chips set
-microbatches: the same gradients, less memory.
+Hardware: the paper used 32 TPUv4 chips and WebLI, which is not public: 2 days
+for 3B examples (ImageNet 72.1) or 5 days for 9B (73.4). With fewer chips set
+microbatches: gradients stay the same and memory falls.
 
-The tokenizer is a SentencePiece model with end-of-sequence as token 1: the
-paper's, c4_en, has 32,000 pieces; `python -m tools.train_tokenizer` makes one
-from a dataset's own captions.
+The tokenizer is a SentencePiece model whose token 1 is end-of-sequence. The
+paper's, c4_en, has 32,000 pieces. `python -m tools.train_tokenizer` trains one
+on the captions of a dataset.
 
-Arguments:
-  kind: of the data: tfds, tar, parquet or folder (tfds).
-  path: of tar and parquet the shards, with globs and braces; of a folder it.
-  dataset, split, captions: of TFDS what to train on, prepared as ArrayRecord or
-    TFRecord, and its text feature (coco_captions, train, captions).
-  val: the split for retrieval, of other kinds one example in a hundred; "" for
-    none (val).
-  tokenizer, vocab: a name, a SentencePiece file, and its size (c4_en, 32000).
-  batch_size, examples, microbatches: 32768, 3e9, 1.
-  loss: sigmoid or, for comparison, softmax.
-  pretrained: weights for the image tower to start from, such as augreg/B_16;
-    it is trained on, at a tenth of the learning rate and without weight decay
+Arguments (defaults in brackets):
+  kind: kind of the data: tfds, tar, parquet or folder (tfds).
+  path: for tar and parquet the shards, with globs and braces; for folder the
+    folder.
+  dataset, split, captions: for tfds the dataset, prepared as ArrayRecord or
+    TFRecord, the split to train on, and the feature with the texts
+    (coco_captions, train, captions).
+  val: for tfds the split for retrieval; for other kinds a hundredth of the
+    images is used. "" turns retrieval off (val).
+  tokenizer, vocab: name or file of a SentencePiece model, and its number of
+    pieces (c4_en, 32000).
+  batch_size, examples, microbatches: (32768, 3e9, 1).
+  loss: sigmoid, or softmax for comparison (sigmoid).
+  pretrained: weights to start the image tower from, such as augreg/B_16. The
+    tower is fine-tuned at a tenth of the learning rate, without weight decay
     (Table 1: 71.0 after 2.4e9 examples in batches of 16384).
-  smoke: the same code with tiny towers on the emoji data, a minute on 2 cores.
+  smoke: the same code with tiny towers on the emoji data; takes a minute on two
+    CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -36,17 +40,20 @@ from sigjax import config as config_lib
 RES, LENGTH = 224, 16
 
 
-def get_config(arg=None):
-  arg = config_lib.parse_arg(
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the config; the module's docstring lists the arguments."""
+  args = config_lib.parse_arg(
     arg, **common.LARGE_ARGS, examples=3e9, pretrained=""
   )
   config = ConfigDict()
-  common.large(config, arg, RES, LENGTH)
-  config.total_examples = arg["examples"]
+  common.large(config, args, RES, LENGTH)
+  config.total_examples = args["examples"]
 
+  # Public ViTs have a "cls" token and pool by it.
+  pool_type = "tok" if args["pretrained"] else "map"
   config.model = dict(
-    image=dict(variant="B/16", pool_type="map", scan=True, remat="dots"),
-    text=dict(variant="B", vocab_size=arg["vocab"], scan=True, remat="dots"),
+    image=dict(variant="B/16", pool_type=pool_type, scan=True, remat="dots"),
+    text=dict(variant="B", vocab_size=args["vocab"], scan=True, remat="dots"),
     out_dim=(None, 768),
     temperature_init=10.0,
     bias_init=-10.0,
@@ -61,10 +68,8 @@ def get_config(arg=None):
     schedule=dict(name="cosine", warmup_examples=200e6),
   )
 
-  if arg["pretrained"]:
-    # Public ViTs pool by a token "cls" of their own.
-    config.model.image.pool_type = "tok"
-    common.pretrained(config, "img", arg["pretrained"])
-  if arg["smoke"]:
-    common.shrink(config, arg)
+  if args["pretrained"]:
+    common.pretrained(config, "img", args["pretrained"])
+  if args["smoke"]:
+    common.shrink(config, args)
   return config

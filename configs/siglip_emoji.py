@@ -1,4 +1,4 @@
-"""SigLIP from scratch on emoji art: a newcomer's first run.
+"""SigLIP from scratch on emoji drawings: the first run for a newcomer.
 
   pip install -e '.[emoji]'
   python -m sigjax.train --config configs/siglip_emoji.py
@@ -6,13 +6,14 @@
 Hardware: two CPU cores. The first run fetches 19 MB of drawings from npm and
 rasterises them.
 
-Trained on five drawing styles; evaluated on a sixth, and on families of emoji
-that were in no training image or caption.
+The model is trained on five drawing styles. It is evaluated on a sixth style,
+and on families of emoji of which the training data has neither drawings nor
+captions.
 
 Arguments, as in --config configs/siglip_emoji.py:shuffle_captions
-  shuffle_captions: every drawing gets some other drawing's captions: a control,
-    all evaluations have to fall to chance.
-  steps, batch_size: other values than the ones below.
+  shuffle_captions: a control run. Each drawing gets the captions of another
+    one, so all evaluations have to fall to chance.
+  steps, batch_size: values other than those below.
 """
 
 from ml_collections import ConfigDict
@@ -23,21 +24,21 @@ from sigjax import config as config_lib
 RES, LENGTH, VOCAB = 64, 12, 2048
 
 
-def get_config(arg=None):
-  arg = config_lib.parse_arg(
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the config; the module's docstring lists the arguments."""
+  args = config_lib.parse_arg(
     arg, shuffle_captions=False, steps=1250, batch_size=256
   )
   config = ConfigDict()
-  config.batch_size = arg["batch_size"]
-  config.total_steps = arg["steps"]
+  config.batch_size = args["batch_size"]
+  config.total_steps = args["steps"]
 
-  # One element is a concept, shown in a random one of the five styles: two
-  # drawings of one concept in a batch would count as a negative pair.
-  config.data = dict(
-    kind="emoji", split="train", only=dict(is_flag=0), group_by="concept"
-  )
-  if arg["shuffle_captions"]:
-    config.data.shuffle = "captions"
+  # One element is a concept, drawn in one of the five styles at random. Two
+  # drawings of one concept in a batch would be negatives of each other.
+  data = dict(common.drawings("train"), group_by="concept")
+  if args["shuffle_captions"]:
+    data["shuffle"] = "captions"
+  config.data = data
   config.tokenizer = dict(vocab_size=VOCAB, captions="captions")
   config.pp = (
     "decode|random_affine(scale=(0.85,1.15),shift=0.08)|color_gain(0.3)"
@@ -47,8 +48,8 @@ def get_config(arg=None):
   config.pp_image = f"decode|resize({RES})|keep('image')"
   config.pp_text = f"lower|tokenize({LENGTH})|keep('text')"
 
-  # Means, not the released models' probe and last token: in so short a training
-  # these learn faster. b starts at about logit(1 / batch).
+  # Mean pooling learns faster in a short run than the attention probe and last
+  # token of the released models. b starts near logit(1 / batch_size).
   config.model = dict(
     image=dict(
       width=128,

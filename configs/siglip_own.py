@@ -1,21 +1,23 @@
-"""SigLIP on your own pictures, from scratch: small towers, any machine.
+"""SigLIP from scratch on your own pictures: small towers, any machine.
 
   python -m sigjax.train --config configs/siglip_own.py:path=pictures
 
-`pictures` is a folder with captions.csv (or .jsonl) in it, its header
-`file,caption`: a row for each caption of a picture. Nine tenths of the pictures
-are trained on, the rest are asked about at the end (retrieval).
+`pictures` is a folder with a table captions.csv (or .jsonl). Its header is
+`file,caption`; it has one row for each caption of a picture. Nine tenths of the
+pictures are for training, the rest for evaluation (retrieval).
 
-Hardware: with these towers two CPU cores are enough, about 500 pictures a
-second. From scratch a few thousand pictures teach colours and common words, no
-more; with a GPU and many, take siglip_b16.py, which reads the same folders.
+Hardware: two CPU cores are enough for these towers, at about 500 pictures a
+second. From scratch, a few thousand pictures teach colours and common words, no
+more. With few pictures, lock a pretrained image tower (siglit_l16.py). With
+many pictures and a GPU, use siglip_b16.py. Both read the same folders.
 
-Arguments:
-  path: the folder, or shards: data/{00000..00099}.tar, data/*.parquet.
+Arguments (defaults in brackets):
+  path: the folder, or shards: data/{00000..00099}.tar, data/*.parquet
+    (pictures).
   kind: folder, tar or parquet (folder).
-  epochs, batch_size: 30, 64. There have to be three batches of pictures, or a
-    whole number of batches.
-  res: side of the pictures in pixels (64).
+  epochs, batch_size: (30, 64). The data must have at least three batches of
+    pictures, or a whole number of batches.
+  res: height and width of the model's images, in pixels (64).
 """
 
 from ml_collections import ConfigDict
@@ -26,17 +28,18 @@ from sigjax import config as config_lib
 LENGTH, VOCAB = 24, 4096
 
 
-def get_config(arg=None):
-  arg = config_lib.parse_arg(
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the config; the module's docstring lists the arguments."""
+  args = config_lib.parse_arg(
     arg, path="pictures", kind="folder", epochs=30.0, batch_size=64, res=64
   )
   config = ConfigDict()
-  config.batch_size = arg["batch_size"]
-  config.total_epochs = arg["epochs"]
+  config.batch_size = args["batch_size"]
+  config.total_epochs = args["epochs"]
 
-  config.data = common.own_data(arg["kind"], arg["path"], (0, 0.9))
+  config.data = common.own_data(args["kind"], args["path"], (0, 0.9))
   config.tokenizer = dict(vocab_size=VOCAB)
-  res = arg["res"]
+  res = args["res"]
   config.pp = (
     f"decode_small({res * 9 // 8})|random_crop({res})"
     f"|choice('captions')|lower|tokenize({LENGTH})"
@@ -71,10 +74,10 @@ def get_config(arg=None):
     retrieval=dict(
       type="retrieval",
       every_percent=25,
-      data=common.own_data(arg["kind"], arg["path"], (0.9, 1)),
+      data=common.own_data(args["kind"], args["path"], (0.9, 1)),
     ),
     picture=dict(
-      type="picture", data=common.own_data(arg["kind"], arg["path"], (0.9, 1))
+      type="picture", data=common.own_data(args["kind"], args["path"], (0.9, 1))
     ),
   )
   return config

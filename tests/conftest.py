@@ -1,27 +1,19 @@
-"""Eight fake CPU devices and JAX's strict flags, before JAX is first used."""
+"""Eight simulated CPU devices, JAX's strict flags, and a dataset for tests."""
 
-import os
+import io
+import pathlib
+from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
-  # Most of the tests' time is compiling: a third less of it.
-  + " --xla_backend_optimization_level=0"
-)
-
-import jax  # pylint: disable=wrong-import-position
-
-# A silent broadcast or a silent float64/float32 mix is how losses go wrong.
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-import io  # pylint: disable=g-import-not-at-top
-
+import cpu_devices  # noqa: F401  # it has to come before JAX
+import jax
 import numpy as np
 from PIL import Image, ImageDraw
 import pytest
 import tensorflow_datasets as tfds
+
+# Silent broadcasting and silent mixes of dtypes are how losses go wrong.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 COLOURS = {
   "red": (220, 30, 30),
@@ -34,8 +26,8 @@ COLOURS = {
 FORMS = ("square", "disc", "cross", "bar")
 
 
-def draw(colour, form, rng):
-  """Returns the PNG of one form somewhere on a noisy ground, 16 x 16."""
+def draw(colour: str, form: str, rng: np.random.Generator) -> bytes:
+  """Returns a PNG, 16 x 16, of a form at a random place on a noisy ground."""
   ground = rng.integers(150, 256, (16, 16, 3), dtype=np.uint8)
   image = Image.fromarray(ground)
   pen = ImageDraw.Draw(image)
@@ -99,8 +91,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
 
 @pytest.fixture(scope="session")
-def shapes_dir(tmp_path_factory):
-  """The data_dir of a real TFDS dataset "shapes", as ArrayRecord."""
+def shapes_dir(tmp_path_factory) -> pathlib.Path:
+  """Returns the data_dir of a real TFDS dataset "shapes", as ArrayRecord."""
   path = tmp_path_factory.mktemp("tfds")
   tfds.disable_progress_bar()
   Shapes(data_dir=path, file_format="array_record").download_and_prepare()
@@ -108,8 +100,8 @@ def shapes_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny_config(shapes_dir):
-  """A config (plain dicts) that trains on shapes in seconds."""
+def tiny_config(shapes_dir) -> dict[str, Any]:
+  """Returns a config (plain dicts) that trains on shapes in seconds."""
   data = dict(kind="tfds", name="shapes", data_dir=str(shapes_dir))
   tower = dict(width=32, depth=1, num_heads=2, mlp_dim=64)
   return dict(

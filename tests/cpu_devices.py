@@ -1,0 +1,35 @@
+"""Simulated CPU devices, and little compiling; import it before JAX.
+
+JAX reads these variables when it starts. The programs that tests start inherit
+them, and so do the workers of pytest-xdist.
+"""
+
+from importlib import metadata
+import os
+import tempfile
+
+
+def xla_flags(devices: int) -> str:
+  """Returns XLA_FLAGS for some number of devices.
+
+  Compiling takes most of the time of the tests. Without optimisation it takes
+  two thirds of it, and half of that with kernels that are not emitted by way of
+  MLIR, which newer versions always do.
+  """
+  flags = [
+    f"--xla_force_host_platform_device_count={devices}",
+    "--xla_backend_optimization_level=0",
+  ]
+  # XLA ends the process at a flag that it does not know.
+  if metadata.version("jaxlib").startswith("0.10."):
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+  return " ".join(flags)
+
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = xla_flags(8)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  # Many tests compile the same steps. The folder is removed at the end.
+  compiled = tempfile.TemporaryDirectory(prefix="sigjax_tests_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
