@@ -1,23 +1,26 @@
-"""How well do texts fit images? Asks a trained workdir.
+"""Prints how well texts fit images, according to a trained run.
 
   python -m tools.predict --workdir DIR --image cat.png --texts "a cat,a dog"
 
-Prints the probability of each image-text pair by itself, sigmoid(t * s + b):
-unlike a softmax's, they need not add up to one. Any number of images and texts,
-separated by commas; a text with a comma in it stands in double quotes.
+The probability of a pair is sigmoid(t * s + b), where s is the cosine of the
+two embeddings. Each pair is judged by itself: unlike the values of a softmax,
+probabilities need not add up to one. Images and texts are separated by commas;
+a text that contains a comma stands in double quotes.
 
-A run on precomputed embeddings has no image tower: --tower names the config
-with which tools.embed computed them, such as configs/siglit_l16.py.
+A run on precomputed embeddings has no image tower. For such a run, --tower
+names the config that tools.embed was given, such as configs/siglit_l16.py.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import io
 import json
 import pathlib
-import sys
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from ml_collections import config_flags
 import numpy as np
 from PIL import Image
@@ -28,8 +31,8 @@ from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.data.formats import embeddings
 from sigjax.models import two_towers
-from sigjax.runtime import metrics
-from tools import tower as tower_lib
+from sigjax.runtime import metrics, program
+from tools.embedding.tower import Tower
 
 FLAGS = flags.FLAGS
 
@@ -39,15 +42,15 @@ class Predictor:
 
   Args:
     path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
-    tower: of a run on precomputed embeddings, the config (as plain dicts) of
-      the tower that computed them.
+    tower: for a run on precomputed embeddings, the config of the tower that
+      computed them, as plain dicts.
 
   Raises:
-    UserError: no run there, no complete checkpoint, or a damaged one; no tower,
-      or another one.
+    UserError: there is no run, no complete checkpoint, or no such tower; or the
+      checkpoint is damaged.
   """
 
-  def __init__(self, path, tower=None):
+  def __init__(self, path: str, tower: Mapping[str, Any] | None = None):
     workdir = pathlib.Path(restore.find(path)[0])
     if not (workdir / "config.json").exists():
       raise errors.UserError(
@@ -69,8 +72,8 @@ class Predictor:
     if config["model"]["image"].get("kind") == "precomputed":
       self._open_tower(tower, config["data"])
 
-  def _open_tower(self, config, data):
-    """Prepares the tower that computed the embeddings of config.data."""
+  def _open_tower(self, config, data) -> None:
+    """Loads the tower that computed the embeddings of the run's data."""
     index = embeddings.read_index(data["path"])
     if config is None or index is None:
       raise errors.UserError(
@@ -81,9 +84,11 @@ class Predictor:
     self._pp["image"] = preprocess.parse(index["pp_image"])
     blank = io.BytesIO()
     Image.new("RGB", (512, 512)).save(blank, "PNG")
-    image = self._pp["image"]({"image": blank.getvalue()}, None)["image"]
+    image = self._pp["image"](
+      {"image": blank.getvalue()}, np.random.default_rng(0)
+    )["image"]
     self._tower = errors.call(
-      tower_lib.Tower,
+      Tower,
       {k: config[k] for k in ("model", "init") if k in config},
       "the config of --tower",
       image,
@@ -95,23 +100,26 @@ class Predictor:
         "architecture or another dtype"
       )
 
-  def __call__(self, images, texts):
-    """Returns (N, M) float32 probabilities of N images and M texts.
-
-    Args:
-      images: list of encoded images (bytes).
-      texts: list of str.
-    """
+  def __call__(
+    self, images: Sequence[bytes], texts: Sequence[str]
+  ) -> Float[Array, "N M"]:
+    """Returns the probabilities of N encoded images and M texts, float32."""
     zimg = self._embed("image", images, lambda x: (x, None))
     ztxt = self._embed("text", texts, lambda x: (None, x))
-    _, _, out = self._apply({"params": self._params}, None, None)
+    out: Any = self._apply({"params": self._params}, None, None)[2]
     return jax.nn.sigmoid(zimg @ ztxt.T * out["t"][None] + out["b"][None])
 
-  def _embed(self, key, values, place):
-    # One at a time: any number of them, and one compilation.
+  def _embed(
+    self,
+    key: str,
+    values: Sequence[bytes] | Sequence[str],
+    place: Callable[[Array], tuple[Array | None, Array | None]],
+  ) -> Float[Array, "N E"]:
+    """Embeds images or texts; place(x) gives both arguments of the model."""
     rows = []
-    for value in values:
-      x = self._pp[key]({key: value}, np.random.default_rng(0))[key][None]
+    for value in values:  # one by one: any number of them, one compilation
+      example = self._pp[key]({key: value}, np.random.default_rng(0))
+      x = np.asarray(example[key])[None]
       if key == "image" and self._tower:
         x = self._tower(x)
       z = self._apply({"params": self._params}, *place(jnp.asarray(x)))
@@ -119,7 +127,8 @@ class Predictor:
     return jnp.concatenate(rows)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+  """Runs the program."""
   del argv
   names, images = FLAGS.image, []
   for name in names:
@@ -136,15 +145,6 @@ def main(argv):
     print(line)
 
 
-def run(argv):
-  """What app.run calls."""
-  logging.set_verbosity(logging.ERROR)  # orbax tells a lot
-  try:
-    main(argv)
-  except errors.UserError as e:
-    sys.exit(f"error: {e}")
-
-
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "A run's workdir or a checkpoint of it.")
   flags.DEFINE_list("image", None, "Image files.")
@@ -153,4 +153,4 @@ if __name__ == "__main__":
     "tower", None, "The config of the tower, if images were precomputed."
   )
   flags.mark_flags_as_required(["workdir", "image", "texts"])
-  app.run(run)
+  program.run(main)

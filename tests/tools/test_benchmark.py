@@ -18,6 +18,7 @@ from sigjax import errors, losses, sharding
 from sigjax.data import kinds
 from tools import benchmark
 from tools.bench import loaders, timing
+from tools.bench import loss as loss_lib
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # Numbers that every row has to have, by mode.
@@ -112,7 +113,7 @@ def test_every_variant_computes_the_same(devices, dtype, rtol):
     "softmax": of(losses.softmax_loss, exact),
     "sigmoid": of(losses.sigmoid_loss, exact),
   }
-  variants = benchmark.loss_variants(mesh, [1, 4])
+  variants = loss_lib.loss_variants(mesh, [1, 4])
   assert [f"{name} {tile}" for name, tile in variants] == [
     "naive None",
     "remat ring None",
@@ -143,7 +144,7 @@ def test_the_remat_ring_keeps_no_block():
     (B, 8), jnp.float32, sharding=sharding.batch_sharding(mesh)
   )
   fn = lambda z: jax.grad(
-    lambda z: benchmark.remat_ring_loss(
+    lambda z: loss_lib.remat_ring_loss(
       z, z, jnp.float32(10), jnp.float32(-10), mesh=mesh
     )
   )(z)
@@ -203,7 +204,7 @@ def test_what_a_host_cannot_hold_is_reported_not_run(
   monkeypatch, capsys, tmp_path
 ):
   monkeypatch.setattr(timing, "host_memory", lambda: 3 * 2**20)
-  rows = benchmark.main(
+  rows = benchmark.benchmark(
     "loss",
     devices=None,
     out=tmp_path,
@@ -338,7 +339,7 @@ def test_loaders(monkeypatch):
   """Ours on the shards that all read; the others are not installed."""
   ours = loaders.LOADERS["sigjax"]
   monkeypatch.setattr(loaders, "LOADERS", {"sigjax": ours})
-  (row,) = benchmark.main("data", rounds=2, batches=1)
+  (row,) = benchmark.benchmark("data", rounds=2, batches=1)
   assert row["vs_sigjax"] == 1
   assert row["per_core"] == pytest.approx(1e6 / row["us"])
 
@@ -369,9 +370,9 @@ def test_other_loaders_are_asked_for(name, monkeypatch):
 def test_no_matplotlib(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "matplotlib", None)
   with pytest.raises(errors.UserError, match=r"pip install 'sigjax\[bench\]'"):
-    benchmark.main("loss", out=tmp_path, plot=True)
+    benchmark.benchmark("loss", out=tmp_path, plot=True)
   with pytest.raises(errors.UserError, match="--out DIR"):
-    benchmark.main("loss", plot=True)
+    benchmark.benchmark("loss", plot=True)
 
 
 @pytest.mark.parametrize(
@@ -392,13 +393,13 @@ def test_no_matplotlib(monkeypatch, tmp_path):
 def test_mistakes_are_named(says, options, monkeypatch):
   monkeypatch.setattr(jax.config, "update", lambda *_: None)  # 8 are there
   with pytest.raises(errors.UserError, match=says):
-    benchmark.main(**{"mode": "loss", **options})
+    benchmark.benchmark(**{"mode": "loss", **options})
 
 
 def test_losses_are_those_of_the_config(tiny_config):
   tiny_config["loss"] = dict(name="softmax")
   with pytest.raises(errors.UserError, match='mean "sigmoid"'):
-    benchmark.main("step", config=tiny_config, losses=["sigmid"], rounds=1)
+    benchmark.benchmark("step", config=tiny_config, losses=["sigmid"], rounds=1)
 
 
 @pytest.mark.parametrize(

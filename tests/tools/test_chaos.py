@@ -43,7 +43,7 @@ def test_chaos(tmp_path):
     env={**os.environ, "XLA_FLAGS": ""},
   )
   assert done.returncode == 0, done.stdout + done.stderr
-  table = done.stdout[done.stdout.index("what came of it") :]
+  table = done.stdout[done.stdout.index("effect") :]
   for kind in ("save", "full disk", "damage", "term", "devices"):
     assert re.search(rf"^\d +{kind} ", table, re.M), done.stdout
   assert "disturbed: 60 arrays equal bit for bit; 52 steps with" in table

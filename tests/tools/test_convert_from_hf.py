@@ -253,7 +253,7 @@ def test_their_image_processors(tmp_path, given, pp_image, note):
       "tokenize(12, pad=7)|keep('text')",
       "None",
     ),
-    (dict(tokenizer_class="T5Tokenizer"), None, "which token pads"),
+    (dict(tokenizer_class="T5Tokenizer"), None, "which token is the padding"),
   ],
   ids=str,
 )

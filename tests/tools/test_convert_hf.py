@@ -200,8 +200,11 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
       dict(pp_image="decode|resize(32)|central_crop(32)|value_range(-1,1)"),
       "cannot be expressed by transformers' SiglipProcessor, only: decode|res",
     ),
-    (dict(pp_image="decode|resize(32,40)|value_range(-1,1)"), "no square"),
-    (dict(pp_image="decode|resize(32)|value_range(1,1)"), "no range from 1 to"),
+    (dict(pp_image="decode|resize(32,40)|value_range(-1,1)"), "to a square"),
+    (
+      dict(pp_image="decode|resize(32)|value_range(1,1)"),
+      "value_range(1, 1) is empty",
+    ),
     (dict(pp_text=None), 'config.json has no "pp_text"'),
     (dict(pp_text="choice('a')|tokenize(12)"), "cannot be expressed"),
     (dict(pp_text="lower|tokenise(12)"), 'did you mean "tokenize"'),

@@ -63,7 +63,7 @@ def precomputed(config, out, width=32):
 )
 def test_embeddings_are_the_towers(config, tmp_path, dtype, atol, capsys):
   out = tmp_path / "out"
-  embed.main(config, out, dtype=dtype, part_size=50, batch_size=16)
+  embed.embed(config, out, dtype=dtype, part_size=50, batch_size=16)
   assert "192 embeddings of 32" in capsys.readouterr().out
   model = two_towers.TwoTowers(**config["model"])
   params = {
@@ -92,7 +92,7 @@ def test_embeddings_are_the_towers(config, tmp_path, dtype, atol, capsys):
 def test_training_on_them_is_training_on_the_tower(config, tmp_path):
   """The same losses and the same scores, the tower in the loop or not."""
   out = tmp_path / "out"
-  embed.main(config, out, dtype="float32")
+  embed.embed(config, out, dtype="float32")
   rows = train.main(tmp_path / "a", **config)
   assert train.main(tmp_path / "b", **precomputed(config, out)) == rows
   lines = [
@@ -111,7 +111,7 @@ def test_predictions_with_the_tower(config, tmp_path):
     tmp_path / "out",
     precomputed(dict(config, evals={}), tmp_path / "out"),
   )
-  embed.main(dict(config, evals={}), out, dtype="float32")
+  embed.embed(dict(config, evals={}), out, dtype="float32")
   for name, section in ("a", dict(config, evals={})), ("b", run):
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps(section))
@@ -165,13 +165,13 @@ def test_a_killed_run_goes_on(config, tmp_path):
   cut = sorted(done)[0]
   os.truncate(cut, cut.stat().st_size // 2)
   for i in (1, 0):
-    embed.main(
+    embed.embed(
       config, out, part_size=8, batch_size=8, process_id=i, num_processes=2
     )
   assert len(kinds.open_source("embeddings", path=str(out / "train"))) == 192
   for path, inode in done.items():
     assert (path.stat().st_ino == inode) == (path != cut), path
-  embed.main(config, tmp_path / "new", part_size=8, batch_size=8)
+  embed.embed(config, tmp_path / "new", part_size=8, batch_size=8)
   for path in out.glob("*/*.array_record"):
     again = tmp_path / "new" / path.relative_to(out)
     assert again.read_bytes() == path.read_bytes()
@@ -180,12 +180,12 @@ def test_a_killed_run_goes_on(config, tmp_path):
 def test_what_changed_is_refused(config, tmp_path):
   out = tmp_path / "out"
   small = dict(config, evals={})
-  embed.main(small, out)
+  embed.embed(small, out)
   before = kinds.open_source("embeddings", path=str(out / "train")).tower
 
   def message(config, **options):
     with pytest.raises(errors.UserError) as e:
-      embed.main(config, out, **options)
+      embed.embed(config, out, **options)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -198,7 +198,7 @@ def test_what_changed_is_refused(config, tmp_path):
   params["embedding/bias"][0] += 1e-3
   npz.save_params(config["init"]["path"], trees.unflatten(params))
   assert "with tower" in message(small)
-  embed.main(small, tmp_path / "other")
+  embed.embed(small, tmp_path / "other")
   other = kinds.open_source("embeddings", path=str(tmp_path / "other/train"))
   assert other.tower != before
 
@@ -230,7 +230,7 @@ def test_bad_examples_are_left_out(config, tmp_path, capsys):
     rows.append(f"{i}.png,number {i}")
   (folder / "captions.csv").write_text("\n".join(rows))
   config = dict(config, evals={}, data=dict(kind="folder", path=str(folder)))
-  embed.main(config, tmp_path / "out", part_size=8, batch_size=8)
+  embed.embed(config, tmp_path / "out", part_size=8, batch_size=8)
   assert "3 examples were left out: {'truncated image': 3}" in (
     capsys.readouterr().out
   )
@@ -239,12 +239,12 @@ def test_bad_examples_are_left_out(config, tmp_path, capsys):
     [f"number {i}"] for i in range(20) if i not in (0, 3, 19)
   ]
   with pytest.raises(errors.UserError, match="1 x truncated image"):
-    embed.main(dict(config, bad_fraction=0.0), tmp_path / "new")
+    embed.embed(dict(config, bad_fraction=0.0), tmp_path / "new")
 
 
 def test_damaged_shards(config, tmp_path):
   out = tmp_path / "out"
-  embed.main(dict(config, evals={}), out, part_size=100)
+  embed.embed(dict(config, evals={}), out, part_size=100)
   first, second = sorted(out.glob("train/*.array_record"))
   open_it = lambda: kinds.open_source("embeddings", path=str(out / "train"))
   shutil.copy(first, tmp_path / "whole")
@@ -272,7 +272,7 @@ def test_damaged_shards(config, tmp_path):
 )
 def test_configs_without_a_tower(config, tmp_path, change, text):
   with pytest.raises(errors.UserError, match=text):
-    embed.main({**config, **change}, tmp_path / "out")
+    embed.embed({**config, **change}, tmp_path / "out")
 
 
 def test_sections(config):
