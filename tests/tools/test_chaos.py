@@ -1,4 +1,4 @@
-"""Chaos, in short: faults of most kinds, and nothing is lost."""
+"""A short run with faults of most kinds: nothing is lost."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def can_mount(path):
-  """Whether this process may mount a small disk, to fill it up."""
+  """Returns whether this process may mount a small disk."""
   mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
   if subprocess.run(mount, stderr=subprocess.DEVNULL, check=False).returncode:
     return False
@@ -35,8 +35,7 @@ def test_chaos(tmp_path):
       f"--out={tmp_path / 'out'}",
     ],
     text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
+    capture_output=True,
     cwd=ROOT,
     timeout=550,
     check=False,

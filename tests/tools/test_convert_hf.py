@@ -297,13 +297,10 @@ def test_commands(tmp_path):
   assert "params/img/Transformer/encoderblock/LayerNorm_0/bias" in np.load(
     tmp_path / "back/params.npz"
   )
-  for tool, flag in ("to", "weights"), ("from", "folder"):
-    done = ask(
-      f"tools.convert_{tool}_hf",
-      f"--{flag}",
-      f"{tmp_path}/none",
-      "--out",
-      f"{tmp_path}/out",
-    )
-    assert done.returncode == 1 and f"{tmp_path}/none" in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_files_that_are_missing_are_named(tmp_path):
+  with pytest.raises(errors.UserError, match=f"{tmp_path}/none"):
+    convert_to_hf.convert(f"{tmp_path}/none", tmp_path / "out")
+  with pytest.raises(errors.UserError, match=f"{tmp_path}/none"):
+    convert_from_hf.convert(f"{tmp_path}/none", tmp_path / "out")

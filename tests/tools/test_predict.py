@@ -1,6 +1,7 @@
 """Asks a trained workdir, as a user would."""
 
 import io
+import json
 import os
 import pathlib
 import re
@@ -23,18 +24,16 @@ TEXTS = ["red disc", "blue bar", "a cross, that is green"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, shapes_dir):
-  """A run of four steps, with its config.json, from the command line."""
-  del shapes_dir
+def workdir(tmp_path_factory):
+  """The folder of a run, which the first test trains."""
   return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture
 def trained(workdir, tiny_config):
-  import json  # pylint: disable=g-import-not-at-top
-
+  """A run of two steps, with its config.json."""
   if not (workdir / "config.json").exists():
-    config = dict(tiny_config, total_steps=4, evals={})
+    config = dict(tiny_config, total_steps=2, evals={})
     errors.call(train.main, config, "config", workdir)
     (workdir / "config.json").write_text(json.dumps(config))
   return workdir
@@ -57,9 +56,9 @@ def test_probabilities_are_pairwise_sigmoids(trained, tiny_config):
   pixels = np.stack(
     [np.full((16, 16, 3), c) for c in ((1, -1, -1), (-1, -1, 1))]
   ).astype(np.float32)
-  tokenizer = tokenizer_lib.Tokenizer(trained / "tokenizer.model")
-  tokens = np.stack([tokenizer(text, 8) for text in TEXTS])
-  zimg, ztxt, out = model.apply({"params": params}, pixels, tokens)
+  tokens = tokenizer_lib.Tokenizer(trained / "tokenizer.model")
+  text = np.stack([tokens(t, 8) for t in TEXTS])
+  zimg, ztxt, out = model.apply({"params": params}, pixels, text)
   logits = np.asarray(zimg, np.float64) @ np.asarray(ztxt, np.float64).T
   logits = logits * float(out["t"][0]) + float(out["b"][0])
   np.testing.assert_allclose(got, 1 / (1 + np.exp(-logits)), rtol=1e-4)
