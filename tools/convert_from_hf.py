@@ -130,7 +130,14 @@ def read_arrays(source: pathlib.Path) -> dict[str, np.ndarray]:
   if (source / "model.safetensors").exists():
     names = ["model.safetensors"]
   elif index.exists():
-    files = config_lib.read_json(index).get("weight_map", {})
+    files = config_lib.read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(
+      isinstance(name, str) and pathlib.PurePath(name).name == name
+      for name in files.values()
+    ):
+      raise errors.UserError(
+        f'{index}: "weight_map" has to give a file name for each array'
+      )
     names = sorted(set(files.values()))
   else:
     raise errors.UserError(
@@ -145,7 +152,12 @@ def read_arrays(source: pathlib.Path) -> dict[str, np.ndarray]:
       raise errors.UserError(
         f"{source} has no {name}, which {index.name} names"
       ) from None
-    except (OSError, safetensors.SafetensorError) as e:
+    except (
+      OSError,
+      safetensors.SafetensorError,
+      KeyError,  # a dtype that NumPy does not have
+      TypeError,
+    ) as e:
       raise errors.UserError(f"cannot read {source / name}: {e}") from None
   return arrays
 
@@ -164,34 +176,48 @@ def pp_image(source: pathlib.Path, size: int) -> tuple[str | None, str | None]:
   got = _first(source, "preprocessor_config.json", "processor_config.json")
   if not got:
     return None, "the folder has no preprocessor_config.json"
-  got = {**PIXEL_DEFAULTS, **got.get("image_processor", got)}
-  methods = {number: name for name, number in config_lib.RESAMPLE.items()}
-  mean, std = set(got["image_mean"]), set(got["image_std"])
+  inner = got.get("image_processor", got)
+  got = {**PIXEL_DEFAULTS, **(inner if isinstance(inner, dict) else {})}
+  method = next(
+    (m for m, n in config_lib.RESAMPLE.items() if n == got["resample"]), None
+  )
+  mean, std = _equal(got["image_mean"]), _equal(got["image_std"])
   wrong = [
     key
     for key, is_so in dict(
       do_resize=not got["do_resize"],
       do_rescale=not got["do_rescale"],
       do_normalize=not got["do_normalize"],
-      image_mean=len(mean) > 1,
-      image_std=len(std) > 1,
+      image_mean=mean is None,
+      image_std=std is None or std <= 0,
       rescale_factor=got["rescale_factor"] != 1 / 255,
       size=got["size"] != dict(height=size, width=size),
-      resample=got["resample"] not in methods,
+      resample=method is None,
     ).items()
     if is_so
   ]
-  if wrong:
+  if wrong or mean is None or std is None:
     return (
       None,
       f"{', '.join(wrong)} of the image processor cannot be expressed",
     )
   # transformers computes (v / 255 - mean) / std.
-  low, high = (float((x - min(mean)) / min(std)) for x in (0, 1))
+  low, high = (float((x - mean) / std) for x in (0, 1))
   return (
-    f"decode|resize({size}, method='{methods[got['resample']]}')"
+    f"decode|resize({size}, method='{method}')"
     f"|value_range({low!r}, {high!r})|keep('image')"
   ), None
+
+
+def _equal(values: Any) -> float | None:
+  """Returns the number that all values of a list are; None if they are not."""
+  if not isinstance(values, list) or not values:
+    return None
+  first = values[0]
+  if isinstance(first, bool) or not isinstance(first, (int, float)):
+    return None
+  same = all(x == first for x in values)
+  return first if same and abs(first) < 1e6 else None  # no nan or inf either
 
 
 def pp_text(source: pathlib.Path, length: int) -> tuple[str | None, str | None]:
@@ -210,12 +236,14 @@ def pp_text(source: pathlib.Path, length: int) -> tuple[str | None, str | None]:
   lower = lower or '"Lowercase"' in json.dumps(fast.get("normalizer"))
   pad = got.get("pad_token")
   pad = pad.get("content") if isinstance(pad, dict) else pad
-  pads = {
-    token["content"]: token["id"] for token in fast.get("added_tokens", [])
-  }
   # Without tokenizer.json: the ids of SigLIP's and Gemma's vocabularies.
-  pad = {"</s>": 1, "<pad>": 0, **pads}.get(pad)
-  if pad is None:
+  pads: dict[str, Any] = {"</s>": 1, "<pad>": 0}
+  tokens = fast.get("added_tokens")
+  for token in tokens if isinstance(tokens, list) else ():
+    if isinstance(token, dict) and isinstance(token.get("content"), str):
+      pads[token["content"]] = token.get("id")
+  pad = pads.get(pad) if isinstance(pad, str) else None
+  if not isinstance(pad, int) or not 0 <= pad < 2**31:
     return None, "the folder does not say which token is the padding"
   tokenize = f"tokenize({length}{'' if pad == 1 else f', pad={pad}'})"
   note = None

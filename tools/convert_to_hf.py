@@ -37,7 +37,7 @@ import jax
 import numpy as np
 
 from sigjax import errors, trees
-from sigjax.checkpoints import restore
+from sigjax.checkpoints import layout, restore
 from sigjax.data.example import pipe_string, preprocess
 from sigjax.models import two_towers
 from sigjax.runtime import program
@@ -69,7 +69,7 @@ def convert(
   """
   save_file = config_lib.need("safetensors.numpy").save_file
   is_run = pathlib.Path(weights).is_dir()
-  home = restore.find(weights)[0] if is_run else pathlib.Path(weights).parent
+  home = layout.find(weights)[0] if is_run else pathlib.Path(weights).parent
   flat = _read(weights, is_run)
   tokenizer = pathlib.Path(tokenizer or home / "tokenizer.model")
   config = pathlib.Path(config or home / "config.json")

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from sigjax import errors, sharding
-from sigjax.checkpoints import restore
+from sigjax.checkpoints import layout, restore
 from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.data.formats import embeddings
@@ -51,7 +51,7 @@ class Predictor:
   """
 
   def __init__(self, path: str, tower: Mapping[str, Any] | None = None):
-    workdir = pathlib.Path(restore.find(path)[0])
+    workdir = pathlib.Path(layout.find(path)[0])
     if not (workdir / "config.json").exists():
       raise errors.UserError(
         f"{workdir} is no workdir of sigjax.train: it has no config.json"

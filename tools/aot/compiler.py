@@ -21,6 +21,7 @@ from sigjax import build, errors, losses
 from sigjax import config as config_lib
 from sigjax import sharding as sharding_lib
 from sigjax.data.example import preprocess
+from sigjax.models import flops as flops_lib
 from sigjax.models import two_towers
 
 GIB = 2**30
@@ -172,7 +173,7 @@ def step_job(
   optim: Mapping[str, Any],
   seed: int = 0,
   loss: Mapping[str, Any] | None = None,
-  sharding: Sequence[Any] = ((".*", "replicate"),),
+  sharding: Sequence[Any] = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
   total_steps: int | None = None,
   total_epochs: float | None = None,
@@ -221,15 +222,16 @@ def step_job(
     )
     for key, x in example.items()
   }
-  count = sum(x.size for x in jax.tree.leaves(run.shapes))
+  count = sum(x.size for x in jax.tree.leaves(run.state.params))
   E = jax.eval_shape(
-    run.model.apply, {"params": run.shapes}, None, batch["text"]
+    run.model.apply, {"params": run.state.params}, None, batch["text"]
   )[1]
-  flops = batch_size * run.flops + loss_flops(
+  towers = flops_lib.training(run.model, example, run.state.trained)
+  flops = batch_size * towers + loss_flops(
     batch_size, E.shape[1], **(loss or {})
   )
   return Job(
-    f"train step, batch {batch_size:,} in {microbatches} piece(s)",
+    f"train step, batch {batch_size:,} {microbatches} microbatch(es)",
     run.train_step.program.trace(run.state, batch),
     {
       f"parameters ({count / 1e6:.1f} M)": share(run.state.params),

@@ -14,6 +14,7 @@ from sigjax import build, errors
 from sigjax import config as config_lib
 from sigjax import sharding as sharding_lib
 from sigjax import state as state_lib
+from sigjax.models import flops as flops_lib
 from sigjax.models import two_towers
 from sigjax.runtime import metrics
 from tools.aot import compiler
@@ -97,7 +98,7 @@ def step_parts(
   total_epochs: float | None = None,
   total_examples: int | None = None,
   mesh: Mapping[str, Any] | None = None,
-  sharding: Sequence[Any] = ((".*", "replicate"),),
+  sharding: Sequence[Any] = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
 ) -> tuple[Callable[..., Any], Callable[[], Any], dict[str, jax.Array], float]:
   """Returns what is needed to run a config's train step, as in sigjax.train.
@@ -170,5 +171,5 @@ def step_parts(
       state_lib.init_state, run.model, run.tx, 0, example, run.state, lock=lock
     ),
     batch,
-    run.flops,
+    flops_lib.training(run.model, example, run.state.trained),
   )

@@ -281,7 +281,7 @@ def main(argv: Sequence[str]) -> None:
     plain(*args, **kwargs), path, float(pause), jax.process_index()
   )
   sys.argv = [argv[0], *flags]
-  program.run(train.run, program.config_given)
+  program.run(train.command_line, program.config_given)
 
 
 if __name__ == "__main__":

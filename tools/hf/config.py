@@ -40,6 +40,19 @@ IMAGE_DEFAULTS = dict(
   layer_norm_eps=1e-6,
   vision_use_head=True,
 )
+# The largest sizes that are read. A model that config.json only claims must not
+# take hours to build; the largest SigLIP models are far below these sizes.
+_LIMITS = dict(
+  num_hidden_layers=256,
+  hidden_size=2**15,
+  intermediate_size=2**17,
+  num_attention_heads=2**10,
+  vocab_size=2**22,
+  max_position_embeddings=2**12,
+  projection_size=2**15,
+  image_size=2**12,
+  patch_size=2**12,
+)
 # Methods of `resize`, and their numbers in preprocessor_config.json.
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "area": 4}
 # The values that both sides have in common: no other can be expressed.
@@ -93,8 +106,8 @@ def describe(
     jax.eval_shape(
       model.init,
       jax.random.key(0),
-      np.zeros((1, size, size, 3), np.float32),
-      np.zeros((1, length), np.int32),
+      jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+      jax.ShapeDtypeStruct((1, length), np.int32),
     )["params"]
   )
   image = _part(like, "img", "Transformer")
@@ -179,35 +192,68 @@ def read_config(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
     )
   if kind != "siglip":
     raise errors.UserError(
-      f'{path}: model_type "{kind}" is not known; choose from: siglip'
+      f'{path}: model_type "{kind!s:.40}" is not known; choose from: siglip'
     )
-  image = {**IMAGE_DEFAULTS, **(given.get("vision_config") or {})}
-  text = {**TEXT_DEFAULTS, **(given.get("text_config") or {})}
+  image, text = (
+    _part_of(given, key, defaults, path)
+    for key, defaults in (
+      ("vision_config", IMAGE_DEFAULTS),
+      ("text_config", TEXT_DEFAULTS),
+    )
+  )
   for part, defaults in (image, IMAGE_DEFAULTS), (text, TEXT_DEFAULTS):
     for key in _FIXED:
       if part.get(key) != defaults.get(key):
         raise errors.UserError(
-          f"{path}: {key} {part[key]!r} cannot be expressed, only "
+          f"{path}: {key} {part[key]!r:.40} cannot be expressed, only "
           f"{defaults[key]!r}"
         )
-    for key in "image_size", "patch_size":
-      if not isinstance(part.get(key, 0), int):
-        raise errors.UserError(
-          f"{path}: {key} {part[key]!r} cannot be expressed, only a square"
-        )
+  if image["patch_size"] > image["image_size"]:
+    raise errors.UserError(
+      f"{path}: patch_size {image['patch_size']} is larger than image_size "
+      f"{image['image_size']}"
+    )
   sizes = lambda part: dict(
     width=part["hidden_size"],
     depth=part["num_hidden_layers"],
     mlp_dim=part["intermediate_size"],
     num_heads=part["num_attention_heads"],
   )
-  out = text.get("projection_size") or text["hidden_size"]
   model = dict(
     image=dict(sizes(image), patch_size=image["patch_size"], pool_type="map"),
     text=dict(sizes(text), vocab_size=text["vocab_size"], pool_type="last"),
-    out_dim=[None, out],
+    out_dim=[None, text["projection_size"]],
   )
   return model, image["image_size"], text["max_position_embeddings"]
+
+
+def _part_of(
+  given: Mapping[str, Any],
+  key: str,
+  defaults: Mapping[str, Any],
+  path: pathlib.Path,
+) -> dict[str, Any]:
+  """Returns the text or the image part of a config.json, its sizes checked."""
+  found = given.get(key) or {}
+  if not isinstance(found, dict):
+    raise errors.UserError(f"{path}: {key} is {found!r:.40}, not an object")
+  part = {**defaults, **found}
+  part["projection_size"] = part.get("projection_size") or part["hidden_size"]
+  for name, limit in _LIMITS.items():
+    value = part.get(name, 1)
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not 1 <= value <= limit:
+      raise errors.UserError(
+        f"{path}: {name} of {key} is {value!r:.40}, but has to be a whole "
+        f"number from 1 to {limit:,}"
+      )
+  width, heads = part["hidden_size"], part["num_attention_heads"]
+  if width % heads:
+    raise errors.UserError(
+      f"{path}: num_attention_heads {heads} of {key} does not divide "
+      f"hidden_size {width}"
+    )
+  return part
 
 
 # ---- Files ----
@@ -230,7 +276,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     got = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except OSError as e:
     raise errors.UserError(f"cannot read {path}: {e.strerror}") from None
-  except ValueError:
+  except (ValueError, RecursionError):
     got = None
   if not isinstance(got, dict):
     raise errors.UserError(f"{path} is not a JSON file of keys and values")
