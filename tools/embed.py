@@ -119,7 +119,7 @@ def embed(
       total=sum(map(job.size, mine)), desc=folder, unit="image", smoothing=0.05
     ) as bar:
       for i in mine:
-        if job.records(i):
+        if job.records(i) is not None:
           bar.update(job.size(i))
         else:
           job.run(i, batch_size, bar)
@@ -128,7 +128,8 @@ def embed(
         f"{job.path}: {len(job.bad)} examples were left out: "
         f"{job.tally.faults()}"
       )
-    if count := job.finish():
+    count = job.finish()
+    if count is not None:
       size = embeddings.storage(count, tower.width, dtype)
       print(
         f"{job.path}: {count} embeddings of {tower.width} {dtype}, "

@@ -107,9 +107,14 @@ def test_training_on_embeddings_is_training_on_the_tower(config, tmp_path):
 
   source = kinds.open_source(**config["data"])
   images, texts = [source[i]["image"] for i in (0, 9)], ["red disc", "a bar"]
-  want = predict.Predictor(tmp_path / "a")(images, texts)
-  got = predict.Predictor(tmp_path / "b", config)(images, texts)
-  np.testing.assert_allclose(got, want, rtol=1e-4)
+  want, got = (
+    p.scores([p.image(x) for x in images], [p.text(x) for x in texts])
+    for p in (
+      predict.Predictor(tmp_path / "a"),
+      predict.Predictor(tmp_path / "b", config),
+    )
+  )
+  np.testing.assert_allclose(got.probability, want.probability, rtol=1e-4)
   with pytest.raises(errors.UserError, match="give --tower"):
     predict.Predictor(tmp_path / "b")
   npz.save_params(
@@ -208,25 +213,37 @@ def test_what_changed_is_refused(config, tmp_path):
     train.main(tmp_path / "a", **mixed)
 
 
-def test_bad_examples_are_left_out(config, tmp_path, capsys):
-  folder = tmp_path / "pictures"
+def pictures(config, folder, bad, count=20):
+  """Writes a folder of pictures, some of them cut short; returns its config."""
   folder.mkdir()
   source = kinds.open_source(**config["data"])
   rows = ["file,caption"]
-  for i in range(20):
+  for i in range(count):
     data = source[i]["image"]
-    (folder / f"{i}.png").write_bytes(data[:60] if i in (0, 3, 19) else data)
+    (folder / f"{i}.png").write_bytes(data[:60] if i in bad else data)
     rows.append(f"{i}.png,number {i}")
   (folder / "captions.csv").write_text("\n".join(rows))
-  config = dict(config, evals={}, data=dict(kind="folder", path=str(folder)))
+  return dict(config, evals={}, data=dict(kind="folder", path=str(folder)))
+
+
+@pytest.mark.parametrize(
+  "bad", [(0, 3, 19), tuple(range(8, 16))], ids=["some", "a whole part"]
+)
+def test_bad_examples_are_left_out(config, tmp_path, capsys, bad):
+  config = pictures(config, tmp_path / "pictures", bad)
   embed.embed(config, tmp_path / "out", part_size=8, batch_size=8)
-  assert "3 examples were left out: {'truncated image': 3}" in (
-    capsys.readouterr().out
-  )
+  printed = capsys.readouterr().out
+  assert f"{len(bad)} examples were left out: {{'truncated image': " in printed
+  assert f"{20 - len(bad)} embeddings of 32" in printed
   found = kinds.open_source("embeddings", path=str(tmp_path / "out/folder"))
   assert [found[i]["captions"] for i in range(len(found))] == [
-    [f"number {i}"] for i in range(20) if i not in (0, 3, 19)
+    [f"number {i}"] for i in range(20) if i not in bad
   ]
+  # Nothing is computed again.
+  files = list((tmp_path / "out/folder").glob("*.array_record"))
+  before = [file.stat().st_ino for file in files]
+  embed.embed(config, tmp_path / "out", part_size=8, batch_size=8)
+  assert [file.stat().st_ino for file in files] == before
   with pytest.raises(errors.UserError, match="1 x truncated image"):
     embed.embed(dict(config, bad_fraction=0.0), tmp_path / "new")
 

@@ -95,13 +95,16 @@ class Job:
     """Returns how many examples of the source are in part i."""
     return min(self._part_size, self._count - i * self._part_size)
 
-  def records(self, i: int) -> int:
-    """Returns the number of records of part i; 0 if it is not complete."""
+  def records(self, i: int) -> int | None:
+    """Returns the number of records of part i, or None if it is not complete.
+
+    The number is 0 if no example of the part could be used.
+    """
     if not self.file(i).exists():
-      return 0
+      return None
     reader = array_record_module.ArrayRecordReader(str(self.file(i)))
     # ok() is False if the file was cut short; opening it raises nothing.
-    return reader.num_records() if reader.ok() else 0
+    return reader.num_records() if reader.ok() else None
 
   def run(self, i: int, batch_size: int, bar: tqdm.tqdm) -> None:
     """Computes part i and writes its file.
@@ -156,15 +159,26 @@ class Job:
     rest = {k: v for k, v in example.items() if k != "image"}
     return {"image": image, "features": np.asarray(embeddings.encode(rest))}
 
-  def finish(self) -> int:
+  def finish(self) -> int | None:
     """Writes index.json if all parts are complete.
 
     Returns:
-      The number of embeddings; 0 if parts are missing.
+      The number of embeddings; None if parts are missing.
+
+    Raises:
+      UserError: no example of any part could be used.
     """
-    counts = list(map(self.records, range(self.parts)))
-    if not all(counts):
-      return 0
+    counts = []
+    for i in range(self.parts):
+      count = self.records(i)
+      if count is None:
+        return None
+      counts.append(count)
+    if not sum(counts):
+      raise errors.UserError(
+        f"{self.path}: none of the {self._count} examples of "
+        f"{self._source.name} can be used"
+      )
     shards = [
       dict(
         file=self.file(i).name, count=count, bytes=self.file(i).stat().st_size
