@@ -10,9 +10,10 @@ the folder. Texts have to be padded as in training:
   processor(text=texts, images=images, padding="max_length", truncation=True,
             return_tensors="pt")
 
-Of a config, `model`, `pp_image` and `pp_text` are read. If --config and
---tokenizer are not given, they are config.json and tokenizer.model in the
-workdir, or beside the .npz file, where tools.convert_from_hf writes them.
+Of a config, `model`, `pp_image` and `pp_text` are read. A checkpoint has its
+config with it. For an .npz file, the default of --config is config.json beside
+it, where tools.convert_from_hf writes it. The default of --tokenizer is
+tokenizer.model in the workdir, or beside the .npz file.
 
 The conversion is exact, so it refuses what SiglipModel cannot express. It takes
 pool_type "map" (image) and "last" (text), a head on the text tower only, and a
@@ -72,11 +73,15 @@ def convert(
   home = layout.find(weights)[0] if is_run else pathlib.Path(weights).parent
   flat = _read(weights, is_run)
   tokenizer = pathlib.Path(tokenizer or home / "tokenizer.model")
-  config = pathlib.Path(config or home / "config.json")
-  given = config_lib.read_json(config)
+  if is_run and not config:
+    # That of the checkpoint: a later command may have changed config.json.
+    given = restore.read_about(weights)["config"]
+  else:
+    config = pathlib.Path(config or home / "config.json")
+    given = config_lib.read_json(config)
   for key in "model", "pp_image", "pp_text":
     if key not in given:
-      raise errors.UserError(f'{config} has no "{key}"')
+      raise errors.UserError(f'{config or weights}: the config has no "{key}"')
   size, pixels = image_processor(given["pp_image"])
   length, pad, lower = text_processor(given["pp_text"])
   model = errors.call(two_towers.TwoTowers, given["model"], "config.model")

@@ -19,7 +19,6 @@ names the config that tools.embed was given, such as configs/siglit_l16.py.
 from collections.abc import Mapping, Sequence
 import glob
 import io
-import json
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -75,11 +74,8 @@ class Predictor:
 
   def __init__(self, path: str, tower: Mapping[str, Any] | None = None):
     workdir = pathlib.Path(layout.find(path)[0])
-    if not (workdir / "config.json").exists():
-      raise errors.UserError(
-        f"{workdir} is no workdir of sigjax.train: it has no config.json"
-      )
-    config = json.loads((workdir / "config.json").read_text())
+    # That of the checkpoint: a later command may have changed config.json.
+    config = restore.read_about(path)["config"]
     tokenizer = tokenizer_lib.Tokenizer(workdir / "tokenizer.model")
     self._pp = {
       key: preprocess.parse(config[f"pp_{key}"], tokenizer=tokenizer)

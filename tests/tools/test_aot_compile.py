@@ -57,16 +57,18 @@ def test_topologies_that_cannot_be(name, text, monkeypatch):
     compiler.open_topology(name)
 
 
-def test_a_mistake_ends_in_one_line():
+def test_a_mistake_ends_in_one_line(tmp_path):
+  """A config that is not in this folder, from which the program does run."""
   done = subprocess.run(
-    [sys.executable, "-m", "tools.aot_compile", "--config", "none.py"],
-    cwd=ROOT,
+    [sys.executable, "-m", "tools.aot_compile", "--config", "configs/x.py"],
+    cwd=tmp_path,
     text=True,
     capture_output=True,
     check=False,
-    env={**os.environ, "XLA_FLAGS": ""},
+    env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
   )
-  assert done.returncode == 1 and "none.py" in done.stderr
+  assert done.returncode == 1
+  assert f"no file configs/x.py in {tmp_path}; " in done.stderr
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

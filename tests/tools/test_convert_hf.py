@@ -205,7 +205,7 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
       dict(pp_image="decode|resize(32)|value_range(1,1)"),
       "value_range(1, 1) is empty",
     ),
-    (dict(pp_text=None), 'config.json has no "pp_text"'),
+    (dict(pp_text=None), 'config.json: the config has no "pp_text"'),
     (dict(pp_text="choice('a')|tokenize(12)"), "cannot be expressed"),
     (dict(pp_text="lower|tokenise(12)"), 'did you mean "tokenize"'),
     (dict(pp_text="tokenize(12)|lower"), "cannot be expressed"),

@@ -149,7 +149,7 @@ class Job:
         raise fault
       image = self._pp(example, rng)["image"]
     except BadExample as e:
-      # The last example is loaded again to fill up the last batch.
+      # A record may be read twice, to learn the shape of examples.
       if record not in self.bad:
         self.bad.add(record)
         name = self._source.name_of(record)
