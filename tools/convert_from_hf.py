@@ -1,39 +1,43 @@
-"""Reads a Hugging Face folder of SigLIP, or SigLIP 2 of fixed resolution.
+"""Reads a Hugging Face folder of SigLIP, or of SigLIP 2 at a fixed resolution.
 
   python -m tools.convert_from_hf --folder FOLDER --out OUT
 
-OUT is a folder, too:
+OUT is a folder that holds:
 
-  params.npz       the weights, in the layout of the released files; --scan
-                   stacks the blocks, as in those of SigLIP 2
-  config.json      `model`, the keyword arguments of TwoTowers; and, as far as
-                   the folder tells them, `pp_image` and `pp_text`
+  params.npz       the weights, in the layout of the released files. With --scan
+                   the blocks are stacked, as in those of SigLIP 2
+  config.json      `model`, the keyword arguments of TwoTowers; `pp_image` and
+                   `pp_text`, if the folder says enough about them
   tokenizer.model  the SentencePiece model, if the folder has one
 
-tools.convert_to_hf --weights OUT/params.npz is the way back. Weights are read
-from model.safetensors, also in several files; they become float32.
+tools.convert_to_hf --weights OUT/params.npz converts back. Weights are read
+from model.safetensors, which may be split into several files, and become
+float32.
 
 Needs: pip install 'sigjax[hf]'
 """
 
 import json
+import os
 import pathlib
 import shutil
-import sys
+from typing import Any
 
-from absl import app, flags
+from absl import flags
+import numpy as np
 
 from sigjax import errors, trees
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
+from sigjax.runtime import program
 from sigjax.weights import npz
 from tools.hf import config as config_lib
 from tools.hf import names as names_lib
 
 FLAGS = flags.FLAGS
 
-# Their tokenizers that make texts lower case, or, Gemma's, of models (SigLIP 2)
-# that were trained on such texts.
+# Tokenizers that lower-case texts. Gemma's do not, but SigLIP 2, which uses
+# them, was trained on lower-case texts.
 LOWER = (
   "SiglipTokenizer",
   "Siglip2Tokenizer",
@@ -41,7 +45,8 @@ LOWER = (
   "GemmaTokenizerFast",
 )
 
-# What SiglipImageProcessor does where preprocessor_config.json is silent.
+# The defaults of SiglipImageProcessor, for keys that preprocessor_config.json
+# leaves out.
 PIXEL_DEFAULTS = dict(
   do_resize=True,
   size=dict(height=224, width=224),
@@ -54,20 +59,24 @@ PIXEL_DEFAULTS = dict(
 )
 
 
-def convert(source, out, scan=False):
-  """Writes the folder `out`, whole or not at all.
+def convert(
+  source: str | os.PathLike[str],
+  out: str | os.PathLike[str],
+  scan: bool = False,
+) -> list[str]:
+  """Writes the folder `out`, all of it or nothing.
 
   Args:
     source: a folder that SiglipModel.from_pretrained loads.
-    out: a folder that is not there yet, see the top.
+    out: the folder to make, see above; it must not exist yet.
     scan: whether blocks are stacked.
 
   Returns:
-    Lines about what the folder does not tell, or tells in other words.
+    Notes about what the folder does not say, or cannot be expressed exactly.
 
   Raises:
-    UserError: something is missing or cannot be expressed; all arrays that do
-      not fit config.json are listed.
+    UserError: something is missing or cannot be expressed. If arrays do not fit
+      config.json, all of them are listed.
   """
   source = pathlib.Path(source)
   model, size, length = config_lib.read_config(source / "config.json")
@@ -75,12 +84,12 @@ def convert(source, out, scan=False):
   arrays = names_lib.to_ours(read_arrays(source), like, source)
   if scan:
     model["image"]["scan"] = model["text"]["scan"] = True
-  config, notes = dict(model=model), []
-  for key, fn, args in [
-    ("pp_image", pp_image, (source, size)),
-    ("pp_text", pp_text, (source, length)),
-  ]:
-    value, note = fn(*args)
+  config: dict[str, Any] = dict(model=model)
+  notes = []
+  for key, (value, note) in {
+    "pp_image": pp_image(source, size),
+    "pp_text": pp_text(source, length),
+  }.items():
     if value:
       config[key] = value
     if note:
@@ -94,7 +103,7 @@ def convert(source, out, scan=False):
     None,
   )
   if pieces:
-    tokenizer_lib.Tokenizer(pieces)  # refuses what is none before it is copied
+    tokenizer_lib.Tokenizer(pieces)  # checked before it is copied
   else:
     notes.append(
       "tokenizer.model: the folder has no SentencePiece model "
@@ -109,11 +118,11 @@ def convert(source, out, scan=False):
   return notes
 
 
-def read_arrays(source):
-  """Returns {name: array} of model.safetensors, or of its several files.
+def read_arrays(source: pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns {name: array} of model.safetensors, or of the files it is split in.
 
   Raises:
-    UserError: neither is there, or a file is missing or damaged.
+    UserError: a file is missing or damaged.
   """
   safetensors = config_lib.need("safetensors")
   load_file = config_lib.need("safetensors.numpy").load_file
@@ -121,7 +130,14 @@ def read_arrays(source):
   if (source / "model.safetensors").exists():
     names = ["model.safetensors"]
   elif index.exists():
-    files = config_lib.read_json(index).get("weight_map", {})
+    files = config_lib.read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(
+      isinstance(name, str) and pathlib.PurePath(name).name == name
+      for name in files.values()
+    ):
+      raise errors.UserError(
+        f'{index}: "weight_map" has to give a file name for each array'
+      )
     names = sorted(set(files.values()))
   else:
     raise errors.UserError(
@@ -136,54 +152,80 @@ def read_arrays(source):
       raise errors.UserError(
         f"{source} has no {name}, which {index.name} names"
       ) from None
-    except (OSError, safetensors.SafetensorError) as e:
+    except (
+      OSError,
+      safetensors.SafetensorError,
+      KeyError,  # a dtype that NumPy does not have
+      TypeError,
+    ) as e:
       raise errors.UserError(f"cannot read {source / name}: {e}") from None
   return arrays
 
 
-def pp_image(source, size):
-  """Returns (pipe string or None, note or None) of an image processor.
+def pp_image(source: pathlib.Path, size: int) -> tuple[str | None, str | None]:
+  """Returns the pipe string of an image processor, and a note.
 
   Args:
     source: the folder.
-    size: H and W that the model takes.
+    size: H and W of the images that the model takes.
+
+  Returns:
+    The pipe string, or None if the processor is missing or cannot be expressed;
+    and what there is to say about it, or None.
   """
   got = _first(source, "preprocessor_config.json", "processor_config.json")
   if not got:
     return None, "the folder has no preprocessor_config.json"
-  got = {**PIXEL_DEFAULTS, **got.get("image_processor", got)}
-  methods = {number: name for name, number in config_lib.RESAMPLE.items()}
-  mean, std = set(got["image_mean"]), set(got["image_std"])
+  inner = got.get("image_processor", got)
+  got = {**PIXEL_DEFAULTS, **(inner if isinstance(inner, dict) else {})}
+  method = next(
+    (m for m, n in config_lib.RESAMPLE.items() if n == got["resample"]), None
+  )
+  mean, std = _equal(got["image_mean"]), _equal(got["image_std"])
   wrong = [
     key
     for key, is_so in dict(
       do_resize=not got["do_resize"],
       do_rescale=not got["do_rescale"],
       do_normalize=not got["do_normalize"],
-      image_mean=len(mean) > 1,
-      image_std=len(std) > 1,
+      image_mean=mean is None,
+      image_std=std is None or std <= 0,
       rescale_factor=got["rescale_factor"] != 1 / 255,
       size=got["size"] != dict(height=size, width=size),
-      resample=got["resample"] not in methods,
+      resample=method is None,
     ).items()
     if is_so
   ]
-  if wrong:
-    return None, f"{', '.join(wrong)} of the image processor is not expressible"
-  # They compute (v / 255 - mean) / std.
-  low, high = (float((x - min(mean)) / min(std)) for x in (0, 1))
+  if wrong or mean is None or std is None:
+    return (
+      None,
+      f"{', '.join(wrong)} of the image processor cannot be expressed",
+    )
+  # transformers computes (v / 255 - mean) / std.
+  low, high = (float((x - mean) / std) for x in (0, 1))
   return (
-    f"decode|resize({size}, method='{methods[got['resample']]}')"
+    f"decode|resize({size}, method='{method}')"
     f"|value_range({low!r}, {high!r})|keep('image')"
   ), None
 
 
-def pp_text(source, length):
-  """Returns (pipe string or None, note or None) of a tokenizer.
+def _equal(values: Any) -> float | None:
+  """Returns the number that all values of a list are; None if they are not."""
+  if not isinstance(values, list) or not values:
+    return None
+  first = values[0]
+  if isinstance(first, bool) or not isinstance(first, (int, float)):
+    return None
+  same = all(x == first for x in values)
+  return first if same and abs(first) < 1e6 else None  # no nan or inf either
+
+
+def pp_text(source: pathlib.Path, length: int) -> tuple[str | None, str | None]:
+  """Returns the pipe string of a tokenizer, and a note, as pp_image does.
 
   Args:
     source: the folder.
-    length: L, tokens.
+    length: L, the number of tokens.
   """
   got = _first(source, "tokenizer_config.json")
   if not got:
@@ -194,35 +236,34 @@ def pp_text(source, length):
   lower = lower or '"Lowercase"' in json.dumps(fast.get("normalizer"))
   pad = got.get("pad_token")
   pad = pad.get("content") if isinstance(pad, dict) else pad
-  pads = {
-    token["content"]: token["id"] for token in fast.get("added_tokens", [])
-  }
-  # Without tokenizer.json: what SigLIP's and Gemma's vocabularies have.
-  pad = {"</s>": 1, "<pad>": 0, **pads}.get(pad)
-  if pad is None:
-    return None, "the folder does not tell which token pads"
+  # Without tokenizer.json: the ids of SigLIP's and Gemma's vocabularies.
+  pads: dict[str, Any] = {"</s>": 1, "<pad>": 0}
+  tokens = fast.get("added_tokens")
+  for token in tokens if isinstance(tokens, list) else ():
+    if isinstance(token, dict) and isinstance(token.get("content"), str):
+      pads[token["content"]] = token.get("id")
+  pad = pads.get(pad) if isinstance(pad, str) else None
+  if not isinstance(pad, int) or not 0 <= pad < 2**31:
+    return None, "the folder does not say which token is the padding"
   tokenize = f"tokenize({length}{'' if pad == 1 else f', pad={pad}'})"
   note = None
   if kind == "SiglipTokenizer":
     note = (
-      "transformers' SiglipTokenizer also removes punctuation; here it stays"
+      "transformers' SiglipTokenizer also removes punctuation; sigjax keeps it"
     )
   return f"{'lower|' if lower else ''}{tokenize}|keep('text')", note
 
 
-def _first(source, *names):
-  """Returns the dict in the first of these JSON files that is there, or {}."""
+def _first(source: pathlib.Path, *names: str) -> dict[str, Any]:
+  """Returns the dict in the first of these JSON files that exists, or {}."""
   found = [source / name for name in names if (source / name).exists()]
   return config_lib.read_json(found[0]) if found else {}
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"what is {argv[1]}?")
-  try:
-    notes = convert(FLAGS.folder, FLAGS.out, FLAGS.scan)
-  except errors.UserError as e:
-    sys.exit(f"error: {e}")
+def main(argv: list[str]) -> None:
+  """Runs the program."""
+  del argv
+  notes = convert(FLAGS.folder, FLAGS.out, FLAGS.scan)
   out = pathlib.Path(FLAGS.out)
   print(f"wrote {out}, with config.json:")
   print((out / "config.json").read_text(encoding="utf-8").rstrip())
@@ -233,6 +274,6 @@ def main(argv):
 if __name__ == "__main__":
   flags.DEFINE_string("folder", None, "A folder for transformers' SiglipModel.")
   flags.DEFINE_string("out", None, "The folder to write.")
-  flags.DEFINE_bool("scan", False, "Stack the blocks, as SigLIP 2 files do.")
+  flags.DEFINE_bool("scan", False, "Stacks the blocks, as SigLIP 2 files do.")
   flags.mark_flags_as_required(["folder", "out"])
-  app.run(main)
+  program.run(main)

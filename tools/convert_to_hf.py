@@ -4,39 +4,44 @@
   python -m tools.convert_to_hf --weights FILE.npz --config FILE.json \
       --tokenizer FILE.model --out FOLDER
 
-The folder is what AutoModel (SiglipModel) and AutoProcessor of Hugging Face's
-transformers load. Texts have to be padded as in training:
+AutoModel (SiglipModel) and AutoProcessor of Hugging Face's transformers load
+the folder. Texts have to be padded as in training:
 
   processor(text=texts, images=images, padding="max_length", truncation=True,
             return_tensors="pt")
 
-A config is what a run keeps as config.json; `model`, `pp_image` and `pp_text`
-are read. Without --config and --tokenizer it is config.json and tokenizer.model
-in the workdir, or beside the .npz file, as tools.convert_from_hf leaves them.
+Of a config, `model`, `pp_image` and `pp_text` are read. A checkpoint has its
+config with it. For an .npz file, the default of --config is config.json beside
+it, where tools.convert_from_hf writes it. The default of --tokenizer is
+tokenizer.model in the workdir, or beside the .npz file.
 
-Only what SiglipModel can express is converted, exactly: pool_type "map" and
-"last", a head on the text alone, a bias; `resize` to a square and
-`value_range`; `lower` and `tokenize`. Pixels are equal for opaque images of 8
-bits, through transformers' Pillow image processor (with torchvision it takes
-another one, which rounds in other ways). For the ids of texts see
-tools/hf_tokenizer.py.
+The conversion is exact, so it refuses what SiglipModel cannot express. It takes
+pool_type "map" (image) and "last" (text), a head on the text tower only, and a
+bias; `resize` to a square and `value_range`; `lower` and `tokenize`. Pixels are
+equal for opaque images of 8 bits, if transformers prepares them with Pillow; if
+torchvision is installed, it rounds differently. tools/hf/tokenizer.py says for
+which texts token ids may differ.
 
 Needs: pip install 'sigjax[hf]'
 """
 
+from collections.abc import Callable
 import functools
 import inspect
+import os
 import pathlib
 import shutil
-import sys
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 import jax
+import numpy as np
 
 from sigjax import errors, trees
-from sigjax.checkpoints import restore
+from sigjax.checkpoints import layout, restore
 from sigjax.data.example import pipe_string, preprocess
 from sigjax.models import two_towers
+from sigjax.runtime import program
 from sigjax.weights import npz
 from tools.hf import config as config_lib
 from tools.hf import names as names_lib
@@ -45,28 +50,38 @@ from tools.hf import tokenizer as tokenizer_lib
 FLAGS = flags.FLAGS
 
 
-def convert(weights, out, config=None, tokenizer=None):
-  """Writes the folder `out`, whole or not at all.
+def convert(
+  weights: str | os.PathLike[str],
+  out: str | os.PathLike[str],
+  config: str | os.PathLike[str] | None = None,
+  tokenizer: str | os.PathLike[str] | None = None,
+) -> None:
+  """Writes the folder `out`, all of it or nothing.
 
   Args:
-    weights: a workdir, WORKDIR/checkpoints/STEP, or a .npz file, as
-      load.load_params takes it.
-    out: the folder; must not be there yet.
-    config, tokenizer: files, see the top.
+    weights: a workdir, WORKDIR/checkpoints/STEP, or a .npz file as
+      npz.load_params takes it.
+    out: the folder to make; it must not exist yet.
+    config: a JSON file, see above.
+    tokenizer: a SentencePiece model, see above.
 
   Raises:
     UserError: something is missing, does not fit, or cannot be expressed.
   """
   save_file = config_lib.need("safetensors.numpy").save_file
   is_run = pathlib.Path(weights).is_dir()
-  home = restore.find(weights)[0] if is_run else pathlib.Path(weights).parent
+  home = layout.find(weights)[0] if is_run else pathlib.Path(weights).parent
   flat = _read(weights, is_run)
   tokenizer = pathlib.Path(tokenizer or home / "tokenizer.model")
-  config = pathlib.Path(config or home / "config.json")
-  given = config_lib.read_json(config)
+  if is_run and not config:
+    # That of the checkpoint: a later command may have changed config.json.
+    given = restore.read_about(weights)["config"]
+  else:
+    config = pathlib.Path(config or home / "config.json")
+    given = config_lib.read_json(config)
   for key in "model", "pp_image", "pp_text":
     if key not in given:
-      raise errors.UserError(f'{config} has no "{key}"')
+      raise errors.UserError(f'{config or weights}: the config has no "{key}"')
   size, pixels = image_processor(given["pp_image"])
   length, pad, lower = text_processor(given["pp_text"])
   model = errors.call(two_towers.TwoTowers, given["model"], "config.model")
@@ -87,39 +102,32 @@ def convert(weights, out, config=None, tokenizer=None):
       config_lib.write_json(folder / name, value)
 
 
-def _read(path, is_run):
-  """Returns our {name: array}, in the form that they are stored in."""
+def _read(path, is_run) -> dict[str, Any]:
+  """Returns {our name: array}, with blocks stacked or not, as stored."""
   if is_run:
-    return trees.flatten(
-      restore.read_params(
-        path, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      )
-    )
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return trees.flatten(restore.read_params(path, device))
   return trees.flatten(npz.load_params(path))
 
 
-def _fit(flat, like, path):
-  """Returns our {name: array}, unrolled and of exactly the shapes of `like`."""
+def _fit(flat, like, path) -> dict[str, np.ndarray]:
+  """Returns {our name: array}: unstacked blocks, the shapes of `like`."""
   for name in "img/pos_embedding", "txt/pos_embedding":
-    # load.fit would adapt them, and the folder be another model.
+    # npz.fit would resample them; the folder would be another model.
     if name in flat and flat[name].shape != like[name].shape:
       raise errors.UserError(
         f"{path} is for images or texts of another size than the config "
         f"says: {name} is {flat[name].shape}, not {like[name].shape}"
       )
-  return {
-    k: jax.device_get(v)
-    for k, v in trees.flatten(
-      npz.fit(flat, trees.unflatten(like), (), path)
-    ).items()
-  }
+  fitted = npz.fit(flat, trees.unflatten(like), (), path)
+  return {k: jax.device_get(v) for k, v in trees.flatten(fitted).items()}
 
 
-def _ops(string, key):
+def _ops(string: str, key: str) -> list[tuple[str, dict[str, Any]]]:
   """Returns (name, {argument: value}) of each op of a pipe string."""
 
-  def recorder(op):
-    @functools.wraps(op)  # pipe_string checks arguments by the op's signature
+  def recorder(op: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(op)  # pipe_string checks arguments by the signature
     def record(*args, **kwargs):
       bound = inspect.signature(op).bind(*args, **kwargs)
       bound.apply_defaults()
@@ -135,8 +143,10 @@ def _ops(string, key):
   return [(name, args) for name, args in ops if name != "keep"]
 
 
-def _expect(string, key, *patterns):
-  """Returns {op: arguments}; refuses other sequences of ops than patterns."""
+def _expect(
+  string: str, key: str, *patterns: list[str]
+) -> dict[str, dict[str, Any]]:
+  """Returns {op: arguments}; the names of the ops must be one of patterns."""
   ops = _ops(string, key)
   names = [name for name, _ in ops]
   if names not in patterns:
@@ -147,11 +157,11 @@ def _expect(string, key, *patterns):
   return dict(ops)
 
 
-def image_processor(string):
-  """Returns H = W of a pp_image, and preprocessor_config.json for it.
+def image_processor(string: str) -> tuple[int, dict[str, Any]]:
+  """Returns the size (H = W) of a pp_image and its preprocessor_config.json.
 
   Raises:
-    UserError: it does more, or resizes to no square.
+    UserError: the string has other ops, or resizes to another shape.
   """
   ops = _expect(
     string,
@@ -162,16 +172,16 @@ def image_processor(string):
   height, width, method = ops["resize"].values()
   if (width or height) != height:
     raise errors.UserError(
-      f'pp_image "{string}" resizes to no square, but transformers\' '
+      f'pp_image "{string}" does not resize to a square, but transformers\' '
       "SiglipModel takes squares only"
     )
-  # Bytes are mapped to [-1, 1] by the model.
+  # Without value_range the model itself maps bytes to [-1, 1].
   low, high = ops.get("value_range", dict(low=-1.0, high=1.0)).values()
   if high <= low:
     raise errors.UserError(
-      f'pp_image "{string}": no range from {low} to {high}'
+      f'pp_image "{string}": value_range({low}, {high}) is empty'
     )
-  # They compute (v / 255 - mean) / std.
+  # transformers computes (v / 255 - mean) / std.
   return height, dict(
     image_processor_type="SiglipImageProcessor",
     processor_class="SiglipProcessor",
@@ -187,25 +197,21 @@ def image_processor(string):
   )
 
 
-def text_processor(string):
-  """Returns of a pp_text: L, what it pads with, whether it is lower case.
+def text_processor(string: str) -> tuple[int, int, bool]:
+  """Returns the length L, the padding id and whether a pp_text lower-cases.
 
   Raises:
-    UserError: it does more.
+    UserError: the string has other ops.
   """
   ops = _expect(string, "pp_text", ["tokenize"], ["lower", "tokenize"])
   args = ops["tokenize"]
   return args["length"], args["pad"], "lower" in ops
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"what is {argv[1]}?")
-  logging.set_verbosity(logging.ERROR)  # orbax tells a lot
-  try:
-    convert(FLAGS.weights, FLAGS.out, FLAGS.config, FLAGS.tokenizer)
-  except errors.UserError as e:
-    sys.exit(f"error: {e}")
+def main(argv: list[str]) -> None:
+  """Runs the program."""
+  del argv
+  convert(FLAGS.weights, FLAGS.out, FLAGS.config, FLAGS.tokenizer)
   print(f"wrote {FLAGS.out}")
 
 
@@ -215,4 +221,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("config", None, "JSON: model, pp_image and pp_text.")
   flags.DEFINE_string("tokenizer", None, "A SentencePiece model.")
   flags.mark_flags_as_required(["weights", "out"])
-  app.run(main)
+  program.run(main)

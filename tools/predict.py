@@ -1,37 +1,62 @@
-"""How well do texts fit images? Asks a trained workdir.
+"""Prints how well texts fit images, according to a trained run.
 
   python -m tools.predict --workdir DIR --image cat.png --texts "a cat,a dog"
+  python -m tools.predict --workdir DIR --image 'photos,more/*.jpg' --texts ...
 
-Prints the probability of each image-text pair by itself, sigmoid(t * s + b):
-unlike a softmax's, they need not add up to one. Any number of images and texts,
-separated by commas; a text with a comma in it stands in double quotes.
+For each image, the texts are listed from the best to the worst, with the cosine
+s of both embeddings and the probability sigmoid(t * s + b). Each pair is judged
+by itself: unlike the values of a softmax, probabilities need not add up to one.
+They are small for images that are unlike the training data; the order of the
+texts still says something.
 
-A run on precomputed embeddings has no image tower: --tower names the config
-with which tools.embed computed them, such as configs/siglit_l16.py.
+Images are files, globs or folders, separated by commas. Texts are separated by
+commas, too; a text that contains a comma stands in double quotes.
+
+A run on precomputed embeddings has no image tower. For such a run, --tower
+names the config that tools.embed was given, such as configs/siglit_l16.py.
 """
 
+from collections.abc import Mapping, Sequence
+import glob
 import io
-import json
 import pathlib
 import sys
+from typing import Any, NamedTuple
 
-from absl import app, flags, logging
+from absl import flags
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
 from sigjax import errors, sharding
-from sigjax.checkpoints import restore
+from sigjax.checkpoints import layout, restore
 from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
+from sigjax.data.faults import BadExample
 from sigjax.data.formats import embeddings
 from sigjax.models import two_towers
-from sigjax.runtime import metrics
-from tools import tower as tower_lib
+from sigjax.runtime import metrics, program
+from tools.embedding.tower import Tower
 
 FLAGS = flags.FLAGS
+
+# The files of a folder that are taken for images.
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class Scores(NamedTuple):
+  """The scores of all pairs of N images and M texts, float32.
+
+  Attributes:
+    cosine: the cosines of the embeddings.
+    probability: sigmoid(t * cosine + b).
+  """
+
+  cosine: Float[Array, "N M"]
+  probability: Float[Array, "N M"]
 
 
 class Predictor:
@@ -39,21 +64,18 @@ class Predictor:
 
   Args:
     path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
-    tower: of a run on precomputed embeddings, the config (as plain dicts) of
-      the tower that computed them.
+    tower: for a run on precomputed embeddings, the config of the tower that
+      computed them, as plain dicts.
 
   Raises:
-    UserError: no run there, no complete checkpoint, or a damaged one; no tower,
-      or another one.
+    UserError: there is no run, no complete checkpoint, or no such tower; or the
+      checkpoint is damaged.
   """
 
-  def __init__(self, path, tower=None):
-    workdir = pathlib.Path(restore.find(path)[0])
-    if not (workdir / "config.json").exists():
-      raise errors.UserError(
-        f"{workdir} is no workdir of sigjax.train: it has no config.json"
-      )
-    config = json.loads((workdir / "config.json").read_text())
+  def __init__(self, path: str, tower: Mapping[str, Any] | None = None):
+    workdir = pathlib.Path(layout.find(path)[0])
+    # That of the checkpoint: a later command may have changed config.json.
+    config = restore.read_about(path)["config"]
     tokenizer = tokenizer_lib.Tokenizer(workdir / "tokenizer.model")
     self._pp = {
       key: preprocess.parse(config[f"pp_{key}"], tokenizer=tokenizer)
@@ -69,8 +91,8 @@ class Predictor:
     if config["model"]["image"].get("kind") == "precomputed":
       self._open_tower(tower, config["data"])
 
-  def _open_tower(self, config, data):
-    """Prepares the tower that computed the embeddings of config.data."""
+  def _open_tower(self, config, data) -> None:
+    """Loads the tower that computed the embeddings of the run's data."""
     index = embeddings.read_index(data["path"])
     if config is None or index is None:
       raise errors.UserError(
@@ -81,9 +103,9 @@ class Predictor:
     self._pp["image"] = preprocess.parse(index["pp_image"])
     blank = io.BytesIO()
     Image.new("RGB", (512, 512)).save(blank, "PNG")
-    image = self._pp["image"]({"image": blank.getvalue()}, None)["image"]
+    image = self._pp["image"]({"image": blank.getvalue()}, _rng())["image"]
     self._tower = errors.call(
-      tower_lib.Tower,
+      Tower,
       {k: config[k] for k in ("model", "init") if k in config},
       "the config of --tower",
       image,
@@ -95,62 +117,109 @@ class Predictor:
         "architecture or another dtype"
       )
 
-  def __call__(self, images, texts):
-    """Returns (N, M) float32 probabilities of N images and M texts.
+  def image(self, data: bytes) -> Float[Array, " E"]:
+    """Returns the embedding of an encoded image.
 
-    Args:
-      images: list of encoded images (bytes).
-      texts: list of str.
+    Raises:
+      BadExample: it cannot be decoded.
     """
-    zimg = self._embed("image", images, lambda x: (x, None))
-    ztxt = self._embed("text", texts, lambda x: (None, x))
-    _, _, out = self._apply({"params": self._params}, None, None)
-    return jax.nn.sigmoid(zimg @ ztxt.T * out["t"][None] + out["b"][None])
+    x = np.asarray(self._pp["image"]({"image": data}, _rng())["image"])[None]
+    if self._tower:
+      x = self._tower(x)
+    return self._apply({"params": self._params}, jnp.asarray(x), None)[0][0]
 
-  def _embed(self, key, values, place):
-    # One at a time: any number of them, and one compilation.
-    rows = []
-    for value in values:
-      x = self._pp[key]({key: value}, np.random.default_rng(0))[key][None]
-      if key == "image" and self._tower:
-        x = self._tower(x)
-      z = self._apply({"params": self._params}, *place(jnp.asarray(x)))
-      rows += [row for row in z[:2] if row is not None]
-    return jnp.concatenate(rows)
+  def text(self, text: str) -> Float[Array, " E"]:
+    """Returns the embedding of a text."""
+    x = jnp.asarray(self._pp["text"]({"text": text}, _rng())["text"])[None]
+    return self._apply({"params": self._params}, None, x)[1][0]
+
+  def scores(
+    self, zimg: Sequence[Float[Array, " E"]], ztxt: Sequence[Float[Array, " E"]]
+  ) -> Scores:
+    """Returns the scores of all pairs of N images and M texts."""
+    cosine = jnp.stack(zimg) @ jnp.stack(ztxt).T
+    out: Any = self._apply({"params": self._params}, None, None)[2]
+    logits = cosine * out["t"][None] + out["b"][None]
+    return Scores(cosine, jax.nn.sigmoid(logits))
 
 
-def main(argv):
-  del argv
-  names, images = FLAGS.image, []
+def _rng() -> np.random.Generator:
+  return np.random.default_rng(0)
+
+
+def image_files(names: Sequence[str]) -> list[pathlib.Path]:
+  """Returns the files that names, globs and folders stand for, each once.
+
+  Of a folder, these are the files directly in it with a name in IMAGES.
+
+  Raises:
+    UserError: a file does not exist, or there is none for a glob or a folder.
+  """
+  found: dict[pathlib.Path, None] = {}
   for name in names:
-    try:
-      images.append(pathlib.Path(name).read_bytes())
-    except OSError as e:
-      raise errors.UserError(f"image {name}: {e.strerror}") from e
+    path = pathlib.Path(name)
+    if path.is_dir():
+      files = sorted(
+        file for file in path.iterdir() if file.suffix.lower() in IMAGES
+      )
+    elif path.exists():  # brackets may be part of its name
+      files = [path]
+    else:
+      files = sorted(map(pathlib.Path, glob.glob(name, recursive=True)))
+      files = [file for file in files if file.is_file()]
+    if not files:
+      raise errors.UserError(
+        f"--image {name}: there is no "
+        + (f"file *{', *'.join(IMAGES)}" if path.is_dir() else "such file")
+      )
+    found.update(dict.fromkeys(files))
+  return list(found)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the program."""
+  del argv
+  files = image_files(FLAGS.image)
   tower = FLAGS.tower.to_dict() if FLAGS.tower else None
-  table = Predictor(FLAGS.workdir, tower)(images, FLAGS.texts)
+  predictor = Predictor(FLAGS.workdir, tower)
+  print(f"model: {restore.checkpoint_of(FLAGS.workdir)}")
+  zimg: dict[pathlib.Path, Array] = {}
+  for file in files:
+    try:
+      zimg[file] = predictor.image(file.read_bytes())
+    except OSError as e:
+      print(f"image {file} is left out: {e.strerror}", file=sys.stderr)
+    except BadExample as e:
+      print(f"image {file} is left out: {e}", file=sys.stderr)
+  if not zimg:
+    raise errors.UserError("no image could be read")
+  scores = predictor.scores(
+    list(zimg.values()), [predictor.text(text) for text in FLAGS.texts]
+  )
+  rows = []
+  for file, cosine, probability in zip(zimg, *map(np.asarray, scores)):
+    for rank, j in enumerate(np.argsort(-cosine, kind="stable"), start=1):
+      rows.append(
+        (
+          file,
+          rank,
+          FLAGS.texts[j],
+          f"{cosine[j]:.3f}",
+          f"{100 * probability[j]:.2g}%",
+        )
+      )
   for line in metrics.table(
-    [(name, *(f"{p:.2%}" for p in row)) for name, row in zip(names, table)],
-    ("image", *FLAGS.texts),
+    rows, ("image", "rank", "text", "cosine", "probability")
   ):
     print(line)
 
 
-def run(argv):
-  """What app.run calls."""
-  logging.set_verbosity(logging.ERROR)  # orbax tells a lot
-  try:
-    main(argv)
-  except errors.UserError as e:
-    sys.exit(f"error: {e}")
-
-
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "A run's workdir or a checkpoint of it.")
-  flags.DEFINE_list("image", None, "Image files.")
+  flags.DEFINE_list("image", None, "Image files, globs and folders.")
   flags.DEFINE_list("texts", None, "Texts.")
   config_flags.DEFINE_config_file(
     "tower", None, "The config of the tower, if images were precomputed."
   )
   flags.mark_flags_as_required(["workdir", "image", "texts"])
-  app.run(run)
+  program.run(main)

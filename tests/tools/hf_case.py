@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 WORDS = """a photo of the red cat and two small dogs on some green grass, seen
 from above; drawing: bird's nest no. 42! ein schönes Foto von Straße und Haus
-фотография кошки ΟΔΟΣ ὁδός μιά γάτα 猫の写真 고양이 사진 café naïve (x) "quoted" """
+фотография кошки ΟΔΟΣ ὁδός μιά γάτα 猫の写真 고양이
+사진 café naïve (x) "quoted" """
 TEXTS = [
   "",
   " ",

@@ -156,7 +156,7 @@ def test_theirs_that_do_not_fit(tmp_path):
     ),
     (
       dict(vision_config=dict(config["vision_config"], image_size=[32, 40])),
-      "image_size [32, 40] cannot",
+      "image_size of vision_config is [32, 40], but has to be a whole",
     ),
     (
       dict(text_config=dict(config["text_config"], projection_size=40)),
@@ -253,7 +253,7 @@ def test_their_image_processors(tmp_path, given, pp_image, note):
       "tokenize(12, pad=7)|keep('text')",
       "None",
     ),
-    (dict(tokenizer_class="T5Tokenizer"), None, "which token pads"),
+    (dict(tokenizer_class="T5Tokenizer"), None, "which token is the padding"),
   ],
   ids=str,
 )
@@ -264,3 +264,105 @@ def test_their_tokenizers(tmp_path, given, pp_text, note):
   )
   got, why = convert_from_hf.pp_text(tmp_path, 12)
   assert got == pp_text and note in str(why)
+
+
+ODD = (None, True, -1, 0, 10**6, 10**400, 1.5, float("nan"), "x", [], [1], {})
+
+
+def odd_values(value):
+  """Yields copies of a JSON value in which one part is something odd."""
+  yield from ODD
+  items = value.items() if isinstance(value, dict) else enumerate(value)
+  if isinstance(value, (dict, list)):
+    for key, inner in items:
+      for odd in odd_values(inner) if isinstance(inner, (dict, list)) else ODD:
+        copy = value.copy()
+        copy[key] = odd
+        yield copy
+
+
+SMALL = dict(
+  hidden_size=8,
+  num_hidden_layers=1,
+  num_attention_heads=2,
+  intermediate_size=8,
+)
+HF_CONFIG = dict(
+  model_type="siglip",
+  text_config=dict(
+    SMALL, vocab_size=9, max_position_embeddings=4, projection_size=8
+  ),
+  vision_config=dict(SMALL, image_size=8, patch_size=4),
+)
+
+
+def test_odd_values_in_their_config(tmp_path):
+  """A million layers, a list for a number, ...: one line, at once."""
+  path = tmp_path / "config.json"
+  refused = 0
+  for value in odd_values(HF_CONFIG):
+    path.write_text(json.dumps(value))
+    try:
+      model, size, length = config_lib.read_config(path)
+      assert size * length * model["image"]["depth"] < 10**6
+      two_towers.TwoTowers(**model)
+    except errors.UserError as e:
+      refused += 1
+      assert "\n" not in str(e) and str(path) in str(e) and len(str(e)) < 300
+  assert refused > 100
+  path.write_text("[" * 100_000)
+  with pytest.raises(errors.UserError, match="is not a JSON file of keys"):
+    config_lib.read_config(path)
+
+
+@pytest.mark.parametrize(
+  "name, good, read",
+  [
+    (
+      "preprocessor_config.json",
+      dict(
+        convert_from_hf.PIXEL_DEFAULTS,
+        image_processor=dict(convert_from_hf.PIXEL_DEFAULTS),
+      ),
+      lambda folder: convert_from_hf.pp_image(folder, 224),
+    ),
+    (
+      "tokenizer_config.json",
+      dict(tokenizer_class="T5Tokenizer", pad_token=dict(content="[P]")),
+      lambda folder: convert_from_hf.pp_text(folder, 12),
+    ),
+    (
+      "tokenizer.json",
+      dict(added_tokens=[dict(content="[P]", id=7)], normalizer={}),
+      lambda folder: convert_from_hf.pp_text(folder, 12),
+    ),
+    (
+      "model.safetensors.index.json",
+      dict(weight_map=dict(a="b.safetensors", b="../b.safetensors")),
+      lambda folder: (None, convert_from_hf.read_arrays(folder)),
+    ),
+  ],
+)
+def test_odd_values_in_their_other_files(tmp_path, name, good, read):
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps(dict(tokenizer_class="T5Tokenizer", pad_token="[P]"))
+  )
+  for value in odd_values(good):
+    (tmp_path / name).write_text(json.dumps(value))
+    try:
+      string, note = read(tmp_path)
+      assert string is None or note is None
+      assert "nan" not in str(string) and "inf" not in str(string)
+    except errors.UserError as e:
+      assert "\n" not in str(e)
+
+
+def test_weights_outside_of_the_folder(tmp_path):
+  folder = tmp_path / "hf"
+  folder.mkdir()
+  safetensors.numpy.save_file({"a": np.zeros(1)}, tmp_path / "a.safetensors")
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps(dict(weight_map=dict(a="../a.safetensors")))
+  )
+  with pytest.raises(errors.UserError, match="has to give a file name"):
+    convert_from_hf.read_arrays(folder)

@@ -63,7 +63,7 @@ def precomputed(config, out, width=32):
 )
 def test_embeddings_are_the_towers(config, tmp_path, dtype, atol, capsys):
   out = tmp_path / "out"
-  embed.main(config, out, dtype=dtype, part_size=50, batch_size=16)
+  embed.embed(config, out, dtype=dtype, part_size=50, batch_size=16)
   assert "192 embeddings of 32" in capsys.readouterr().out
   model = two_towers.TwoTowers(**config["model"])
   params = {
@@ -89,38 +89,32 @@ def test_embeddings_are_the_towers(config, tmp_path, dtype, atol, capsys):
       assert example["label"] == source[i]["label"]
 
 
-def test_training_on_them_is_training_on_the_tower(config, tmp_path):
-  """The same losses and the same scores, the tower in the loop or not."""
+def test_training_on_embeddings_is_training_on_the_tower(config, tmp_path):
+  """The same losses, scores and predictions, with and without the tower."""
+  config = dict(config, total_steps=3)
   out = tmp_path / "out"
-  embed.main(config, out, dtype="float32")
-  rows = train.main(tmp_path / "a", **config)
-  assert train.main(tmp_path / "b", **precomputed(config, out)) == rows
-  lines = [
-    list(
-      map(json.loads, (tmp_path / w / "metrics.jsonl").read_text().splitlines())
-    )
-    for w in "ab"
-  ]
-  for a, b in zip(*lines):
-    if "loss" in a:
-      assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-
-
-def test_predictions_with_the_tower(config, tmp_path):
-  out, run = (
-    tmp_path / "out",
-    precomputed(dict(config, evals={}), tmp_path / "out"),
-  )
-  embed.main(dict(config, evals={}), out, dtype="float32")
-  for name, section in ("a", dict(config, evals={})), ("b", run):
-    (tmp_path / name).mkdir()
+  embed.embed(config, out, dtype="float32")
+  rows, lines = [], []
+  for name, section in ("a", config), ("b", precomputed(config, out)):
+    rows.append(train.main(tmp_path / name, **section))
+    text = (tmp_path / name / "metrics.jsonl").read_text()
+    lines.append([json.loads(line) for line in text.splitlines()])
     (tmp_path / name / "config.json").write_text(json.dumps(section))
-    train.main(tmp_path / name, **section)
+  assert rows[0] == rows[1]
+  losses = [[x["loss"] for x in part if "loss" in x] for part in lines]
+  assert len(losses[0]) == 3
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
   source = kinds.open_source(**config["data"])
   images, texts = [source[i]["image"] for i in (0, 9)], ["red disc", "a bar"]
-  want = predict.Predictor(tmp_path / "a")(images, texts)
-  got = predict.Predictor(tmp_path / "b", config)(images, texts)
-  np.testing.assert_allclose(got, want, rtol=1e-4)
+  want, got = (
+    p.scores([p.image(x) for x in images], [p.text(x) for x in texts])
+    for p in (
+      predict.Predictor(tmp_path / "a"),
+      predict.Predictor(tmp_path / "b", config),
+    )
+  )
+  np.testing.assert_allclose(got.probability, want.probability, rtol=1e-4)
   with pytest.raises(errors.UserError, match="give --tower"):
     predict.Predictor(tmp_path / "b")
   npz.save_params(
@@ -130,9 +124,15 @@ def test_predictions_with_the_tower(config, tmp_path):
   with pytest.raises(errors.UserError, match="is not the one of"):
     predict.Predictor(tmp_path / "b", config)
 
+  # The run cannot continue on embeddings of another tower.
+  other = dict(config, evals={})
+  embed.embed(other, tmp_path / "other", dtype="float32")
+  with pytest.raises(errors.UserError, match="has embeddings of tower"):
+    train.main(tmp_path / "b", **precomputed(other, tmp_path / "other"))
+
 
 def test_a_killed_run_goes_on(config, tmp_path):
-  """Killed between parts, nothing whole is computed again; two share it."""
+  """Killed between parts, complete parts are kept; two processes share it."""
   (tmp_path / "c.py").write_text(
     "from ml_collections import ConfigDict\n"
     f"get_config = lambda: ConfigDict({config!r})\n"
@@ -160,18 +160,17 @@ def test_a_killed_run_goes_on(config, tmp_path):
   with pytest.raises(errors.UserError, match="still being written"):
     kinds.open_source("embeddings", path=str(out / "train"))
   done = {p: p.stat().st_ino for p in out.glob("train/*-of-*.array_record")}
-  # As the kill may have left it: a part cut short under its final name is what
-  # a copy would make; it is computed again.
+  # A part that is cut short, as by an interrupted copy, is computed again.
   cut = sorted(done)[0]
   os.truncate(cut, cut.stat().st_size // 2)
   for i in (1, 0):
-    embed.main(
+    embed.embed(
       config, out, part_size=8, batch_size=8, process_id=i, num_processes=2
     )
   assert len(kinds.open_source("embeddings", path=str(out / "train"))) == 192
   for path, inode in done.items():
     assert (path.stat().st_ino == inode) == (path != cut), path
-  embed.main(config, tmp_path / "new", part_size=8, batch_size=8)
+  embed.embed(config, tmp_path / "new", part_size=8, batch_size=8)
   for path in out.glob("*/*.array_record"):
     again = tmp_path / "new" / path.relative_to(out)
     assert again.read_bytes() == path.read_bytes()
@@ -180,12 +179,12 @@ def test_a_killed_run_goes_on(config, tmp_path):
 def test_what_changed_is_refused(config, tmp_path):
   out = tmp_path / "out"
   small = dict(config, evals={})
-  embed.main(small, out)
+  embed.embed(small, out)
   before = kinds.open_source("embeddings", path=str(out / "train")).tower
 
   def message(config, **options):
     with pytest.raises(errors.UserError) as e:
-      embed.main(config, out, **options)
+      embed.embed(config, out, **options)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -198,11 +197,11 @@ def test_what_changed_is_refused(config, tmp_path):
   params["embedding/bias"][0] += 1e-3
   npz.save_params(config["init"]["path"], trees.unflatten(params))
   assert "with tower" in message(small)
-  embed.main(small, tmp_path / "other")
+  embed.embed(small, tmp_path / "other")
   other = kinds.open_source("embeddings", path=str(tmp_path / "other/train"))
   assert other.tower != before
 
-  # Training and evaluation of different towers, and another tower afterwards.
+  # Training and evaluation of different towers.
   mixed = precomputed(small, out)
   mixed["evals"] = {
     "zeroshot": dict(
@@ -212,39 +211,46 @@ def test_what_changed_is_refused(config, tmp_path):
   }
   with pytest.raises(errors.UserError, match="all have to be of the same"):
     train.main(tmp_path / "a", **mixed)
-  train.main(tmp_path / "b", **precomputed(small, out))
-  with pytest.raises(
-    errors.UserError, match="the run until now has embeddings"
-  ):
-    train.main(tmp_path / "b", **precomputed(small, tmp_path / "other"))
 
 
-def test_bad_examples_are_left_out(config, tmp_path, capsys):
-  folder = tmp_path / "pictures"
+def pictures(config, folder, bad, count=20):
+  """Writes a folder of pictures, some of them cut short; returns its config."""
   folder.mkdir()
   source = kinds.open_source(**config["data"])
   rows = ["file,caption"]
-  for i in range(20):
+  for i in range(count):
     data = source[i]["image"]
-    (folder / f"{i}.png").write_bytes(data[:60] if i in (0, 3, 19) else data)
+    (folder / f"{i}.png").write_bytes(data[:60] if i in bad else data)
     rows.append(f"{i}.png,number {i}")
   (folder / "captions.csv").write_text("\n".join(rows))
-  config = dict(config, evals={}, data=dict(kind="folder", path=str(folder)))
-  embed.main(config, tmp_path / "out", part_size=8, batch_size=8)
-  assert "3 examples were left out: {'truncated image': 3}" in (
-    capsys.readouterr().out
-  )
+  return dict(config, evals={}, data=dict(kind="folder", path=str(folder)))
+
+
+@pytest.mark.parametrize(
+  "bad", [(0, 3, 19), tuple(range(8, 16))], ids=["some", "a whole part"]
+)
+def test_bad_examples_are_left_out(config, tmp_path, capsys, bad):
+  config = pictures(config, tmp_path / "pictures", bad)
+  embed.embed(config, tmp_path / "out", part_size=8, batch_size=8)
+  printed = capsys.readouterr().out
+  assert f"{len(bad)} examples were left out: {{'truncated image': " in printed
+  assert f"{20 - len(bad)} embeddings of 32" in printed
   found = kinds.open_source("embeddings", path=str(tmp_path / "out/folder"))
   assert [found[i]["captions"] for i in range(len(found))] == [
-    [f"number {i}"] for i in range(20) if i not in (0, 3, 19)
+    [f"number {i}"] for i in range(20) if i not in bad
   ]
+  # Nothing is computed again.
+  files = list((tmp_path / "out/folder").glob("*.array_record"))
+  before = [file.stat().st_ino for file in files]
+  embed.embed(config, tmp_path / "out", part_size=8, batch_size=8)
+  assert [file.stat().st_ino for file in files] == before
   with pytest.raises(errors.UserError, match="1 x truncated image"):
-    embed.main(dict(config, bad_fraction=0.0), tmp_path / "new")
+    embed.embed(dict(config, bad_fraction=0.0), tmp_path / "new")
 
 
 def test_damaged_shards(config, tmp_path):
   out = tmp_path / "out"
-  embed.main(dict(config, evals={}), out, part_size=100)
+  embed.embed(dict(config, evals={}), out, part_size=100)
   first, second = sorted(out.glob("train/*.array_record"))
   open_it = lambda: kinds.open_source("embeddings", path=str(out / "train"))
   shutil.copy(first, tmp_path / "whole")
@@ -272,7 +278,7 @@ def test_damaged_shards(config, tmp_path):
 )
 def test_configs_without_a_tower(config, tmp_path, change, text):
   with pytest.raises(errors.UserError, match=text):
-    embed.main({**config, **change}, tmp_path / "out")
+    embed.embed({**config, **change}, tmp_path / "out")
 
 
 def test_sections(config):

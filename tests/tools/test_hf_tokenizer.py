@@ -104,7 +104,7 @@ def test_tokenizers_that_are_refused(tmp_path, kind, message):
 
 
 def test_a_tokenizer_json_that_differs_is_not_written(tmp_path, monkeypatch):
-  monkeypatch.setattr(tokenizer_lib, "_normalizers", lambda spec, lower: [])
+  monkeypatch.setattr(hf_tokenizer, "_normalizers", lambda spec, lower: [])
   with pytest.raises(errors.UserError, match="tokenizer.json would give"):
     hf_tokenizer.files(hf_case.spm(tmp_path / "a.model"), True, 999, 12, 1)
 

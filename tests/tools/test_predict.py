@@ -1,9 +1,9 @@
 """Asks a trained workdir, as a user would."""
 
 import io
+import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -14,6 +14,7 @@ import pytest
 
 from sigjax import errors, train
 from sigjax.checkpoints import restore
+from sigjax.data import faults
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
 from tools import predict
@@ -23,18 +24,16 @@ TEXTS = ["red disc", "blue bar", "a cross, that is green"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, shapes_dir):
-  """A run of four steps, with its config.json, from the command line."""
-  del shapes_dir
+def workdir(tmp_path_factory):
+  """The folder of a run, which the first test trains."""
   return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture
 def trained(workdir, tiny_config):
-  import json  # pylint: disable=g-import-not-at-top
-
+  """A run of two steps, with its config.json."""
   if not (workdir / "config.json").exists():
-    config = dict(tiny_config, total_steps=4, evals={})
+    config = dict(tiny_config, total_steps=2, evals={})
     errors.call(train.main, config, "config", workdir)
     (workdir / "config.json").write_text(json.dumps(config))
   return workdir
@@ -46,9 +45,16 @@ def png(colour, size):
   return data.getvalue()
 
 
-def test_probabilities_are_pairwise_sigmoids(trained, tiny_config):
+def scores(workdir, images, texts):
+  model = predict.Predictor(workdir)
+  return model.scores(
+    [model.image(image) for image in images], [model.text(t) for t in texts]
+  )
+
+
+def test_scores_are_cosines_and_pairwise_sigmoids(trained, tiny_config):
   images = [png("red", (16, 16)), png("blue", (40, 30))]
-  got = predict.Predictor(trained)(images, TEXTS)
+  got = scores(trained, images, TEXTS)
   # By hand, from the saved parameters.
   model = two_towers.TwoTowers(**tiny_config["model"])
   params = restore.read_params(
@@ -60,43 +66,68 @@ def test_probabilities_are_pairwise_sigmoids(trained, tiny_config):
   tokenizer = tokenizer_lib.Tokenizer(trained / "tokenizer.model")
   tokens = np.stack([tokenizer(text, 8) for text in TEXTS])
   zimg, ztxt, out = model.apply({"params": params}, pixels, tokens)
-  logits = np.asarray(zimg, np.float64) @ np.asarray(ztxt, np.float64).T
-  logits = logits * float(out["t"][0]) + float(out["b"][0])
-  np.testing.assert_allclose(got, 1 / (1 + np.exp(-logits)), rtol=1e-4)
+  cosine = np.asarray(zimg, np.float64) @ np.asarray(ztxt, np.float64).T
+  np.testing.assert_allclose(got.cosine, cosine, atol=1e-5)
+  logits = cosine * float(out["t"][0]) + float(out["b"][0])
+  want = 1 / (1 + np.exp(-logits))
+  np.testing.assert_allclose(got.probability, want, rtol=1e-4)
 
 
 def test_command(trained, tmp_path):
-  (tmp_path / "a.png").write_bytes(png("red", (16, 16)))
-  (tmp_path / "b.png").write_bytes(png("green", (9, 9)))
-  ask = lambda *args: subprocess.run(
-    [sys.executable, "-m", "tools.predict", *args],
-    cwd=ROOT,
+  """A folder and a glob; one image is no image; run from another folder."""
+  for name in ("a.png", "more/b.png"):
+    path = tmp_path / "pictures" / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(png("red", (16, 16)))
+  (tmp_path / "pictures/broken.jpg").write_bytes(png("red", (99, 99))[:80])
+  (tmp_path / "pictures/captions.csv").write_text("not an image")
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "tools.predict",
+      f"--workdir={trained}",
+      '--texts=red disc,"a cross, that is green",blue bar',
+      "--image=pictures,pictures/mor*/*.png",
+    ],
+    cwd=tmp_path,
     text=True,
     capture_output=True,
     check=False,
-    env={**os.environ, "XLA_FLAGS": ""},
-  )
-  done = ask(
-    "--workdir",
-    str(trained),
-    "--texts",
-    'red disc,"a cross, that is green"',
-    "--image",
-    f"{tmp_path}/a.png,{tmp_path}/b.png",
+    env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
   )
   assert done.returncode == 0, done.stderr
-  head, _, first, second = done.stdout.splitlines()
-  assert head.split("  ")[-1] == "a cross, that is green"
-  assert first.startswith(f"{tmp_path}/a.png") and "b.png" in second
-  assert len(re.findall(r"\d+\.\d\d%", first + second)) == 4
+  assert "image pictures/broken.jpg is left out: " in done.stderr
+  first, head, _, *rows = done.stdout.splitlines()
+  assert first == f"model: {trained}/checkpoints/2"
+  assert head.split() == ["image", "rank", "text", "cosine", "probability"]
+  images = [row.split()[0] for row in rows]
+  assert images == ["pictures/a.png"] * 3 + ["pictures/more/b.png"] * 3
+  assert [row.split()[1] for row in rows] == ["1", "2", "3"] * 2
+  # The best text comes first, and small probabilities are not 0.
+  texts = ["red disc", "a cross, that is green", "blue bar"]
+  want = scores(trained, [png("red", (16, 16))], texts)
+  for row, j in zip(rows, np.argsort(-np.asarray(want.cosine)[0])):
+    cosine, percent = row.split()[-2:]
+    assert texts[j] in row
+    assert float(cosine) == pytest.approx(want.cosine[0, j], abs=6e-4)
+    probability = float(percent.removesuffix("%")) / 100
+    assert probability == pytest.approx(want.probability[0, j], rel=0.06)
+    assert probability > 0
 
-  done = ask("--workdir", str(tmp_path), "--texts", "x", "--image", "y.png")
-  assert done.returncode == 1 and "y.png" in done.stderr
-  assert done.stderr.startswith("error: ")
+
+def test_images_that_are_not_there(tmp_path):
+  (tmp_path / "a[1].png").write_bytes(b"")
+  files = predict.image_files([f"{tmp_path}/a[1].png", f"{tmp_path}/*.png"])
+  assert files == [tmp_path / "a[1].png"]
+  (tmp_path / "empty").mkdir()
+  for name in ("none.png", "*.jpg", "empty"):
+    with pytest.raises(errors.UserError, match="--image .*: there is no "):
+      predict.image_files([f"{tmp_path}/a[1].png", str(tmp_path / name)])
 
 
 def test_mistakes_are_named(trained, tmp_path):
-  with pytest.raises(errors.UserError, match="is no workdir"):
+  with pytest.raises(errors.UserError, match=str(tmp_path)):
     predict.Predictor(tmp_path)
-  with pytest.raises(errors.UserError, match="cannot be decoded"):
-    predict.Predictor(trained)([png("red", (300, 300))[:80]], TEXTS)
+  with pytest.raises(faults.BadExample, match="cannot be decoded"):
+    predict.Predictor(trained).image(png("red", (300, 300))[:80])

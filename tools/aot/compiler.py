@@ -1,5 +1,6 @@
-"""What tools.aot_compile compiles, and for which chips."""
+"""The programs that tools.aot_compile compiles, and the chips it knows."""
 
+from collections.abc import Callable, Mapping, Sequence
 import importlib.util
 import io
 import math
@@ -20,21 +21,30 @@ from sigjax import build, errors, losses
 from sigjax import config as config_lib
 from sigjax import sharding as sharding_lib
 from sigjax.data.example import preprocess
+from sigjax.models import flops as flops_lib
 from sigjax.models import two_towers
 
 GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What is known of a kind of chip; its FLOP/s are in metrics.PEAK_FLOPS."""
+  """A kind of chip. Its peak FLOP/s are in metrics.PEAK_FLOPS.
 
-  link: float  # bytes/s over one link one way (data sheets, headers taken off)
-  clock: float  # Hz: the peak FLOP/s over the multipliers of the data sheet
-  env: str  # TPU_ACCELERATOR_TYPE of a host; libtpu wants to see some
-  options: dict  # for get_topology_desc
+  Attributes:
+    link: bytes/s over one link in one direction, from data sheets, without
+      headers.
+    clock: Hz, computed from the peak FLOP/s and the number of multipliers.
+    env: the value of TPU_ACCELERATOR_TYPE, without which libtpu does not start.
+    options: arguments of get_topology_desc.
+  """
+
+  link: float
+  clock: float
+  env: str
+  options: dict[str, Any]
 
 
-# A v4 and a v5p chip is one device of two cores.
+# On v4 and v5p the two cores of a chip are one device.
 MEGACORE = dict(
   chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1
 )
@@ -47,27 +57,46 @@ CHIPS = {
 
 
 class DoesNotFit(errors.UserError):
-  """The program needs more memory than a chip has; both in bytes."""
+  """The program needs more memory than a chip has.
 
-  def __init__(self, needed, available):
+  Attributes:
+    needed: bytes.
+    available: bytes.
+  """
+
+  needed: float
+  available: float
+
+  def __init__(self, needed: float, available: float):
     super().__init__(
-      f"out of memory: the program needs {needed / GIB:.2f} GiB a chip, of "
-      f"{available / GIB:.2f} there are; try more --microbatches"
+      f"out of memory: the program needs {needed / GIB:.2f} GiB per chip, "
+      f"which has {available / GIB:.2f}; try more --microbatches"
     )
     self.needed, self.available = needed, available
 
 
 class Job(NamedTuple):
-  """What is to be compiled."""
+  """A program to compile.
+
+  Attributes:
+    title: what it is.
+    traced: jax.jit(fn).trace(arguments).
+    arguments: {what: bytes per chip}.
+    flops: FLOPs per chip, by formula.
+  """
 
   title: str
-  traced: Any  # jax.jit(fn).trace(arguments)
-  arguments: dict  # {what: bytes a chip}
-  flops: float  # a chip, by formula
+  traced: Any
+  arguments: Mapping[str, int]
+  flops: float
 
 
-def open_topology(name):
-  """Returns the devices of a topology such as "v4:2x2x1", and its Chip."""
+def open_topology(name: str) -> tuple[list[Any], Chip]:
+  """Returns the devices of a topology such as "v4:2x2x1", and its Chip.
+
+  Raises:
+    UserError: there is no such topology, or libtpu is not installed.
+  """
   kind, _, shape = name.partition(":")
   chip = errors.pick(CHIPS, kind, f"the chip of --topology {name},")
   if not re.fullmatch(r"\d+(x\d+)+", shape):
@@ -79,7 +108,7 @@ def open_topology(name):
     raise errors.UserError(
       "the TPU compiler is not installed: pip install 'sigjax[aot]'"
     )
-  # libtpu is to ask nobody which TPU it is on, and need not have it alone.
+  # libtpu must not look for a real TPU, nor lock one.
   for key, value in dict(
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE=chip.env,
@@ -91,26 +120,30 @@ def open_topology(name):
     found = topologies.get_topology_desc(
       platform="tpu", topology_name=name, **chip.options
     )
-  except Exception as e:  # of several types
+  except Exception as e:  # libtpu raises several types
     raise errors.UserError(
       f"--topology {name}: {str(e).splitlines()[0]}"
     ) from e
   return list(found.devices), chip
 
 
-def example_of(model, pp_image, pp_text):
-  """An example as a config's preprocessing makes it, for its shapes.
+def example_of(
+  model: Mapping[str, Any], pp_image: str, pp_text: str
+) -> dict[str, Any]:
+  """Returns a preprocessed example, for its shapes.
 
   Args:
-    model: the config's section; precomputed embeddings are taken as bfloat16.
-    pp_image, pp_text: as in the config.
+    model: section of the config. Precomputed embeddings are assumed to be
+      bfloat16.
+    pp_image: the preprocessing of images.
+    pp_text: the preprocessing of texts.
   """
   data = io.BytesIO()
   Image.new("RGB", (256, 256)).save(data, "PNG")
   image = data.getvalue()
   if model["image"].get("kind") == "precomputed":
     image = np.zeros(model["image"]["width"], jnp.bfloat16)
-  # Any tokenizer will do, for its length is all that counts.
+  # Any tokenizer will do: only the length matters.
   tokenizer = lambda text, length, pad: np.zeros(length, np.int32)
   return {
     key: preprocess.parse(pp, tokenizer=tokenizer)(
@@ -123,8 +156,8 @@ def example_of(model, pp_image, pp_text):
   }
 
 
-def share(*trees):
-  """Bytes that one device holds of trees of ShapeDtypeStructs."""
+def share(*trees: Any) -> int:
+  """Returns the bytes that one device holds of trees of ShapeDtypeStructs."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(trees)
@@ -132,28 +165,33 @@ def share(*trees):
 
 
 def step_job(
-  mesh,
+  mesh: jax.sharding.Mesh,
   *,
-  batch_size,
-  microbatches=1,
-  model,
-  optim,
-  seed=0,
-  loss=None,
-  sharding=((".*", "replicate"),),
-  lock=(),
-  total_steps=None,
-  total_epochs=None,
-  total_examples=None,
-  feed="device",
-  pp_image,
-  pp_text,
-):
-  """The train step as train.main builds it, of a config's sections."""
+  batch_size: int,
+  microbatches: int = 1,
+  model: Mapping[str, Any],
+  optim: Mapping[str, Any],
+  seed: int = 0,
+  loss: Mapping[str, Any] | None = None,
+  sharding: Sequence[Any] = sharding_lib.REPLICATED,
+  lock: Sequence[str] = (),
+  total_steps: int | None = None,
+  total_epochs: float | None = None,
+  total_examples: int | None = None,
+  feed: str = "device",
+  pp_image: str,
+  pp_text: str,
+) -> Job:
+  """Returns the train step of a config, as train.main builds it.
+
+  Args:
+    mesh: the devices to compile for.
+    **others: values of the config, see train.main.
+  """
   if feed != "device":
     raise errors.UserError(
-      f'config.feed is "{feed}", which makes the step several programs; only '
-      '"device" can be compiled ahead'
+      f'config.feed is "{feed}", which splits the step into several programs; '
+      'only "device" can be compiled ahead of time'
     )
   example = example_of(model, pp_image, pp_text)
   times = config_lib.Durations(
@@ -184,15 +222,16 @@ def step_job(
     )
     for key, x in example.items()
   }
-  count = sum(x.size for x in jax.tree.leaves(run.shapes))
+  count = sum(x.size for x in jax.tree.leaves(run.state.params))
   E = jax.eval_shape(
-    run.model.apply, {"params": run.shapes}, None, batch["text"]
+    run.model.apply, {"params": run.state.params}, None, batch["text"]
   )[1]
-  flops = batch_size * run.flops + loss_flops(
+  towers = flops_lib.training(run.model, example, run.state.trained)
+  flops = batch_size * towers + loss_flops(
     batch_size, E.shape[1], **(loss or {})
   )
   return Job(
-    f"train step, batch {batch_size:,} in {microbatches} piece(s)",
+    f"train step, batch {batch_size:,} {microbatches} microbatch(es)",
     run.train_step.program.trace(run.state, batch),
     {
       f"parameters ({count / 1e6:.1f} M)": share(run.state.params),
@@ -204,14 +243,22 @@ def step_job(
   )
 
 
-def loss_job(mesh, *, batch_size, model, loss=None, pp_image, pp_text):
-  """The loss and its gradients by all four arguments."""
+def loss_job(
+  mesh: jax.sharding.Mesh,
+  *,
+  batch_size: int,
+  model: Mapping[str, Any],
+  loss: Mapping[str, Any] | None = None,
+  pp_image: str,
+  pp_text: str,
+) -> Job:
+  """Returns the loss with its gradients by zimg, ztxt, t and b."""
   example = example_of(model, pp_image, pp_text)
   sharding_lib.check_batch_size(batch_size, mesh)
-  model = errors.call(two_towers.TwoTowers, model, "config.model")
+  towers = errors.call(two_towers.TwoTowers, model, "config.model")
   batch = {key: jnp.zeros((1, *x.shape), x.dtype) for key, x in example.items()}
   zimg, ztxt, _ = jax.eval_shape(
-    model.init_with_output, jax.random.key(0), **batch
+    towers.init_with_output, jax.random.key(0), **batch
   )[0]
   loss = loss or {}
   fn = jax.value_and_grad(
@@ -236,24 +283,24 @@ def loss_job(mesh, *, batch_size, model, loss=None, pp_image, pp_text):
   )
 
 
-def loss_flops(B, E, name="sigmoid", **_):
-  """Logits (twice if softmax), image gradient, text gradient."""
+def loss_flops(B: int, E: int, name: str = "sigmoid", **_: Any) -> int:
+  """Returns the FLOPs of the logits (twice for softmax) and both gradients."""
   return (8 if name == "softmax" else 6) * B * B * E
 
 
-def traced_flops(job, devices):
-  """FLOPs a device of the products in a job's program, loops multiplied.
+def traced_flops(job: Job, devices: int) -> float:
+  """Returns the FLOPs per device of the products in a program, loops included.
 
-  Counts what is computed twice (rematerialised, a second forward pass), too,
-  but, like XLA, nothing of which no result is used.
+  Rematerialisation and a second forward pass are counted. As in XLA, products
+  whose results are not used are left out.
   """
   jaxpr = job.traced.jaxpr.jaxpr
   used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   return jaxpr_flops(used, devices) / devices
 
 
-def jaxpr_flops(jaxpr, devices, times=1):
-  """FLOPs of matrix products and convolutions, of all devices together."""
+def jaxpr_flops(jaxpr: Any, devices: int) -> int:
+  """Returns the FLOPs of matrix products and convolutions, on all devices."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
@@ -268,8 +315,8 @@ def jaxpr_flops(jaxpr, devices, times=1):
       total += (
         2 * eqn.outvars[0].aval.size * (kernel.size // kernel.shape[out_dim])
       )
-    # The inside of a shard_map is what one device does.
-    inner = {"scan": eqn.params.get("length"), "shard_map": devices}.get(
+    # The jaxpr in a shard_map is what one device does.
+    times = {"scan": eqn.params.get("length"), "shard_map": devices}.get(
       eqn.primitive.name, 1
     )
     found = [
@@ -279,13 +326,13 @@ def jaxpr_flops(jaxpr, devices, times=1):
     ]
     found = [getattr(sub, "jaxpr", sub) for sub in found]
     found = [sub for sub in found if hasattr(sub, "eqns")]
-    parts = [jaxpr_flops(sub, devices, inner) for sub in found]
+    parts = [times * jaxpr_flops(sub, devices) for sub in found]
     total += (max if eqn.primitive.name == "cond" else sum)(parts or [0])
-  return total * times
+  return total
 
 
-def memory_of(device):
-  """Bytes that a program may take on a device."""
+def memory_of(device: Any) -> float:
+  """Returns the bytes that a program may use on a device."""
   far_too_large = jax.ShapeDtypeStruct(
     (2**22, 2**22),
     jnp.float32,
@@ -295,11 +342,16 @@ def memory_of(device):
     compile_job(Job("", jax.jit(jnp.cos).trace(far_too_large), {}, 0))
   except DoesNotFit as e:
     return e.available
-  raise errors.UserError("the compiler does not say how much memory there is")
+  raise errors.UserError("the compiler does not say how much memory a chip has")
 
 
-def compile_job(job):
-  """Returns the compiled program; DoesNotFit if it does not."""
+def compile_job(job: Job) -> jax.stages.Compiled:
+  """Compiles a program.
+
+  Raises:
+    DoesNotFit: it needs too much memory.
+    UserError: the compiler refuses it for another reason.
+  """
   try:
     return job.traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
@@ -313,28 +365,32 @@ def compile_job(job):
     ) from e
 
 
-def find_batch(build, batch_size, smallest, report):
-  """Returns the largest batch that fits, to an eighth, and what it compiled to.
+def find_batch(
+  build: Callable[[int], Job],
+  batch_size: int,
+  smallest: int,
+  report: Callable[[int, jax.stages.Compiled | DoesNotFit], None],
+) -> tuple[int, Job, jax.stages.Compiled]:
+  """Searches the largest batch that fits, to within an eighth.
 
   Doubles or halves the batch until one fits and its double does not, then
   bisects.
 
   Args:
     build: build(batch_size) -> Job.
-    batch_size: to begin with.
-    smallest: batches are multiples of it.
-    report: report(batch_size, compiled or DoesNotFit), after each try.
+    batch_size: the first to try.
+    smallest: batches are multiples of this.
+    report: report(batch_size, compiled or DoesNotFit) is called for each try.
 
   Returns:
     (batch_size, Job, compiled).
 
   Raises:
-    DoesNotFit: not even the smallest does.
+    DoesNotFit: the smallest batch does not fit.
   """
-  best = None
+  fitting = []
 
-  def fits(n):
-    nonlocal best
+  def fits(n: int) -> bool:
     job = build(n)
     try:
       compiled = compile_job(job)
@@ -344,7 +400,7 @@ def find_batch(build, batch_size, smallest, report):
         raise
       return False
     report(n, compiled)
-    best = n, job, compiled
+    fitting.append((n, job, compiled))
     return True
 
   multiple = lambda n: max(round(n / smallest), 1) * smallest
@@ -359,4 +415,4 @@ def find_batch(build, batch_size, smallest, report):
   while high - low > step:
     middle = low + (high - low) // 2 // step * step
     low, high = (middle, high) if fits(middle) else (low, middle)
-  return best
+  return fitting[-1]

@@ -1,10 +1,11 @@
-"""Reads what XLA compiled for a TPU: loops, collectives, the schedule.
+"""Reads a program that XLA compiled for TPU: loops, collectives, the schedule.
 
-`compiled.as_text()` lists every computation in the order in which the chip
-works it off. XLA's own cost analysis counts the body of a loop once; here it
-counts as often as it runs.
+`compiled.as_text()` lists the ops of every computation in the order in which
+the chip runs them. XLA's own cost analysis counts the body of a loop once; here
+it counts as often as it runs.
 """
 
+from collections.abc import Iterator
 import math
 import re
 from typing import NamedTuple
@@ -40,27 +41,43 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
 class Op(NamedTuple):
-  """One line of a computation."""
+  """One line of a computation.
+
+  Attributes:
+    name: its name.
+    type: such as "f32[8,128]{1,0:T(8,128)}", or several in brackets.
+    op: such as "fusion".
+    rest: operands and attributes.
+    root: whether it is the result of the computation.
+  """
 
   name: str
-  type: str  # "f32[8,128]{1,0:T(8,128)}", or several in brackets
-  op: str  # "fusion"
-  rest: str  # operands and attributes
+  type: str
+  op: str
+  rest: str
   root: bool
 
 
 class Collective(NamedTuple):
-  """A collective of the program."""
+  """A collective of the program.
 
-  kind: str  # of KINDS
-  array: str  # what is sent: "bf16[8192,768]", or "24 arrays"
-  sent: int  # bytes that a device sends, each time
-  times: int  # how often it runs in one call of the program
-  hidden: int | None  # cycles of computation while it is under way; None if
-  #   the program stands still until it is done
+  Attributes:
+    kind: one of KINDS.
+    array: what is sent, such as "bf16[8192,768]", or "24 arrays".
+    sent: bytes that a device sends each time.
+    times: how often it runs in one call of the program.
+    hidden: cycles of computation between its start and its end; None if the
+      chip waits for it.
+  """
+
+  kind: str
+  array: str
+  sent: int
+  times: int
+  hidden: int | None
 
 
-def arrays(type_text):
+def arrays(type_text: str) -> Iterator[tuple[str, int]]:
   """Yields ("f32[8,128]", bytes) for each array of a type, without padding."""
   for dtype, dims in _ARRAY.findall(type_text):
     if dtype in BITS:
@@ -72,17 +89,21 @@ class Program:
   """A compiled program.
 
   Args:
-    text: of compiled.as_text(), of a program compiled for TPU.
+    text: compiled.as_text() of a program compiled for TPU.
 
   Attributes:
     computations: {name: list of Op in the order of the schedule}.
     times: {name: how often that computation runs in one call}, for those that
       are scheduled: the entry, loop bodies, branches.
-    uncounted: number of loops whose trips are not known: they count once.
+    uncounted: the number of loops of unknown length, which count once.
   """
 
-  def __init__(self, text):
-    self.computations, self._entry, ops = {}, None, None
+  computations: dict[str, list[Op]]
+  times: dict[str, int]
+  uncounted: int
+
+  def __init__(self, text: str):
+    self.computations, self._entry, ops = {}, "", None
     for line in text.splitlines():
       head = _HEAD.match(line)
       if head:
@@ -96,7 +117,8 @@ class Program:
     self.times, self.uncounted = {}, 0
     self._visit(self._entry, 1)
 
-  def _visit(self, name, times):
+  def _visit(self, name: str, times: int) -> None:
+    """Counts how often a computation, and those it calls, run."""
     self.times[name] = self.times.get(name, 0) + times
     for op in self.computations[name]:
       if op.op == "while":
@@ -107,8 +129,11 @@ class Program:
         for branch in _branches(op):
           self._visit(branch, times)
 
-  def _trips(self, loop):
-    """How often a loop counted from 0, as lax.scan makes it, runs, or None."""
+  def _trips(self, loop: Op) -> int | None:
+    """Returns how often a loop runs that counts from 0, as lax.scan's do.
+
+    None if that is not known.
+    """
     known = re.search(r"known_trip_count[^\d]*(\d+)", loop.rest)
     if known:
       return int(known[1])
@@ -125,11 +150,14 @@ class Program:
             return limits[operand]
     return None
 
-  def cycles(self, name=None):
-    """The compiler's estimate of cycles of one run, without collectives."""
+  def cycles(self, name: str | None = None) -> int:
+    """Returns the compiler's estimate of cycles of a computation, run once.
+
+    Collectives are left out. The default is the whole program.
+    """
     return sum(map(self._cycles, self.computations[name or self._entry]))
 
-  def _cycles(self, op):
+  def _cycles(self, op: Op) -> int:
     if op.op == "while":
       return (self._trips(op) or 1) * self.cycles(_attribute(op, "body"))
     if op.op == "conditional":
@@ -137,8 +165,8 @@ class Program:
     found = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
     return int(found[1]) if found and not self._kind(op) else 0
 
-  def collectives(self):
-    """Returns the list of all Collectives."""
+  def collectives(self) -> list[Collective]:
+    """Returns all collectives."""
     return [
       self._collective(name, i, *found)
       for name in self.times
@@ -146,8 +174,8 @@ class Program:
       if not op.op.endswith("-done") and (found := self._kind(op))
     ]
 
-  def _kind(self, op):
-    """(kind, the op that says what is sent), or None if op is no collective."""
+  def _kind(self, op: Op) -> tuple[str, Op] | None:
+    """Returns (kind, the op that says what is sent) if op is a collective."""
     kind = op.op.removesuffix("-start").removesuffix("-done")
     if kind in KINDS:
       return kind, op
@@ -161,17 +189,18 @@ class Program:
         return "reduce-scatter" if scatter else part.op, part
     return None
 
-  def _collective(self, name, i, kind, inner):
+  def _collective(self, name: str, i: int, kind: str, inner: Op) -> Collective:
+    """Returns the collective that op i of a computation starts."""
     ops = self.computations[name]
     found = list(arrays(inner.type))
     if kind == "collective-permute":
-      found = found[:1]  # the rest of a start's type is where it arrives
+      found = found[:1]  # the others are where the data arrives
     n = self._group_size(inner)
     size = sum(nbytes for _, nbytes in found)
     if inner.op == "all-gather-start":
-      size = size * n // (n + 1)  # its type has the parts as well
+      size = size * n // (n + 1)  # the type lists the input as well
     if kind == "reduce-scatter" and inner.op == kind:
-      size *= n  # its type is what remains
+      size *= n  # the type is that of the result
     factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(
       kind, (n - 1) / n
     )
@@ -189,8 +218,8 @@ class Program:
       kind, array, round(size * factor), self.times[name], hidden
     )
 
-  def _group_size(self, op):
-    """Over how many devices a collective goes: three ways to write it."""
+  def _group_size(self, op: Op) -> int:
+    """Returns the number of devices of a collective, in any of 3 notations."""
     groups = op.rest.partition("replica_groups=")[2]
     if found := re.match(r"\{\{([\d,]+)\}", groups):
       return found[1].count(",") + 1
@@ -201,8 +230,8 @@ class Program:
       return math.prod(int(sizes[a]) for a in re.findall(r"\w+", found[2]))
     return self._devices
 
-  def largest(self, n):
-    """The n largest arrays that it makes: (array, bytes, made by)."""
+  def largest(self, n: int) -> list[tuple[str, int, str]]:
+    """Returns the n largest arrays it makes: (array, bytes, made by)."""
     sizes = {}
     for name in self.times:
       for op in self.computations[name]:
@@ -221,12 +250,14 @@ class Program:
     return sorted(rows, key=lambda row: -row[1])[:n]
 
 
-def _attribute(op, name):
+def _attribute(op: Op, name: str) -> str:
+  """Returns the value of an attribute, "" if the op has none."""
   found = re.search(rf"\b{name}=%?([\w.-]+)", op.rest)
   return found[1] if found else ""
 
 
-def _branches(op):
+def _branches(op: Op) -> list[str]:
+  """Returns the names of the computations of a conditional."""
   found = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
   names = (
     found[1].split(",")
@@ -236,5 +267,6 @@ def _branches(op):
   return [name.strip().lstrip("%") for name in names]
 
 
-def _operands(op):
+def _operands(op: Op) -> list[str]:
+  """Returns the names of an op's operands."""
   return re.findall(r"%([\w.-]+)", op.rest.partition("), ")[0])

@@ -1,16 +1,18 @@
-"""What tools.benchmark times of loading: ours, tf.data and webdataset.
+"""Compares our loading with tf.data's and webdataset's, for tools.benchmark.
 
 All three read the same tar shards (500 x 375 JPEGs with captions, as
-img2dataset writes them), decode, resize the shorter side to 224, cut 224 x 224
-out at random, tokenize the captions and make batches. In one process, in turns.
+img2dataset writes them), decode, resize the shorter side to 224, crop 224 x 224
+at random, tokenize the captions and make batches. They take turns in one
+process.
 
-Timed is processor time, all threads counted: it is what a core can do, whatever
-else the machine does meanwhile. webdataset runs in the process itself, so that
-its time holds no copies between processes; tf.data has no reader of tars and is
-given one as a Python generator, resizes without antialiasing, its default, and
-all that it can do in C++ it does there.
+The time is processor time of all threads. It says what one core can do, however
+busy the machine is. webdataset runs in the process itself, so its time contains
+no copies between processes. tf.data cannot read tar files, so it gets a Python
+generator. It resizes without antialiasing, its default, and does all else in
+C++.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 import functools
 import io
 import json
@@ -18,6 +20,7 @@ import pathlib
 import tarfile
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,7 +33,7 @@ from sigjax.data.example import tokenizer as tokenizer_lib
 from tools.bench import timing
 
 SIZE, LENGTH, BATCH = 224, 16, 64
-WIDTH, HEIGHT = 500, 375  # as most photos of ImageNet and Flickr
+WIDTH, HEIGHT = 500, 375  # like most photos of ImageNet and Flickr
 PP = (
   f"decode_small({SIZE})|random_crop({SIZE})|choice('captions')|lower"
   f"|tokenize({LENGTH})|keep('image','text')"
@@ -61,7 +64,7 @@ WORDS = [
 ]
 
 
-def photo(rng):
+def photo(rng: np.random.Generator) -> bytes:
   """Returns a JPEG with the statistics of a photo: soft forms and grain."""
   y, x = np.mgrid[:HEIGHT, :WIDTH][..., None]
   image = 128 + rng.normal(size=(HEIGHT, WIDTH, 3)) * 6
@@ -77,8 +80,17 @@ def photo(rng):
   return data.getvalue()
 
 
-def write_shards(folder, count, shards=4, photos=64):
-  """Writes `count` examples of `photos` different pictures to tar files."""
+def write_shards(
+  folder: pathlib.Path, count: int, shards: int = 4, photos: int = 64
+) -> list[str]:
+  """Writes examples to tar files and returns their paths.
+
+  Args:
+    folder: where the files are written.
+    count: the number of examples.
+    shards: the number of files.
+    photos: the number of different pictures.
+  """
   rng = np.random.default_rng(0)
   images = [photo(rng) for _ in range(photos)]
   for shard, numbers in enumerate(np.array_split(np.arange(count), shards)):
@@ -97,8 +109,10 @@ def write_shards(folder, count, shards=4, photos=64):
   return sorted(map(str, folder.glob("*.tar")))
 
 
-def ours(paths, tokenizer, threads):
-  """An endless iterator of batches by our pipeline."""
+def ours(
+  paths: Sequence[str], tokenizer: tokenizer_lib.Tokenizer, threads: int
+) -> Any:
+  """Returns an endless iterator over batches, by our pipeline."""
   source = kinds.open_source("tar", shards=paths)
   return pipeline.train_batches(
     source,
@@ -109,24 +123,31 @@ def ours(paths, tokenizer, threads):
   )
 
 
-def tf_data(paths, tokenizer, threads):
-  """The same by tf.data."""
+def tf_data(
+  paths: Sequence[str], tokenizer: tokenizer_lib.Tokenizer, threads: int
+) -> Iterator[Any]:
+  """Returns the same by tf.data."""
   try:
-    import tensorflow as tf
+    import tensorflow as tf  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise errors.UserError(
-      "tf.data is compared with, but tensorflow is not installed; "
+      "the comparison needs tensorflow, which is not installed; "
       "pip install 'sigjax[loaders]'"
     ) from None
 
-  def read():
+  def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file else b""
+
+  def read() -> Iterator[tuple[bytes, bytes]]:
+    image = b""
     for path in paths:
       with tarfile.open(path) as tar:
         for member in tar:
           if member.name.endswith(".jpg"):
-            image = tar.extractfile(member).read()
+            image = contents(tar, member)
           elif member.name.endswith(".txt"):
-            yield image, tar.extractfile(member).read()
+            yield image, contents(tar, member)
 
   def prepare(image, text):
     image = tf.io.decode_jpeg(image, channels=3)
@@ -138,7 +159,7 @@ def tf_data(paths, tokenizer, threads):
 
   def tokenize(image, texts):
     ids = tf.numpy_function(
-      lambda rows: np.stack([tokenizer(r.decode(), LENGTH) for r in rows]),
+      lambda rows: np.stack([tokenizer(row.decode(), LENGTH) for row in rows]),
       [texts],
       tf.int32,
     )
@@ -157,14 +178,16 @@ def tf_data(paths, tokenizer, threads):
   return data.with_options(options).as_numpy_iterator()
 
 
-def webdataset(paths, tokenizer, threads):
-  """The same by webdataset."""
-  del threads  # it has none; processes are torch's
+def webdataset(
+  paths: Sequence[str], tokenizer: tokenizer_lib.Tokenizer, threads: int
+) -> Iterator[Any]:
+  """Returns the same by webdataset."""
+  del threads  # webdataset has none; processes would be torch's
   try:
-    import webdataset as wds
+    import webdataset as wds  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise errors.UserError(
-      "webdataset is compared with, but not installed; "
+      "the comparison needs webdataset, which is not installed; "
       "pip install 'sigjax[loaders]'"
     ) from None
   rng = np.random.default_rng(0)
@@ -184,8 +207,8 @@ def webdataset(paths, tokenizer, threads):
   return iter(data.map(prepare).batched(BATCH))
 
 
-def settle():
-  """Waits until no thread of this process works any more."""
+def settle() -> None:
+  """Waits until all threads of this process are idle."""
   while True:
     before = time.process_time()
     time.sleep(0.05)
@@ -193,19 +216,23 @@ def settle():
       return
 
 
-LOADERS = {"sigjax": ours, "tf.data": tf_data, "webdataset": webdataset}
+LOADERS: dict[str, Callable[..., Any]] = {
+  "sigjax": ours,
+  "tf.data": tf_data,
+  "webdataset": webdataset,
+}
 
 
-def loaders(*, threads, batches, rounds):
-  """Rows for each loader.
+def loaders(*, threads: int, batches: int, rounds: int) -> list[timing.Row]:
+  """Returns a row for each loader.
 
   Args:
-    threads: that load; of sigjax and tf.data.
-    batches: that are timed in a round.
-    rounds: how often.
+    threads: the number of loading threads of sigjax and tf.data.
+    batches: batches that are timed in a round.
+    rounds: how often each loader is timed.
   """
-  with tempfile.TemporaryDirectory() as folder:
-    folder = pathlib.Path(folder)
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = pathlib.Path(temporary)
     paths = write_shards(folder, 8 * BATCH)
     tokenizer_lib.train(
       [f"{a} {b}" for a in WORDS for b in WORDS], 60, folder / "tokenizer.model"
@@ -215,17 +242,17 @@ def loaders(*, threads, batches, rounds):
       name: make(paths, tokenizer, threads) for name, make in LOADERS.items()
     }
     for stream in streams.values():
-      next(stream)  # its threads have begun
+      next(stream)  # now its threads are running
     settle()
 
-    def pull(stream):
+    def pull(stream: Iterator[Any]) -> float:
       start = time.process_time()
       for _ in range(batches):
         next(stream)
-      settle()  # its threads fill up what was taken from their buffers
+      settle()  # the threads refill their buffers, which is part of the work
       return (time.process_time() - start) / (batches * BATCH)
 
-    times = timing.interleave(
+    times: Any = timing.interleave(
       {name: functools.partial(pull, s) for name, s in streams.items()}, rounds
     )
     streams["sigjax"].close()

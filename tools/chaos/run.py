@@ -1,12 +1,14 @@
-"""The small run of tools.chaos: its data, its config, and its process.
+"""The small run that tools.chaos disturbs: its data, config and process.
 
   python -m tools.chaos.run LOG PAUSE [flags of sigjax.train]
 
-is sigjax.train, but writes to a file which examples each step was given, and
-takes PAUSE seconds more for each step, that faults may hit it in the middle.
-Each image's first pixel has its example's number.
+is sigjax.train, except that it logs which examples each step is given. It also
+sleeps PAUSE seconds in each step, so that faults can hit the middle of a step.
+The number of an example is in the first pixel of its image.
 """
 
+from collections.abc import Sequence
+import contextlib
 import io
 import json
 import os
@@ -16,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from etils import epath
 import numpy as np
@@ -23,14 +26,14 @@ from PIL import Image
 import tensorflow_datasets as tfds
 
 EXAMPLES, BATCH = 48, 16
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]  # of the repository
 
 
 class Numbered(tfds.core.GeneratorBasedBuilder):
   """EXAMPLES patches of noise; example i has i in its first pixel."""
 
   VERSION = tfds.core.Version("1.0.0")
-  # Else TFDS looks for it with a package that it does not depend on.
+  # Otherwise TFDS searches for it with a package that may not be installed.
   code_path = epath.Path(__file__)
 
   def _info(self):
@@ -77,8 +80,8 @@ class Numbered(tfds.core.GeneratorBasedBuilder):
       )
 
 
-def write_config(folder, total_steps, save_every=7):
-  """Prepares the dataset and a config file in a folder; returns the file."""
+def write_config(folder: pathlib.Path, total_steps: int) -> pathlib.Path:
+  """Writes the dataset and a config file to a folder; returns the file."""
   tfds.disable_progress_bar()
   Numbered(data_dir=folder, file_format="array_record").download_and_prepare()
   tower = dict(width=32, depth=1, num_heads=2, mlp_dim=64)
@@ -99,8 +102,8 @@ def write_config(folder, total_steps, save_every=7):
       text=dict(tower, vocab_size=28, dropout=0.1),
       out_dim=(None, 32),
     ),
-    # A large eps: else Adam makes gradients of nothing but rounding as large
-    # as others, and other numbers of devices end elsewhere.
+    # With a small eps, Adam would blow up gradients that consist of rounding
+    # errors, and other numbers of devices would end with other parameters.
     optim=dict(
       lr=1e-3,
       wd=1e-4,
@@ -108,7 +111,7 @@ def write_config(folder, total_steps, save_every=7):
       options=dict(eps=1e-3),
       schedule=dict(warmup_percent=10),
     ),
-    checkpoints=dict(every_steps=save_every),
+    checkpoints=dict(every_steps=7),
     evals={},
   )
   path = folder / "config.py"
@@ -121,9 +124,29 @@ def write_config(folder, total_steps, save_every=7):
 
 
 class Run:
-  """The program on a workdir, in one or more processes of some devices."""
+  """The processes of one start of the program.
 
-  def __init__(self, config, workdir, processes, devices, pause):
+  Args:
+    config: the config file; logs are kept beside it.
+    workdir: the workdir.
+    processes: how many.
+    devices: how many each process has.
+    pause: seconds added to each step.
+
+  Attributes:
+    log: the file with the examples that each step was given, of all starts.
+  """
+
+  log: pathlib.Path
+
+  def __init__(
+    self,
+    config: pathlib.Path,
+    workdir: pathlib.Path,
+    processes: int,
+    devices: int,
+    pause: float,
+  ):
     folder = config.parent
     with socket.socket() as s:
       s.bind(("localhost", 0))
@@ -138,11 +161,11 @@ class Run:
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    self.output = open(folder / f"{workdir.name}.txt", "a+")
-    self.output.seek(0, os.SEEK_END)
-    self._start = self.output.tell()
+    self._output = open(folder / f"{workdir.name}.txt", "a+")  # noqa: SIM115
+    self._output.seek(0, os.SEEK_END)
+    self._start = self._output.tell()
     self.log = folder / f"{workdir.name}.jsonl"
-    self.processes = []
+    self._processes = []
     for i in range(processes):
       flags = (
         []
@@ -153,7 +176,7 @@ class Run:
           f"--process_id={i}",
         ]
       )
-      self.processes.append(
+      self._processes.append(
         subprocess.Popen(
           [
             sys.executable,
@@ -169,66 +192,65 @@ class Run:
           ],
           env=env,
           cwd=folder,
-          stdout=self.output,
-          stderr=self.output,
+          stdout=self._output,
+          stderr=self._output,
         )
       )
 
-  def running(self):
-    """Whether no process has ended."""
-    return all(p.poll() is None for p in self.processes)
+  def running(self) -> bool:
+    """Returns whether no process has ended."""
+    return all(p.poll() is None for p in self._processes)
 
-  def send(self, number):
-    """Sends a signal to all processes that are there."""
-    for p in self.processes:
+  def send(self, number: int) -> None:
+    """Sends a signal to all processes that have not ended."""
+    for p in self._processes:
       if p.poll() is None:
         p.send_signal(number)
 
-  def end(self, seconds=300):
-    """Waits for the end; returns the exit codes, and kills what hangs."""
+  def end(self, seconds: float = 300) -> list[int]:
+    """Waits for the end and returns the exit codes; kills what hangs."""
     try:
-      return [p.wait(timeout=seconds) for p in self.processes]
+      return [p.wait(timeout=seconds) for p in self._processes]
     except subprocess.TimeoutExpired:
       self.send(signal.SIGKILL)
       raise
-    finally:
-      self.output.flush()
 
-  def said(self):
-    """Returns what the processes have printed so far."""
-    with open(self.output.name) as f:
+  def close(self) -> None:
+    """Closes the file with the output."""
+    self._output.close()
+
+  def said(self) -> str:
+    """Returns what the processes have printed since this start."""
+    with open(self._output.name) as f:
       f.seek(self._start)
       return f.read()
 
 
-def read_log(path):
-  """Returns [(step, first row, numbers of the examples)] in the order given.
+def read_log(path: pathlib.Path) -> list[tuple[int, int, list[int]]]:
+  """Returns (step, first row, numbers of the examples) of each batch in a log.
 
-  Args:
-    path: a log, to which each of several processes adds its own rows of the
-      batch. A line may be cut by a kill.
+  Each process logs its own rows of a batch. Lines that a kill cut short are
+  left out.
   """
   found = []
   for line in path.read_text().splitlines() if path.exists() else ():
-    try:
+    with contextlib.suppress(ValueError):
       found.append(tuple(json.loads(line)))
-    except ValueError:
-      pass
   return found
 
 
 class _Logged:
-  """TrainBatches that write down what they give."""
+  """TrainBatches that log which examples they give."""
 
-  def __init__(self, batches, path, pause, process):
+  def __init__(self, batches: Any, path: str, pause: float, process: int):
     self._batches, self._pause, self._process = batches, pause, process
-    self._file = open(path, "ab", buffering=0)
+    self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
   def __next__(self):
     batch = next(self._batches)
     time.sleep(self._pause)
     numbers = np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5).astype(int)
-    # A newline first: the line before may have been cut by a kill.
+    # The newline comes first: a kill may have cut the line before.
     self._file.write(
       b"\n"
       + json.dumps(
@@ -245,25 +267,22 @@ class _Logged:
     return getattr(self._batches, name)
 
 
-def _main():
-  from absl import app  # pylint: disable=g-import-not-at-top
+def main(argv: Sequence[str]) -> None:
+  """Runs sigjax.train, with logged batches."""
   import jax
 
   from sigjax import train
   from sigjax.data.batches import pipeline
   from sigjax.runtime import program
 
-  path, pause = sys.argv[1], float(sys.argv[2])
+  _, path, pause, *flags = argv
   plain = pipeline.train_batches
   pipeline.train_batches = lambda *args, **kwargs: _Logged(
-    plain(*args, **kwargs), path, pause, jax.process_index()
+    plain(*args, **kwargs), path, float(pause), jax.process_index()
   )
-  app.run(
-    train.run,
-    argv=[sys.argv[0], *sys.argv[3:]],
-    flags_parser=lambda argv: program.parse_flags(argv, program.config_given),
-  )
+  sys.argv = [argv[0], *flags]
+  program.run(train.command_line, program.config_given)
 
 
 if __name__ == "__main__":
-  _main()
+  main(sys.argv)

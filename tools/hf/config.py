@@ -1,21 +1,23 @@
 """The folders of Hugging Face's SigLIP models, and their config.json."""
 
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import importlib
 import json
 import os
 import pathlib
-import shutil
+from typing import Any
 
 import jax
 import numpy as np
 
 from sigjax import errors, trees
 from sigjax.models import two_towers, vit
+from sigjax.runtime import files
 from tools.hf import names
 
-# Of the text and image parts of config.json: what its writers leave out is
-# what a base model has.
+# The defaults of transformers, for keys that config.json leaves out: the sizes
+# of a base model.
 TEXT_DEFAULTS = dict(
   vocab_size=32_000,
   hidden_size=768,
@@ -38,25 +40,43 @@ IMAGE_DEFAULTS = dict(
   layer_norm_eps=1e-6,
   vision_use_head=True,
 )
-# Methods of `resize`, and what preprocessor_config.json calls them.
+# The largest sizes that are read. A model that config.json only claims must not
+# take hours to build; the largest SigLIP models are far below these sizes.
+_LIMITS = dict(
+  num_hidden_layers=256,
+  hidden_size=2**15,
+  intermediate_size=2**17,
+  num_attention_heads=2**10,
+  vocab_size=2**22,
+  max_position_embeddings=2**12,
+  projection_size=2**15,
+  image_size=2**12,
+  patch_size=2**12,
+)
+# Methods of `resize`, and their numbers in preprocessor_config.json.
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "area": 4}
+# The values that both sides have in common: no other can be expressed.
 _FIXED = ("num_channels", "hidden_act", "layer_norm_eps", "vision_use_head")
 
 
-def describe(model, size, length, pad=1):
-  """Returns config.json for a TwoTowers, and what arrays it has.
+def describe(
+  model: two_towers.TwoTowers, size: int, length: int, pad: int = 1
+) -> tuple[dict[str, Any], dict[str, jax.ShapeDtypeStruct]]:
+  """Returns the config.json of a model, and the shapes of its arrays.
 
   Args:
-    model: a TwoTowers.
-    size: H and W of the image; length: L of the text; pad: what fills it.
+    model: the model.
+    size: H and W of the images.
+    length: L, the number of tokens.
+    pad: the id that pads texts.
 
   Returns:
-    A dict as written to config.json, and our {name: ShapeDtypeStruct} with
-    unrolled blocks.
+    The dict of config.json, and our {name: ShapeDtypeStruct} with unstacked
+    blocks.
 
   Raises:
-    UserError: transformers' SiglipModel cannot express the model; everything
-      that does not fit is named, in one line.
+    UserError: transformers' SiglipModel cannot express the model. One line
+      names everything that differs.
   """
   image, text = two_towers.image_tower(model), two_towers.text_tower(model)
   _refuse(
@@ -86,8 +106,8 @@ def describe(model, size, length, pad=1):
     jax.eval_shape(
       model.init,
       jax.random.key(0),
-      np.zeros((1, size, size, 3), np.float32),
-      np.zeros((1, length), np.int32),
+      jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+      jax.ShapeDtypeStruct((1, length), np.int32),
     )["params"]
   )
   image = _part(like, "img", "Transformer")
@@ -125,8 +145,8 @@ def describe(model, size, length, pad=1):
   ), like
 
 
-def _refuse(reasons):
-  """Raises if any of (what, whether it is so) is so."""
+def _refuse(reasons: Sequence[tuple[str, bool]]) -> None:
+  """Raises UserError if any of (what cannot be expressed, is it so) is so."""
   wrong = [what for what, is_so in reasons if is_so]
   if wrong:
     raise errors.UserError(
@@ -134,8 +154,10 @@ def _refuse(reasons):
     )
 
 
-def _part(like, tower, encoder):
-  """Returns what both parts of config.json say of a tower's encoder."""
+def _part(
+  like: Mapping[str, jax.ShapeDtypeStruct], tower: str, encoder: str
+) -> dict[str, Any]:
+  """Returns the keys that the text and the image part of config.json share."""
   block = f"{tower}/{encoder}/encoderblock_0"
   width, heads, _ = like[
     f"{block}/MultiHeadDotProductAttention_0/query/kernel"
@@ -151,61 +173,94 @@ def _part(like, tower, encoder):
   )
 
 
-def read_config(path):
-  """Reads a config.json of theirs.
+def read_config(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
+  """Reads a config.json of transformers.
 
   Returns:
-    Keyword arguments of TwoTowers, size (H and W of the image), and length (L
-    of the text).
+    The keyword arguments of TwoTowers, the size (H and W) of images, and the
+    length L of texts.
 
   Raises:
-    UserError: no such file, another kind of model, or what TwoTowers lacks.
+    UserError: the file is missing, or of a model that TwoTowers cannot express.
   """
   given = read_json(path)
   kind = given.get("model_type")
   if kind == "siglip2":
     raise errors.UserError(
       f'{path}: model_type "siglip2" is NaFlex, images of any aspect ratio; '
-      'only fixed resolutions can be read (theirs is "siglip")'
+      'only fixed resolutions (model_type "siglip") can be read'
     )
   if kind != "siglip":
     raise errors.UserError(
-      f'{path}: model_type "{kind}" is not known; choose from: siglip'
+      f'{path}: model_type "{kind!s:.40}" is not known; choose from: siglip'
     )
-  image = {**IMAGE_DEFAULTS, **(given.get("vision_config") or {})}
-  text = {**TEXT_DEFAULTS, **(given.get("text_config") or {})}
+  image, text = (
+    _part_of(given, key, defaults, path)
+    for key, defaults in (
+      ("vision_config", IMAGE_DEFAULTS),
+      ("text_config", TEXT_DEFAULTS),
+    )
+  )
   for part, defaults in (image, IMAGE_DEFAULTS), (text, TEXT_DEFAULTS):
     for key in _FIXED:
       if part.get(key) != defaults.get(key):
         raise errors.UserError(
-          f"{path}: {key} {part[key]!r} cannot be expressed, only "
+          f"{path}: {key} {part[key]!r:.40} cannot be expressed, only "
           f"{defaults[key]!r}"
         )
-    for key in "image_size", "patch_size":
-      if not isinstance(part.get(key, 0), int):
-        raise errors.UserError(
-          f"{path}: {key} {part[key]!r} cannot be expressed, only a square"
-        )
+  if image["patch_size"] > image["image_size"]:
+    raise errors.UserError(
+      f"{path}: patch_size {image['patch_size']} is larger than image_size "
+      f"{image['image_size']}"
+    )
   sizes = lambda part: dict(
     width=part["hidden_size"],
     depth=part["num_hidden_layers"],
     mlp_dim=part["intermediate_size"],
     num_heads=part["num_attention_heads"],
   )
-  out = text.get("projection_size") or text["hidden_size"]
   model = dict(
     image=dict(sizes(image), patch_size=image["patch_size"], pool_type="map"),
     text=dict(sizes(text), vocab_size=text["vocab_size"], pool_type="last"),
-    out_dim=[None, out],
+    out_dim=[None, text["projection_size"]],
   )
   return model, image["image_size"], text["max_position_embeddings"]
 
 
-# Files.
+def _part_of(
+  given: Mapping[str, Any],
+  key: str,
+  defaults: Mapping[str, Any],
+  path: pathlib.Path,
+) -> dict[str, Any]:
+  """Returns the text or the image part of a config.json, its sizes checked."""
+  found = given.get(key) or {}
+  if not isinstance(found, dict):
+    raise errors.UserError(f"{path}: {key} is {found!r:.40}, not an object")
+  part = {**defaults, **found}
+  part["projection_size"] = part.get("projection_size") or part["hidden_size"]
+  for name, limit in _LIMITS.items():
+    value = part.get(name, 1)
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not 1 <= value <= limit:
+      raise errors.UserError(
+        f"{path}: {name} of {key} is {value!r:.40}, but has to be a whole "
+        f"number from 1 to {limit:,}"
+      )
+  width, heads = part["hidden_size"], part["num_attention_heads"]
+  if width % heads:
+    raise errors.UserError(
+      f"{path}: num_attention_heads {heads} of {key} does not divide "
+      f"hidden_size {width}"
+    )
+  return part
 
 
-def need(module):
-  """Imports what not every user has; a UserError says how to install it."""
+# ---- Files ----
+
+
+def need(module: str) -> Any:
+  """Imports an optional package; a UserError says how to install it."""
   try:
     return importlib.import_module(module)
   except ImportError:
@@ -215,44 +270,43 @@ def need(module):
     ) from None
 
 
-def read_json(path):
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Returns the dict in a JSON file; a UserError if there is none."""
   try:
     got = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except OSError as e:
     raise errors.UserError(f"cannot read {path}: {e.strerror}") from None
-  except ValueError:
+  except (ValueError, RecursionError):
     got = None
   if not isinstance(got, dict):
     raise errors.UserError(f"{path} is not a JSON file of keys and values")
   return got
 
 
-def write_json(path, value):
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a JSON file for people: indented, in UTF-8."""
   path.write_text(
     json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
   )
 
 
 @contextlib.contextmanager
-def new_folder(path):
-  """Gives a folder to write to, which becomes `path` if all goes well.
+def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Yields an empty folder, which becomes `path` if the body does not raise.
 
   Raises:
-    UserError: there is a `path` already, or it cannot be written.
+    UserError: `path` exists already, or cannot be written.
   """
   path = pathlib.Path(path)
   if path.exists():
     raise errors.UserError(f"{path} exists: delete it, or choose another --out")
-  aside = path.parent / f"{path.name}.{os.getpid()}.partial"
   try:
-    aside.mkdir(parents=True)
-    yield aside
-    aside.rename(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as folder:
+      folder.mkdir()
+      yield folder
   except OSError as e:
     raise errors.UserError(
       f"cannot write {path}: {e.strerror or e}; make room, or name another "
       "--out"
     ) from e
-  finally:
-    shutil.rmtree(aside, ignore_errors=True)

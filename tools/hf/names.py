@@ -1,42 +1,48 @@
-"""What Hugging Face's SigLIP files and ours call the same arrays.
+"""The names of arrays in Hugging Face's SigLIP files, and in ours.
 
-transformers' SiglipModel keeps dense weights as (out, in), merges the heads of
-attention into that, and has query, key and value of the pooling head in one
-array. Only numpy is needed for all this.
+transformers' SiglipModel stores dense weights as (out, in), with the heads of
+attention merged, and stacks query, key and value of the pooling head in one
+array.
 """
 
+from collections.abc import Iterable, Mapping
 import math
+from typing import Any
 
 import jax
 import numpy as np
 
 from sigjax import errors, trees
 
-# A row is (ours, theirs, kind), see _to_theirs for the kinds; rows with
-# the same `theirs` are its parts, one below the other.
+# How an array differs; see _to_theirs. An int is the number of input axes of a
+# dense kernel.
+Kind = str | int
+# (our name, their name, kind). Rows with the same `theirs` are parts of that
+# array, stacked along its first axis.
+Row = tuple[str, str, Kind]
 
 
-def _dense(ours, theirs, inputs=1):
+def _dense(ours: str, theirs: str, inputs: int = 1) -> list[Row]:
   return [
     (f"{ours}/kernel", f"{theirs}.weight", inputs),
     (f"{ours}/bias", f"{theirs}.bias", "vector"),
   ]
 
 
-def _norm(ours, theirs):
+def _norm(ours: str, theirs: str) -> list[Row]:
   return [
     (f"{ours}/scale", f"{theirs}.weight", "vector"),
     (f"{ours}/bias", f"{theirs}.bias", "vector"),
   ]
 
 
-def _mlp(ours, theirs):
+def _mlp(ours: str, theirs: str) -> list[Row]:
   return _dense(f"{ours}/MlpBlock_0/Dense_0", f"{theirs}.mlp.fc1") + _dense(
     f"{ours}/MlpBlock_0/Dense_1", f"{theirs}.mlp.fc2"
   )
 
 
-def _encoder(ours, theirs, depth, last):
+def _encoder(ours: str, theirs: str, depth: int, last: str) -> list[Row]:
   rows = _norm(f"{ours}/encoder_norm", f"{theirs}.{last}")
   for i in range(depth):
     block, layer = f"{ours}/encoderblock_{i}", f"{theirs}.encoder.layers.{i}"
@@ -50,9 +56,9 @@ def _encoder(ours, theirs, depth, last):
   return rows
 
 
-def _pooling(ours, theirs):
+def _pooling(ours: str, theirs: str) -> list[Row]:
   attention = f"{ours}/MultiHeadDotProductAttention_0"
-  rows = [(f"{ours}/probe", f"{theirs}.probe", "same")]
+  rows: list[Row] = [(f"{ours}/probe", f"{theirs}.probe", "same")]
   for part in "query", "key", "value":
     rows += [
       (f"{attention}/{part}/kernel", f"{theirs}.attention.in_proj_weight", 1),
@@ -70,8 +76,8 @@ def _pooling(ours, theirs):
   )
 
 
-def _rows(image_depth, text_depth):
-  """Returns (ours, theirs, kind) of every array of a model."""
+def _rows(image_depth: int, text_depth: int) -> list[Row]:
+  """Returns the rows of all arrays of a model."""
   image, text = "vision_model", "text_model"
   return [
     ("t", "logit_scale", "same"),
@@ -108,8 +114,8 @@ def _rows(image_depth, text_depth):
   ]
 
 
-def _to_theirs(kind, x):
-  """Returns our array as theirs, or as a part of it."""
+def _to_theirs(kind: Kind, x: Any) -> Any:
+  """Returns our array in their layout."""
   if kind == "same":
     return x
   if kind == "vector":  # (heads, hd) or (W,) -> (W,)
@@ -118,22 +124,23 @@ def _to_theirs(kind, x):
     return x.reshape(-1, x.shape[-1])
   if kind == "conv":  # (p, p, 3, W) -> (W, 3, p, p)
     return x.transpose(3, 2, 0, 1)
-  # A dense kernel whose first `kind` axes are the inputs -> (out, in).
+  # A dense kernel whose first `kind` axes are inputs -> (out, in).
+  assert isinstance(kind, int)
   return x.reshape(math.prod(x.shape[:kind]), -1).T
 
 
-def _to_ours(kind, y, shape):
-  """Returns their array, or a part of it, as ours: _to_theirs backwards."""
+def _to_ours(kind: Kind, y: Any, shape: tuple[int, ...]) -> Any:
+  """Returns their array in our layout: the inverse of _to_theirs."""
   if kind == "conv":
     return y.transpose(2, 3, 1, 0)
   return (y.T if isinstance(kind, int) else y).reshape(shape)
 
 
-def to_theirs(ours):
+def to_theirs(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns {their name: array} from {our name: array}, all float32.
 
   Raises:
-    UserError: there are arrays that SiglipModel has no place for, or too few.
+    UserError: arrays are missing, or SiglipModel does not have them.
   """
   rows = _rows(*(depth(ours, tower) for tower in ("img", "txt")))
   names = {row[0]: ours.get(row[0]) for row in rows}
@@ -146,25 +153,30 @@ def to_theirs(ours):
   parts = {}
   for name, theirs, kind in rows:
     parts.setdefault(theirs, []).append(_to_theirs(kind, ours[name]))
-  # safetensors writes the memory of an array whatever its strides say.
+  # safetensors ignores strides and writes the memory as it is.
   return {
     name: np.ascontiguousarray(np.concatenate(x)) for name, x in parts.items()
   }
 
 
-def to_ours(theirs, like, what):
+def to_ours(
+  theirs: Mapping[str, np.ndarray],
+  like: Mapping[str, jax.ShapeDtypeStruct],
+  what: object,
+) -> dict[str, np.ndarray]:
   """Returns {our name: array} from {their name: array}.
 
   Args:
     theirs: arrays of any float type.
-    like: our {name: ShapeDtypeStruct}, unrolled.
-    what: where the arrays come from, for errors.
+    like: our {name: ShapeDtypeStruct}, with unstacked blocks.
+    what: the name of the folder, for messages.
 
   Returns:
     float32 arrays.
 
   Raises:
-    UserError: all arrays that are missing, left over or of another shape.
+    UserError: arrays are missing, left over or of another shape. All of them
+      are listed.
   """
   rows = _rows(*(depth(like, tower) for tower in ("img", "txt")))
   parts = {}
@@ -172,7 +184,7 @@ def to_ours(theirs, like, what):
     parts.setdefault(their, []).append((name, kind))
   want = {}
   for their, group in parts.items():
-    # Zeros without memory, to see what becomes of the shape.
+    # Only the shapes are computed.
     blocks = [
       jax.eval_shape(lambda x, k=kind: _to_theirs(k, x), like[name])
       for name, kind in group
@@ -181,7 +193,7 @@ def to_ours(theirs, like, what):
     want[their] = jax.ShapeDtypeStruct(
       (sum(block.shape[0] for block in blocks), *rest), np.float32
     )
-  # Old versions stored the numbers 0, 1, .. as well.
+  # Old versions of transformers also stored the positions 0, 1, ...
   theirs = {k: v for k, v in theirs.items() if not k.endswith(".position_ids")}
   lines = trees.difference(want, theirs)
   if lines:
@@ -196,8 +208,8 @@ def to_ours(theirs, like, what):
   }
 
 
-def depth(names, tower):
-  """Returns the number of blocks of a tower, "img" or "txt", unrolled."""
+def depth(names: Iterable[str], tower: str) -> int:
+  """Returns the number of unstacked blocks of a tower, "img" or "txt"."""
   blocks = [
     name.split("/encoderblock_")[1]
     for name in names

@@ -1,21 +1,24 @@
-"""SentencePiece models as the tokenizer.json of Hugging Face's tokenizers.
+"""Writes SentencePiece models as tokenizer.json of Hugging Face's tokenizers.
 
-Both of SentencePiece's kinds: unigram (SigLIP) and BPE (SigLIP 2, Gemma). The
-ids are the same but for:
+Both kinds of SentencePiece are handled: unigram (SigLIP) and BPE (SigLIP 2,
+Gemma). The ids are equal, except for:
 
-- a run of one repeated part ("-----"), which has ways of equal score to be cut
-  in pieces: float32 and float64 may break the tie differently;
+- a run of one repeated part ("-----") that can be cut into pieces in several
+  ways of equal score: float32 and float64 may choose differently;
 - rare sequences of combining marks, and letters whose lower case is newer than
   Python's Unicode or the tokenizers package's;
 - "<0x41>" or "</s>" written out in a text, if the model is unigram with bytes
-  for unknown characters and "<" is one of them.
+  for unknown characters and "<" is unknown.
 
-check() looks at every piece of the vocabulary before anything is written.
+check() compares all pieces of the vocabulary before anything is written.
 """
 
 import base64
+from collections.abc import Callable
 import json
 import math
+import os
+from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -28,7 +31,10 @@ from tools.hf import config
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2
 
-SPACE = "▁"  # what stands for a space in pieces
+Proto = Any  # a ModelProto; its class is made at run time
+Path = str | os.PathLike[str]
+
+SPACE = "▁"  # stands for a space in pieces
 TEXTS = [
   "",
   " ",
@@ -50,20 +56,20 @@ TEXTS = [
 ]
 
 
-def convert(path, lower, rows):
-  """Returns what is written to tokenizer.json, a dict.
+def convert(path: Path, lower: bool, rows: int) -> dict[str, Any]:
+  """Returns the dict of tokenizer.json.
 
   Args:
     path: a SentencePiece model whose end token is 1.
-    lower: whether texts are made lower case before.
-    rows: V, rows of the embedding table. Symbols that ordinary texts do not
-      have may be beyond it, as in the vocabulary of the i18n models.
+    lower: whether texts are lower-cased first.
+    rows: V, the rows of the embedding table. Symbols that ordinary texts do not
+      contain may be beyond it, as in the vocabulary of the i18n models.
 
   Raises:
-    UserError: the model does what tokenizers cannot.
+    UserError: the model does something that tokenizers cannot do.
   """
-  tokenizer_lib.Tokenizer(path)  # refuses what is no such model
-  proto = sentencepiece_model_pb2.ModelProto()
+  tokenizer_lib.Tokenizer(path)  # checks that it is such a model
+  proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
   with open(path, "rb") as f:
     proto.ParseFromString(f.read())
   _refuse(proto, path, rows)
@@ -92,7 +98,8 @@ def convert(path, lower, rows):
       or (
         p.type == _USER
         and proto.trainer_spec.model_type == _BPE
-        # Never found in a lower-case text; tokenizers would lower it.
+        # A symbol with capitals is never found in a lower-case text, but
+        # tokenizers would lower-case the symbol, too.
         and (p.piece == p.piece.lower() or not lower)
       )
     ],
@@ -128,8 +135,8 @@ def convert(path, lower, rows):
   )
 
 
-def _refuse(proto, path, rows):
-  """Raises a UserError if the model does what tokenizers cannot."""
+def _refuse(proto: Proto, path: Path, rows: int) -> None:
+  """Raises UserError if the model does something tokenizers cannot do."""
   spec, trainer = proto.normalizer_spec, proto.trainer_spec
   is_bpe = trainer.model_type == _BPE
   user = [p.piece for p in proto.pieces if p.type == _USER]
@@ -165,15 +172,16 @@ def _refuse(proto, path, rows):
     )
 
 
-def _replace(content, **pattern):
+def _replace(content: str, **pattern: str) -> dict[str, Any]:
+  """Returns a normalizer that replaces a pattern by `content`."""
   return dict(type="Replace", pattern=pattern, content=content)
 
 
-def _normalizers(spec, lower):
-  """What SentencePiece does to a text before it looks for pieces."""
-  steps = []
+def _normalizers(spec: Any, lower: bool) -> list[dict[str, Any]]:
+  """Returns what SentencePiece does to a text before it looks for pieces."""
+  steps: list[dict[str, Any]] = []
   if lower:
-    # Python knows the sigma at the end of a word, tokenizers does not.
+    # Python lower-cases a sigma at the end of a word to ς, tokenizers does not.
     steps += [
       _replace(
         "ς",
@@ -184,9 +192,9 @@ def _normalizers(spec, lower):
     ]
   if spec.precompiled_charsmap:
     if "nfkc" in spec.name:
-      # Precompiled does not compose what takes more than five bytes, such as
-      # Hangul letters. Of all of NFKC only "～" is not in SentencePiece's; it
-      # gets by as a private character.
+      # Precompiled does not compose sequences of more than five bytes, such as
+      # Hangul letters, so NFKC goes first. Only "～" differs in SentencePiece's
+      # NFKC. A private character takes its place meanwhile.
       steps += [
         _replace("\ue000", String="～"),
         dict(type="NFKC"),
@@ -203,17 +211,17 @@ def _normalizers(spec, lower):
   if spec.remove_extra_whitespaces:
     steps += [_replace("", Regex=r"\A +|[ ▁]+\z"), _replace(" ", Regex=" +")]
   if spec.add_dummy_prefix:
-    # Not by a Metaspace pre-tokenizer, which leaves it out before a "▁".
+    # A Metaspace pre-tokenizer would add none before a "▁".
     steps.append(dict(type="Prepend", prepend=" "))
   return steps + [_replace(SPACE, String=" ")]
 
 
-def _disguises(proto):
-  """Keeps a "</s>" in a text from being read as the end of it.
+def _disguises(proto: Proto) -> list[dict[str, Any]]:
+  """Returns normalizers for a "</s>" that is written out in a text.
 
-  A unigram model of tokenizers would take its characters instead (see
-  _unigram) if it knew them all. If not, another unknown character in the place
-  of the first unknown one makes it another text with the same ids.
+  It must not become the end token. If all its characters are pieces, _unigram
+  takes care of that. If not, the first unknown character is replaced by another
+  unknown one: the text is no longer "</s>", but its ids are the same.
   """
   if proto.trainer_spec.model_type != _UNIGRAM or (
     proto.trainer_spec.byte_fallback
@@ -230,24 +238,24 @@ def _disguises(proto):
   return steps
 
 
-def _unigram(proto):
-  """The model of most probable pieces."""
+def _unigram(proto: Proto) -> dict[str, Any]:
+  """Returns the model that cuts a text into its most probable pieces."""
   normal = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
   lowest = min(normal.values())
   letters = {c for piece in normal for c in piece}
   if not letters <= set(normal):
     raise errors.UserError(
-      f"the SentencePiece model has pieces of characters that are no "
+      "the SentencePiece model has pieces with characters that are no "
       f"pieces, such as {min(letters - set(normal))!r}: tokenizer.json "
       "cannot express its penalty for unknown characters"
     )
-  # "</s>" is a piece like all others here. At this price its characters are
-  # taken instead. It makes unknown characters as expensive; since none of
-  # them is in any piece, there is no choice to be changed.
+  # Here "</s>" is a piece like all others, with a score so low that its
+  # characters are always better. Unknown characters get that score, too. No
+  # piece contains one, so this changes nothing.
   never = 100 * (lowest - 10)
 
-  def score(p):
-    if p.type == _USER:  # Better than any pieces that it might be cut in.
+  def score(p: Any) -> float:
+    if p.type == _USER:  # better than any pieces that it could be cut into
       return len(p.piece.encode()) * max(normal.values()) - 0.1
     return p.score if p.type == _NORMAL else never
 
@@ -259,8 +267,8 @@ def _unigram(proto):
   )
 
 
-def _bpe(proto):
-  """The model that merges the pair of the highest score until none is left."""
+def _bpe(proto: Proto) -> dict[str, Any]:
+  """Returns the model that merges the pair of the highest score, repeatedly."""
   normal = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
   merges = []
   for piece, score in normal.items():
@@ -285,23 +293,32 @@ def _bpe(proto):
   )
 
 
-def _unknown(proto):
+def _unknown(proto: Proto) -> int:
+  """Returns the id of the unknown token."""
   return next(i for i, p in enumerate(proto.pieces) if p.type == _UNKNOWN)
 
 
-_KINDS = {_UNIGRAM: _unigram, _BPE: _bpe}
+_KINDS: dict[int, Callable[[Proto], dict[str, Any]]] = {
+  _UNIGRAM: _unigram,
+  _BPE: _bpe,
+}
 
 
-def files(path, lower, rows, length, pad):
-  """Returns {file name: dict} of what AutoTokenizer reads; checks it.
+def files(
+  path: Path, lower: bool, rows: int, length: int, pad: int
+) -> dict[str, dict[str, Any]]:
+  """Returns {file name: dict} of the files that AutoTokenizer reads.
 
   Args:
-    path, lower, rows: as of convert.
-    length: L, tokens.
-    pad: the id that fills a row.
+    path: a SentencePiece model whose end token is 1.
+    lower: whether texts are lower-cased first.
+    rows: V, the rows of the embedding table.
+    length: L, the number of tokens.
+    pad: the id that pads texts.
 
   Raises:
-    UserError: tokenizer.json would not give the ids of Tokenizer.
+    UserError: the model cannot be converted, or the ids would not be those of
+      our Tokenizer.
   """
   tokenizer = convert(path, lower, rows)
   check(tokenizer, path, lower)
@@ -335,20 +352,25 @@ def files(path, lower, rows, length, pad):
       padding_side="right",
       truncation_side="right",
       clean_up_tokenization_spaces=False,
-      # No attention_mask: the text tower sees its padding.
+      # No attention_mask: the text tower also sees the padding.
       model_input_names=["input_ids"],
-      # "</s>" in a text are its characters, as for SentencePiece.
+      # A "</s>" in a text is read as characters, as by SentencePiece.
       split_special_tokens=True,
     ),
     "special_tokens_map.json": names,
   }
 
 
-def check(tokenizer, path, lower):
-  """Compares a tokenizer.json with SentencePiece on every piece.
+def check(tokenizer: dict[str, Any], path: Path, lower: bool) -> None:
+  """Compares a tokenizer.json with SentencePiece on TEXTS and all pieces.
+
+  Args:
+    tokenizer: the dict of tokenizer.json.
+    path: the SentencePiece model.
+    lower: whether texts are lower-cased first.
 
   Raises:
-    UserError: the first text with other ids.
+    UserError: a text has other ids. The message names the text.
   """
   fast = config.need("tokenizers").Tokenizer.from_str(json.dumps(tokenizer))
   fast.encode_special_tokens = True
