@@ -17,7 +17,7 @@ from absl import app, flags
 from clu import parameter_overview
 import jax
 
-from sigjax import build, defaults, errors, evaluators
+from sigjax import build, errors, evaluators
 from sigjax import config as config_lib
 from sigjax import sharding as sharding_lib
 from sigjax import state as state_lib
@@ -25,8 +25,9 @@ from sigjax import step as step_lib
 from sigjax.checkpoints import restore
 from sigjax.checkpoints.save import Checkpoints
 from sigjax.data import kinds
-from sigjax.data.batches import pipeline, tally
+from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
+from sigjax.data.faults import BAD_FRACTION
 from sigjax.models import flops as flops_lib
 from sigjax.runtime import hosts, identity, logs, program
 from sigjax.runtime import lock as lock_lib
@@ -58,7 +59,7 @@ def main(
   lock: Sequence[str] = (),
   microbatches: int = 1,
   feed: str = "device",
-  bad_fraction: float = tally.BAD_FRACTION,
+  bad_fraction: float = BAD_FRACTION,
   init: Mapping[str, Any] | None = None,
   resume: str | None = None,
   checkpoints: Mapping[str, Any] | None = None,
@@ -406,21 +407,27 @@ def _table(rows, step):
 # ---- The command line ----
 
 FLAGS = flags.FLAGS
-defaults.define_config_flag(main)
-flags.DEFINE_string(
-  "workdir", None, "Output directory; workdirs/NAME_OF_CONFIG if unset."
-)
-flags.DEFINE_bool(
-  "eval_only", False, "Only evaluate the workdir's newest checkpoint."
-)
-flags.DEFINE_string(
-  "coordinator",
-  None,
-  "Of several hosts: HOST:PORT on which process 0 listens. Slurm and TPU pods "
-  "need none of these three.",
-)
-flags.DEFINE_integer("num_processes", None, "The number of processes.")
-flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+
+def define_flags() -> None:
+  """Defines the flags of this program; tools have a --config of their own."""
+  from sigjax import defaults
+
+  defaults.define_config_flag(main)
+  flags.DEFINE_string(
+    "workdir", None, "Output directory; workdirs/NAME_OF_CONFIG if unset."
+  )
+  flags.DEFINE_bool(
+    "eval_only", False, "Only evaluate the workdir's newest checkpoint."
+  )
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Of several hosts: HOST:PORT on which process 0 listens. Slurm and TPU "
+    "pods need none of these three.",
+  )
+  flags.DEFINE_integer("num_processes", None, "The number of processes.")
+  flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def command_line(argv: list[str]) -> None:
@@ -453,6 +460,7 @@ def command_line(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(
     command_line,
     flags_parser=lambda argv: program.parse_flags(argv, program.config_given),

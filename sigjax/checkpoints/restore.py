@@ -18,7 +18,6 @@ import orbax.checkpoint as ocp
 from sigjax import errors, trees
 from sigjax.checkpoints import layout, manifest
 from sigjax.runtime import files, hosts, identity
-from sigjax.weights import fetch, known, npz, vocabulary
 
 log = logging.getLogger("sigjax")
 
@@ -198,6 +197,8 @@ def read_init(
   """
   if path is None:
     return {}
+  from sigjax.weights import npz  # most runs start from scratch
+
   like = shapes if into is None else shapes[into]
   if tokenizer_sha is not None and _reads_tokens(shapes, into, dont_load):
     _check_tokenizer(path, into, tokenizer_sha)
@@ -254,6 +255,8 @@ def _check_tokenizer(path: AnyPath, into: str | None, sha256: str) -> None:
         f'config.init.dont_load=("{names}",)'
       )
     return
+  from sigjax.weights import fetch, known, vocabulary
+
   name = str(path).partition(":")[0]
   if name in known.KNOWN and (theirs := known.KNOWN[name].tokenizer):
     file = fetch.cached(vocabulary.NAMES[theirs])

@@ -11,8 +11,7 @@ import numpy as np
 import tqdm
 
 from sigjax import errors
-from sigjax.data.batches import tally
-from sigjax.data.faults import BadExample
+from sigjax.data.faults import BadExample, Tally
 from sigjax.data.shards import files
 from sigjax.data.source import Source
 
@@ -39,7 +38,7 @@ def read(
   Raises:
     UserError: too many examples cannot be used.
   """
-  counted = tally.Tally(bad_fraction, source)
+  counted = Tally(bad_fraction, source)
 
   def read_one(i: int) -> Kept | None:
     record = source.pick(i)

@@ -281,6 +281,7 @@ def main(argv: Sequence[str]) -> None:
     plain(*args, **kwargs), path, float(pause), jax.process_index()
   )
   sys.argv = [argv[0], *flags]
+  train.define_flags()
   program.run(train.command_line, program.config_given)
 
 

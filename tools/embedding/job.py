@@ -10,9 +10,8 @@ import tqdm
 
 from sigjax import errors
 from sigjax.data.batches import pipeline
-from sigjax.data.batches.tally import Tally
 from sigjax.data.example import preprocess
-from sigjax.data.faults import BadExample
+from sigjax.data.faults import BadExample, Tally
 from sigjax.data.formats import embeddings
 from sigjax.data.source import Source
 from sigjax.runtime import files

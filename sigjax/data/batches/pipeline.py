@@ -20,9 +20,8 @@ import numpy as np
 
 from sigjax import errors
 from sigjax.data.batches import order
-from sigjax.data.batches import tally as tally_lib
 from sigjax.data.batches.loader import Arrays, Batch, Loader
-from sigjax.data.faults import BadExample
+from sigjax.data.faults import BAD_FRACTION, BadExample, Tally
 from sigjax.data.source import Example, Source, spread
 
 log = logging.getLogger("sigjax")
@@ -49,7 +48,7 @@ class TrainBatches:
     self,
     make_loader: Callable[[int], Loader],
     identity: dict[str, Any],
-    tally: tally_lib.Tally,
+    tally: Tally,
   ):
     """See train_batches. make_loader takes the order's version."""
     self._make_loader, self._order = make_loader, order.VERSION
@@ -139,8 +138,8 @@ class EvalBatches:
 
   def __init__(
     self,
-    make_loader: Callable[[tally_lib.Tally], Loader],
-    make_tally: Callable[[], tally_lib.Tally],
+    make_loader: Callable[[Tally], Loader],
+    make_tally: Callable[[], Tally],
     steps: int,
   ):
     self._make_loader, self._make_tally = make_loader, make_tally
@@ -167,7 +166,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   shuffle: bool = True,
-  bad_fraction: float = tally_lib.BAD_FRACTION,
+  bad_fraction: float = BAD_FRACTION,
   num_threads: int | None = None,
   prefetch: int = 2,
 ) -> TrainBatches:
@@ -190,7 +189,7 @@ def train_batches(
     process_count: Into how many parts batches are split.
     shuffle: Whether each epoch is shuffled globally; otherwise examples come in
       the source's order.
-    bad_fraction: The largest fraction of unusable examples, see tally.Tally.
+    bad_fraction: The largest fraction of unusable examples, see faults.Tally.
     num_threads: How many threads load examples; 0 for none, None for one per
       core.
     prefetch: How many batches are held ready.
@@ -202,7 +201,7 @@ def train_batches(
   """
   parts, weights = source.parts()
   sizes = [len(part) for part in parts]
-  tally = tally_lib.Tally(bad_fraction, source)
+  tally = Tally(bad_fraction, source)
 
   def make_loader(version: int) -> Loader:
     sequence = order.Sequence(
@@ -241,7 +240,7 @@ def eval_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
-  bad_fraction: float = tally_lib.BAD_FRACTION,
+  bad_fraction: float = BAD_FRACTION,
   num_threads: int | None = None,
   prefetch: int = 2,
 ) -> EvalBatches:
@@ -259,7 +258,7 @@ def eval_batches(
     batch_size: B.
     process_index: Which part of each batch this process loads.
     process_count: Into how many parts batches are split.
-    bad_fraction: The largest fraction of unusable examples, see tally.Tally.
+    bad_fraction: The largest fraction of unusable examples, see faults.Tally.
     num_threads: How many threads load examples.
     prefetch: How many batches are held ready.
 
@@ -288,7 +287,7 @@ def eval_batches(
     tally.good()
     return {**example, "_mask": np.bool_(True)}, where
 
-  def make_loader(tally: tally_lib.Tally) -> Loader:
+  def make_loader(tally: Tally) -> Loader:
     return Loader(
       functools.partial(load, tally),
       batch_size=batch_size,
@@ -299,8 +298,8 @@ def eval_batches(
       prefetch=prefetch,
     )
 
-  make_loader(tally_lib.Tally(bad_fraction, source))  # raises now, not later
-  make_tally = functools.partial(tally_lib.Tally, bad_fraction, source)
+  make_loader(Tally(bad_fraction, source))  # raises now, not later
+  make_tally = functools.partial(Tally, bad_fraction, source)
   return EvalBatches(make_loader, make_tally, steps)
 
 
@@ -381,7 +380,7 @@ def _load_good(
   sequence: order.Sequence,
   preprocess: Preprocess,
   seed: int,
-  tally: tally_lib.Tally,
+  tally: Tally,
   position: int,
 ) -> tuple[Example, str]:
   """Loads the example of a position, or one that takes its place.

@@ -6,8 +6,6 @@ from typing import Any
 from sigjax import errors
 from sigjax.data import source as source_lib
 from sigjax.data.faults import BadExample
-from sigjax.data.formats import tfrecord
-from sigjax.data.shards import files
 
 _PREPARE = (
   'python -c "import tensorflow_datasets as tfds; tfds.builder({args}, '
@@ -33,8 +31,11 @@ class ArrayRecordRecords:
   """
 
   def __init__(self, builder: Any, split: str, decoders: dict[str, Any]):
+    # Slow to import, so only where they are used.
     from tensorflow_datasets.core import splits
     from tensorflow_datasets.core.data_sources import base
+
+    from sigjax.data.shards import files
 
     self._source = builder.as_data_source(split, decoders=decoders)
     wanted = base.file_instructions(builder.info, splits.Split(split))
@@ -85,6 +86,8 @@ def from_builder(builder: Any, split: str) -> source_lib.Source:
   name = f"{builder.info.name}[{split}]"
   try:
     if builder.info.file_format.value == "tfrecord":
+      from sigjax.data.formats import tfrecord
+
       records, faults = tfrecord.of_builder(builder, split, decoders)
     else:
       records = ArrayRecordRecords(builder, split, decoders)
