@@ -11,13 +11,13 @@ import logging
 import pathlib
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 from clu import parameter_overview
 import jax
 
-from sigjax import build, errors, evaluators
+from sigjax import build, errors
 from sigjax import config as config_lib
 from sigjax import sharding as sharding_lib
 from sigjax import state as state_lib
@@ -34,6 +34,9 @@ from sigjax.runtime import lock as lock_lib
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
 from sigjax.weights import vocabulary
+
+if TYPE_CHECKING:
+  from sigjax import evaluators
 
 log = logging.getLogger("sigjax")
 
@@ -66,7 +69,7 @@ def main(
   log_every_steps: int = 50,
   evals: Mapping[str, Mapping[str, Any]] | None = None,
   eval_only: bool = False,
-) -> list[tuple[str, evaluators.Row]]:
+) -> list[tuple[str, "evaluators.Row"]]:
   """Runs a config; its top-level keys are these arguments.
 
   Args:
@@ -341,6 +344,8 @@ class _Evaluations:
   """
 
   def __init__(self, sections, workdir, tokens, shared, embed, mesh):
+    from sigjax import evaluators  # not every run has any
+
     self._embed, self._mesh = embed, mesh
     self.every = {k: v.pop("every_steps", None) for k, v in sections.items()}
     self.by_name = {

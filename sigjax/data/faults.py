@@ -4,10 +4,10 @@ Large datasets always have damaged examples. The pipeline skips them, counts
 them by kind, and stops when they are too many.
 """
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 import logging
 import threading
-from typing import Protocol
+from typing import Any, Protocol
 
 from sigjax import errors
 
@@ -57,7 +57,7 @@ class Counted(Protocol):
   """What a Tally has to know of a source; see source.Source."""
 
   name: str
-  records: Sized
+  records: Any  # with a length
   faults: dict[str, int]
 
 

@@ -1,7 +1,10 @@
 """TFDS datasets by name, from ArrayRecord or TFRecord, without TensorFlow."""
 
+import functools
 import os
 from typing import Any
+
+from etils import epath
 
 from sigjax import errors
 from sigjax.data import source as source_lib
@@ -22,9 +25,6 @@ class ArrayRecordRecords:
     split: "train[:90%]" and the like.
     decoders: of the features that are to stay encoded.
 
-  Attributes:
-    identity: of the split's files, see files.identity().
-
   Raises:
     ValueError: there is no such split.
     UserError: all of its files are missing.
@@ -35,18 +35,22 @@ class ArrayRecordRecords:
     from tensorflow_datasets.core import splits
     from tensorflow_datasets.core.data_sources import base
 
-    from sigjax.data.shards import files
-
     self._source = builder.as_data_source(split, decoders=decoders)
     wanted = base.file_instructions(builder.info, splits.Split(split))
-    paths = [files.canonical(str(part.filename)) for part in wanted]
-    stamps = files.stamps(paths)
-    if not any(stamps):
+    self._paths = [str(part.filename) for part in wanted]
+    if not any(epath.Path(path).exists() for path in self._paths):
       raise errors.UserError(
-        f"none of {len(paths)} files of {builder.info.full_name}[{split}] is "
-        f"there, such as {paths[0]}; prepare the dataset again"
+        f"none of {len(self._paths)} files of {builder.info.full_name}[{split}]"
+        f" is there, such as {self._paths[0]}; prepare the dataset again"
       )
-    self.identity = files.identity(paths, stamps)
+
+  @functools.cached_property
+  def identity(self) -> str:
+    """Returns a digest of the split's files, see files.identity()."""
+    from sigjax.data.shards import files
+
+    paths = list(map(files.canonical, self._paths))
+    return files.identity(paths, files.stamps(paths))
 
   def __len__(self) -> int:
     return len(self._source)
@@ -56,9 +60,7 @@ class ArrayRecordRecords:
       raise IndexError(i)
     try:
       return self._source[i]
-    except (
-      Exception
-    ) as e:  # array_record's and TFDS's have no common base class
+    except Exception as e:  # array_record's and TFDS's have no common base
       raise BadExample(
         f"record {i} cannot be read: {e}", kind="damaged record"
       ) from e
