@@ -489,7 +489,11 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
   (tmp_path / "captions.jsonl").write_text(
     "".join(
       json.dumps(
-        dict(file=f"{i}.png", caption=NAMES[i % 6] if i != 5 else "x" * 70_000)
+        dict(
+          file=f"{i}.png",
+          caption=NAMES[i % 6] if i != 5 else "x" * 70_000,
+          kind=NAMES[i % 6],
+        )
       )
       + "\n"
       for i in range(12)
@@ -503,6 +507,9 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
     (1.0, pytest.approx((2 * 8 + 2) / 10 / 10), 10, 1),
   ]
   assert str(rows[0]).endswith("100.0% (chance 18.00%, n 10, 2 left out)")
+  options = dict(type="zeroshot", label="kind", classes="captions", ks=(1,))
+  rows = make(tokenizer, data=data, **options).run(embed, mesh)
+  assert rows == [("6-way top-1", 1.0, pytest.approx(1 / 6), 10, 2)]
   with pytest.raises(errors.UserError, match="bad_fraction=0.0001 allows"):
     make(tokenizer, type="retrieval", data=data, bad_fraction=0.0001).run(
       embed, mesh

@@ -105,12 +105,14 @@ def test_a_run_from_before_records_goes_on(path, tmp_path):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("damage", [b"", b"text", "half", "record"])
+@pytest.mark.parametrize("damage", [b"", b"text", "half", "other", "record"])
 def test_a_damaged_copy_is_made_anew(path, tmp_path, caplog, damage, trained):
   copy = tmp_path / "tokenizer.model"
   of_run(copy, upper(), vocab_size=26)
   if damage == "record":
     (tmp_path / "tokenizer.json").write_text("")
+  elif damage == "other":
+    tokenizer.train(TEXTS, 24, copy)
   elif damage == "half":
     copy.write_bytes(path.read_bytes()[:-100_000])
   else:

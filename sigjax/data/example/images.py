@@ -179,13 +179,25 @@ def _orientation(image: Image.Image) -> int:
 
 def _jpeg_orientation(data: bytes) -> int:
   """Returns the EXIF orientation of a JPEG, without decoding it."""
-  if b"Exif\0\0" not in data[: 1 << 17]:  # Pillow takes 0.1 ms, this does not
+  if not _has_exif(data):  # asking Pillow takes 0.1 ms
     return 1
   try:
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
       return _orientation(image)
   except Exception:  # of what precedes the pixels; these were decoded
     return 1
+
+
+def _has_exif(data: bytes) -> bool:
+  """Whether one of the first segments of a JPEG holds EXIF data."""
+  at = 2
+  for _ in range(32):
+    if data[at : at + 2] == b"\xff\xe1" and data[at + 4 : at + 8] == b"Exif":
+      return True
+    if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] == b"\xda":
+      return False  # no segment, or the one that precedes the pixels
+    at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+  return False
 
 
 def _upright(
