@@ -5,6 +5,7 @@ A program defines its flags, then ends with program.run(main).
 
 from collections.abc import Callable, Sequence
 import os
+import re
 import sys
 from typing import Any
 
@@ -60,8 +61,7 @@ def parse_flags(
     (check or flags_alone)(rest)
     return rest
   except (AttributeError, KeyError) as e:  # an override, --config.x=1
-    words = str(e.args[0]).replace("\\n", " ").replace("\\", "").split()
-    sys.exit("error: the config has no key " + " ".join(words))
+    sys.exit(f"error: {_no_key(str(e.args[0] if e.args else e))}")
   except FileNotFoundError as e:  # the file of --config
     sys.exit(
       f"error: there is no file {e.filename} in {os.getcwd()}; configs/ is in "
@@ -73,6 +73,16 @@ def parse_flags(
     # ml_collections names the mistake last, absl first.
     last = isinstance(e, OSError) or "Traceback" in str(e)
     sys.exit(f"error: {lines[-1 if last else 0]}")
+
+
+def _no_key(text: str) -> str:
+  """Returns ml_collections' words about a missing key as one of our lines."""
+  key = re.search(r"""["'](\w+)\\?["']""", text)
+  if key is None:
+    return "the config has no key " + " ".join(text.split())
+  near = re.search(r'[Dd]id you mean \\?"(\w+)', text)
+  hint = f' (did you mean "{near[1]}"?)' if near else ""
+  return f'the config has no key "{key[1]}"{hint}'
 
 
 def flags_alone(rest: Sequence[str]) -> None:

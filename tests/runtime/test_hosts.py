@@ -203,13 +203,19 @@ def test_a_mistake_at_one_host_stops_both(tmp_path, tiny_config, wrong):
 
 
 def test_another_config_at_one_host(tmp_path, tiny_config):
-  (_, a), (_, b) = Program(
+  program = Program(
     tmp_path / "a", tiny_config, 2, 1, each=[(), ("--config.batch_size=48",)]
-  ).end(1, 1)
+  )
+  (_, a), (_, b) = program.end(1, 1)
+  other = f"process {program.hosts[1].pid} on {socket.gethostname()}"
   for err in (a, b):
     assert (
-      "config.batch_size is 48 here, but 24 on process 0; start all"
-      in err.strip().splitlines()[-1]
+      err.strip()
+      .splitlines()[-1]
+      .endswith(
+        f"config.batch_size is 48 on {other}, but 24 on process 0; start all "
+        "processes with the same config and the same data"
+      )
     )
 
 

@@ -1,10 +1,7 @@
 """What a run writes and shows."""
 
 import json
-import os
-import pathlib
 import resource
-import tempfile
 
 import pytest
 from tensorboardX import record_writer
@@ -98,19 +95,6 @@ def test_a_damaged_line_does_not_block_a_restart(tmp_path, caplog, line):
   lines = path.read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
   assert "metrics.jsonl: 1 lines are not metrics" in caplog.text
-
-
-@pytest.fixture
-def read_only_dir():
-  """A folder that this process may not write, even if root runs the tests."""
-  folder = pathlib.Path(tempfile.mkdtemp())
-  folder.chmod(0o555)
-  user = os.geteuid()
-  if user == 0:
-    os.seteuid(65534)
-  yield folder
-  os.seteuid(user)
-  folder.rmdir()
 
 
 def test_evaluation_alone_needs_no_right_to_write(read_only_dir, caplog):
