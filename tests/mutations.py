@@ -18,7 +18,8 @@ import time
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
-SECONDS = 600  # after which a mutation counts as noticed: it hangs
+# A mutation counts as noticed if its tests take so much longer than without it.
+HANGS = 5
 
 
 class Mutation(NamedTuple):
@@ -28,7 +29,7 @@ class Mutation(NamedTuple):
     file: the file in sigjax/.
     old: a text that occurs once in it.
     new: the text that replaces it.
-    tests: arguments of pytest, in tests/.
+    tests: the file, or FILE::TEST, in tests/ that should notice it.
   """
 
   file: str
@@ -313,10 +314,16 @@ def copy_repository(folder: pathlib.Path) -> None:
       shutil.copyfile(ROOT / name, folder / name)
 
 
-def run_tests(folder: pathlib.Path, tests: Sequence[str]) -> tuple[int, str]:
-  """Returns pytest's exit code, -1 for too long, and the last line it said."""
+def run_tests(
+  folder: pathlib.Path, tests: str, seconds: float | None = None
+) -> tuple[int, str]:
+  """Runs tests in a copy of the repository.
+
+  Returns:
+    pytest's exit code, -1 after too many seconds; and a line of its output.
+  """
   command = [sys.executable, "-m", "pytest", "-x", "-q", "-p"]
-  command += ["no:cacheprovider", *(f"tests/{test}" for test in tests)]
+  command += ["no:cacheprovider", f"tests/{tests}"]
   # A cache of compiled programs for all runs; others may set their own.
   env = {
     "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
@@ -331,11 +338,11 @@ def run_tests(folder: pathlib.Path, tests: Sequence[str]) -> tuple[int, str]:
       env=env,
       capture_output=True,
       text=True,
-      timeout=SECONDS,
+      timeout=seconds,
       check=False,
     )
   except subprocess.TimeoutExpired:
-    return -1, f"nothing after {SECONDS} s"
+    return -1, f"no end after {seconds:.0f} s"
   lines = [line for line in done.stdout.splitlines() if line.strip()]
   failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
   return done.returncode, (failed or lines or [done.stderr[-100:]])[-1]
@@ -352,16 +359,33 @@ def check(mutations: Sequence[Mutation]) -> None:
     sys.exit("error: " + "\n  ".join(wrong))
 
 
+def times(
+  mutations: Sequence[Mutation], folder: pathlib.Path
+) -> dict[str, float]:
+  """Returns {tests: seconds} without mutations; these tests have to pass."""
+  found = {}
+  for tests in sorted({mutation.tests for mutation in mutations}):
+    begin = time.monotonic()
+    code, said = run_tests(folder, tests)
+    if code:
+      sys.exit(f"error: {tests} fails without a mutation: {said}")
+    found[tests] = time.monotonic() - begin
+    print(f"   passed   {found[tests]:4.0f} s  {tests}", flush=True)
+  return found
+
+
 def results(
   mutations: Sequence[Mutation], folder: pathlib.Path
-) -> Iterator[tuple[Mutation, bool]]:
-  """Yields each mutation and whether the tests notice it; prints lines."""
+) -> Iterator[bool]:
+  """Yields whether the tests notice each mutation; prints lines about it."""
+  whole = times(mutations, folder)
   for i, mutation in enumerate(mutations, start=1):
     path = folder / "sigjax" / mutation.file
     before = path.read_text()
     path.write_text(before.replace(mutation.old, mutation.new))
     begin = time.monotonic()
-    code, said = run_tests(folder, mutation.tests.split())
+    limit = HANGS * whole[mutation.tests] + 60
+    code, said = run_tests(folder, mutation.tests, limit)
     path.write_text(before)
     if code not in (-1, 0, 1):  # no test ran
       sys.exit(f"error: {mutation.file}: {mutation.new}: {said}")
@@ -371,7 +395,7 @@ def results(
       f"{mutation.new.strip()}\n   {said[:100]}",
       flush=True,
     )
-    yield mutation, bool(code)
+    yield bool(code)
 
 
 def main(words: Sequence[str]) -> None:
@@ -385,13 +409,9 @@ def main(words: Sequence[str]) -> None:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name) / "copy"
     copy_repository(folder)
-    code, said = run_tests(folder, sorted({m.tests for m in chosen}))
-    if code:
-      sys.exit(f"error: the tests fail without a mutation: {said}")
-    found = list(results(chosen, folder))
-  killed = sum(noticed for _, noticed in found)
-  print(f"{killed} of {len(found)} mutations are noticed")
-  sys.exit(killed < len(found))
+    noticed = list(results(chosen, folder))
+  print(f"{sum(noticed)} of {len(noticed)} mutations are noticed")
+  sys.exit(0 if all(noticed) else 1)
 
 
 if __name__ == "__main__":
