@@ -4,7 +4,6 @@ A program defines its flags, then ends with program.run(main).
 """
 
 from collections.abc import Callable, Sequence
-import os
 import sys
 from typing import Any
 
@@ -62,11 +61,6 @@ def parse_flags(
   except (AttributeError, KeyError) as e:  # an override, --config.x=1
     words = str(e.args[0]).replace("\\n", " ").replace("\\", "").split()
     sys.exit("error: the config has no key " + " ".join(words))
-  except FileNotFoundError as e:  # the file of --config
-    sys.exit(
-      f"error: there is no file {e.filename} in {os.getcwd()}; configs/ is in "
-      "the root of the repository"
-    )
   except (flags.Error, TypeError, ValueError, OSError) as e:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     lines = lines or [type(e).__name__]
