@@ -6,12 +6,13 @@ line: --config.seed=1, --config.optim.options.b2=0.99.
 
 from collections.abc import Callable, Mapping
 import inspect
+import os
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from sigjax import losses, optim, sharding
+from sigjax import errors, losses, optim, sharding
 from sigjax.models import two_towers
 from sigjax.models.text import TextTransformer
 
@@ -42,6 +43,12 @@ def define_config_flag(
   load = parser.parse
 
   def load_and_fill(path: str) -> Any:
+    file = path.partition(":")[0]
+    if not os.path.exists(file):
+      raise errors.UserError(
+        f"there is no such file in {os.getcwd()}; configs/ is in the root of "
+        "the repository"
+      )
     config = load(path)
     with config.unlocked():
       fill(config, main)

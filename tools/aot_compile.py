@@ -19,9 +19,8 @@ from typing import Any
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 
-from sigjax import errors
+from sigjax import defaults, errors
 from sigjax import sharding as sharding_lib
 from sigjax.runtime import metrics, program
 from tools.aot import compiler, hlo
@@ -262,9 +261,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config", None, "Config file, as for sigjax.train.", lock_config=True
-  )
+  defaults.define_config_flag()
   flags.DEFINE_string("topology", "v4:2x2x1", "The kind and number of chips.")
   flags.DEFINE_enum("what", "step", ["step", "loss"], "What is compiled.")
   flags.DEFINE_integer(

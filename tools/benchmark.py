@@ -13,6 +13,9 @@ All variants take turns in one process, round after round, so that a slow phase
 of the machine affects all of them. The table shows the median and the quartiles
 of the rounds. --out DIR also writes DIR/MODE.csv, which has the fastest and the
 slowest round, too; --plot draws DIR/MODE.png.
+
+To compare two versions of the code, run the command in both checkouts, several
+times in turns. For data, compare the columns "per core".
 """
 
 from collections.abc import Callable
@@ -22,9 +25,8 @@ from typing import Any
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 
-from sigjax import errors
+from sigjax import defaults, errors
 from sigjax.runtime import program
 from tools.bench import data, loss, report, step, timing
 
@@ -126,12 +128,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "step, data: a config file, as for sigjax.train.",
-    lock_config=True,
-  )
+  defaults.define_config_flag()  # for step and data
   for flag, text in NUMBERS.items():
     flags.DEFINE_list(flag, None, text)
   for flag, text in NUMBER.items():

@@ -68,7 +68,7 @@ def test_a_mistake_ends_in_one_line(tmp_path):
     env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
   )
   assert done.returncode == 1
-  assert f"no file configs/x.py in {tmp_path}; " in done.stderr
+  assert f"configs/x.py: there is no such file in {tmp_path}; " in done.stderr
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 

@@ -110,9 +110,9 @@ def test_command(trained, tmp_path):
   for row, j in zip(rows, np.argsort(-np.asarray(want.cosine)[0])):
     cosine, percent = row.split()[-2:]
     assert texts[j] in row
-    assert float(cosine) == pytest.approx(want.cosine[0, j], abs=6e-4)
+    assert float(cosine) == pytest.approx(float(want.cosine[0, j]), abs=6e-4)
     probability = float(percent.removesuffix("%")) / 100
-    assert probability == pytest.approx(want.probability[0, j], rel=0.06)
+    assert probability == pytest.approx(float(want.probability[0, j]), rel=0.06)
     assert probability > 0
 
 

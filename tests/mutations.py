@@ -1,0 +1,418 @@
+"""Counts which of forty deliberate mistakes in the code the tests notice.
+
+  python tests/mutations.py               # all: about ten minutes
+  python tests/mutations.py ring.py tar   # those whose file or test has a word
+
+Each mutation replaces a text of one file, in a copy of the repository, and runs
+the tests that should fail. pytest does not collect this file.
+"""
+
+from collections.abc import Iterator, Sequence
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+# A mutation counts as noticed if its tests take so much longer than without it.
+HANGS = 5
+
+
+class Mutation(NamedTuple):
+  """A mistake.
+
+  Attributes:
+    file: the file in sigjax/.
+    old: a text that occurs once in it.
+    new: the text that replaces it.
+    tests: the file, or FILE::TEST, in tests/ that should notice it.
+  """
+
+  file: str
+  old: str
+  new: str
+  tests: str
+
+
+LOSSES = "test_losses.py"
+STEP = "test_step.py"
+OPTIM = "test_optim.py"
+ORDER = "data/batches/test_order.py"
+MIXTURE = "data/test_mixture.py"
+TAR = "data/formats/test_tar.py"
+CHECKPOINTS = "checkpoints/test_checkpoints.py"
+NPZ = "weights/test_npz.py"
+EVALUATORS = "evaluators/test_evaluators.py"
+
+MUTATIONS = [
+  # ---- Losses ----
+  Mutation(
+    "losses.py",
+    "return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / len(zimg)",
+    "return -jnp.mean(jax.nn.log_sigmoid(labels * logits))",
+    LOSSES,
+  ),
+  Mutation(
+    "losses.py",
+    "softplus = jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))",
+    "softplus = jnp.log1p(jnp.exp(x))",
+    LOSSES,
+  ),
+  Mutation(
+    "losses.py",
+    "dt = ring.mean(jnp.sum(zimg.astype(F32) * dzimg, axis=1))",
+    "dt = ring.mean(jnp.sum(zimg.astype(F32) * dzimg, axis=1)) * ring.devices",
+    LOSSES,
+  ),
+  Mutation(
+    "losses.py",
+    "dzimg * (t / ring.batch), dztxt * (t / ring.batch)",
+    "dzimg * (t / ring.batch), dztxt / ring.batch",
+    LOSSES,
+  ),
+  Mutation(
+    "losses.py",
+    "slope = (over_texts + over_images) / 2 - positive.astype(F32)",
+    "slope = over_texts - positive.astype(F32)",
+    LOSSES,
+  ),
+  Mutation(
+    "losses.py",
+    "precision = lax.Precision.HIGHEST if x.dtype == F32 else None",
+    "precision = None",
+    LOSSES,
+  ),
+  Mutation(
+    "losses.py",
+    "neg / B / (B - 1) * t + b",
+    "neg / B / B * t + b",
+    LOSSES,
+  ),
+  # ---- Ring ----
+  Mutation(
+    "ring.py",
+    "return lax.psum(jnp.sum(x), self.axes) / self.batch",
+    "return lax.pmean(jnp.sum(x), self.axes) / self.batch",
+    LOSSES,
+  ),
+  Mutation(
+    "ring.py",
+    "by_text = send(by_text, way)",
+    "by_text = send(by_text, -way)",
+    LOSSES,
+  ),
+  Mutation(
+    "ring.py",
+    "lanes = [(0, half, -1), (half, b, 1)]",
+    "lanes = [(0, half, 1), (half, b, 1)]",
+    LOSSES,
+  ),
+  Mutation(
+    "ring.py",
+    "first = -lax.axis_index(ring.axes) * (ring.batch // ring.devices)",
+    "first = -lax.axis_index(ring.axes)",
+    LOSSES,
+  ),
+  Mutation(
+    "ring.py",
+    "return visit(whole * tile, rest, state) if rest else state",
+    "return state",
+    LOSSES,
+  ),
+  # ---- Step ----
+  Mutation(
+    "step.py",
+    'rngs={"dropout": jax.random.fold_in(rng, i)}',
+    'rngs={"dropout": rng}',
+    STEP,
+  ),
+  Mutation(
+    "step.py",
+    "rng = jax.random.fold_in(jax.random.key(self.seed), state.step)",
+    "rng = jax.random.key(self.seed)",
+    STEP,
+  ),
+  Mutation(
+    "step.py",
+    "lr=self.lr_fn(state.step)",
+    "lr=self.lr_fn(state.step + 1)",
+    STEP,
+  ),
+  Mutation(
+    "step.py",
+    "grads, _ = jax.lax.scan(add, grads, (parts, numbers, dz))",
+    "grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, grads), "
+    "(parts, numbers, dz))",
+    STEP,
+  ),
+  Mutation(
+    "step.py",
+    "cut = x.reshape(mesh.size, k, -1, *x.shape[1:]).swapaxes(0, 1)",
+    "cut = x.reshape(k, mesh.size, -1, *x.shape[1:])",
+    STEP,
+  ),
+  Mutation(
+    "step.py",
+    "trained=trained, opt_state=opt_state)",
+    "trained=trained, opt_state=state.opt_state)",
+    STEP,
+  ),
+  # ---- Optimizer ----
+  Mutation(
+    "optim.py",
+    "warmup = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)",
+    "warmup = jnp.minimum(step / max(warmup_steps, 1), 1.0)",
+    OPTIM,
+  ),
+  Mutation(
+    "optim.py",
+    "return -(lr * lr_mult * u.astype(p.dtype) + wd * wd_mult * p)",
+    "return -lr * (lr_mult * u.astype(p.dtype) + wd * wd_mult * p)",
+    OPTIM,
+  ),
+  Mutation(
+    "optim.py",
+    'wd_mults: Sequence = ((".*/kernel", 1.0), (".*", 0.0)),',
+    'wd_mults: Sequence = ((".*", 1.0),),',
+    OPTIM,
+  ),
+  Mutation(
+    "optim.py",
+    "b2: float = 0.95,",
+    "b2: float = 0.999,",
+    OPTIM,
+  ),
+  # ---- Order and mixtures ----
+  Mutation(
+    "data/batches/order.py",
+    "ROUNDS = {1: 4, 2: 16}",
+    "ROUNDS = {1: 4, 2: 4}",
+    ORDER,
+  ),
+  Mutation(
+    "data/batches/order.py",
+    "seed = np.random.SeedSequence([*self._seed, epoch])",
+    "seed = np.random.SeedSequence([*self._seed])",
+    ORDER,
+  ),
+  Mutation(
+    "data/batches/order.py",
+    "      if element in before:",
+    "      if False:",
+    ORDER,
+  ),
+  Mutation(
+    "data/batches/order.py",
+    "x = (place - low + attempt * size + attempt // turn) % left",
+    "x = (place - low + attempt) % left",
+    ORDER,
+  ),
+  Mutation(
+    "data/source.py",
+    "j = bisect.bisect_right(self._starts, i) - 1",
+    "j = max(bisect.bisect_left(self._starts, i) - 1, 0)",
+    MIXTURE,
+  ),
+  # ---- Tar ----
+  Mutation(
+    "data/formats/tar.py",
+    "if end > window.size:",
+    "if end >= window.size:",
+    TAR,
+  ),
+  Mutation(
+    "data/formats/tar.py",
+    "if end > window.size:",
+    "if False:",
+    TAR,
+  ),
+  Mutation(
+    "data/formats/tar.py",
+    " or part in samples[-1][1]:",
+    ":",
+    TAR,
+  ),
+  # ---- Checkpoints ----
+  Mutation(
+    "checkpoints/manifest.py",
+    "        os.fsync(f.fileno())\n  with",
+    "        pass\n  with",
+    CHECKPOINTS,
+  ),
+  Mutation(
+    "checkpoints/manifest.py",
+    "        if _digest(f) != digest:",
+    "        if False:",
+    CHECKPOINTS,
+  ),
+  Mutation(
+    "checkpoints/save.py",
+    "layout.steps(self.dir)[: -self._keep]",
+    "layout.steps(self.dir)[:-1]",
+    CHECKPOINTS,
+  ),
+  # ---- Released weights ----
+  Mutation(
+    "weights/npz.py",
+    '(new, new, table.shape[-1]), "linear")',
+    '(new, new, table.shape[-1]), "linear", antialias=False)',
+    NPZ,
+  ),
+  Mutation(
+    "weights/npz.py",
+    'flat[tower + "cls"] = flat[tower + "cls"] + table[:, :1]',
+    "pass",
+    NPZ,
+  ),
+  Mutation(
+    "weights/npz.py",
+    "flat[name] = table[:, :length]",
+    "flat[name] = table[:, -length:]",
+    NPZ,
+  ),
+  # ---- Evaluations ----
+  Mutation(
+    "evaluators/ranking.py",
+    "return jnp.sum(~right & ~(scores < best), axis=1)",
+    "return jnp.sum(~right & (scores > best), axis=1)",
+    EVALUATORS,
+  ),
+  Mutation(
+    "evaluators/retrieval.py",
+    "g: np.concatenate([with_string[s] for s in strings[g]]) for g in strings",
+    "g: with_string[strings[g][0]] for g in strings",
+    EVALUATORS,
+  ),
+  Mutation(
+    "evaluators/zeroshot.py",
+    "np.add.at(heads, self._text_classes, ztxt)",
+    "heads[self._text_classes] = ztxt",
+    EVALUATORS,
+  ),
+  Mutation(
+    "evaluators/zeroshot.py",
+    "heads /= np.linalg.norm(heads, axis=1, keepdims=True) + 1e-8",
+    "heads /= np.bincount(self._text_classes)[:, None]",
+    EVALUATORS,
+  ),
+]
+
+
+def copy_repository(folder: pathlib.Path) -> None:
+  """Copies all files that git does not ignore."""
+  command = ["git", "ls-files", "-z", "--cached", "--others"]
+  done = subprocess.run(
+    [*command, "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+  )
+  for name in filter(None, done.stdout.decode().split("\0")):
+    if (ROOT / name).is_file():
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(ROOT / name, folder / name)
+
+
+def run_tests(
+  folder: pathlib.Path, tests: str, seconds: float | None = None
+) -> tuple[int, str]:
+  """Runs tests in a copy of the repository.
+
+  Returns:
+    pytest's exit code, -1 after too many seconds; and a line of its output.
+  """
+  command = [sys.executable, "-m", "pytest", "-x", "-q", "-p"]
+  command += ["no:cacheprovider", f"tests/{tests}"]
+  # A cache of compiled programs for all runs; others may set their own.
+  env = {
+    "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    **os.environ,
+    "PYTHONDONTWRITEBYTECODE": "1",
+  }
+  try:
+    done = subprocess.run(
+      command,
+      cwd=folder,
+      env=env,
+      capture_output=True,
+      text=True,
+      timeout=seconds,
+      check=False,
+    )
+  except subprocess.TimeoutExpired:
+    return -1, f"no end after {seconds:.0f} s"
+  lines = [line for line in done.stdout.splitlines() if line.strip()]
+  failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+  return done.returncode, (failed or lines or [done.stderr[-100:]])[-1]
+
+
+def check(mutations: Sequence[Mutation]) -> None:
+  """Ends the program unless each old text occurs exactly once."""
+  wrong = [
+    f'{m.file} has "{m.old}" {count} times, not once'
+    for m in mutations
+    if (count := (ROOT / "sigjax" / m.file).read_text().count(m.old)) != 1
+  ]
+  if wrong:
+    sys.exit("error: " + "\n  ".join(wrong))
+
+
+def times(
+  mutations: Sequence[Mutation], folder: pathlib.Path
+) -> dict[str, float]:
+  """Returns {tests: seconds} without mutations; these tests have to pass."""
+  found = {}
+  for tests in sorted({mutation.tests for mutation in mutations}):
+    begin = time.monotonic()
+    code, said = run_tests(folder, tests)
+    if code:
+      sys.exit(f"error: {tests} fails without a mutation: {said}")
+    found[tests] = time.monotonic() - begin
+    print(f"   passed   {found[tests]:4.0f} s  {tests}", flush=True)
+  return found
+
+
+def results(
+  mutations: Sequence[Mutation], folder: pathlib.Path
+) -> Iterator[bool]:
+  """Yields whether the tests notice each mutation; prints lines about it."""
+  whole = times(mutations, folder)
+  for i, mutation in enumerate(mutations, start=1):
+    path = folder / "sigjax" / mutation.file
+    before = path.read_text()
+    path.write_text(before.replace(mutation.old, mutation.new))
+    begin = time.monotonic()
+    limit = HANGS * whole[mutation.tests] + 60
+    code, said = run_tests(folder, mutation.tests, limit)
+    path.write_text(before)
+    if code not in (-1, 0, 1):  # no test ran
+      sys.exit(f"error: {mutation.file}: {mutation.new}: {said}")
+    print(
+      f"{i:2d} {'killed' if code else 'SURVIVED':8} "
+      f"{time.monotonic() - begin:4.0f} s  {mutation.file}: "
+      f"{mutation.new.strip()}\n   {said[:100]}",
+      flush=True,
+    )
+    yield bool(code)
+
+
+def main(words: Sequence[str]) -> None:
+  """Runs the mutations whose file or tests contain one of the words."""
+  chosen = [
+    m
+    for m in MUTATIONS
+    if not words or any(w in f"{m.file} {m.tests}" for w in words)
+  ]
+  check(chosen)
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name) / "copy"
+    copy_repository(folder)
+    noticed = list(results(chosen, folder))
+  print(f"{sum(noticed)} of {len(noticed)} mutations are noticed")
+  sys.exit(0 if all(noticed) else 1)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
