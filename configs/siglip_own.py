@@ -18,6 +18,8 @@ Arguments (defaults in brackets):
   epochs, batch_size: (30, 64). The data must have at least three batches of
     pictures, or a whole number of batches.
   res: height and width of the model's images, in pixels (64).
+  init: the workdir of a run of this config to start from, with its tokenizer;
+    "" starts from scratch ("").
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +33,13 @@ LENGTH, VOCAB = 24, 4096
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the config; the module's docstring lists the arguments."""
   args = config_lib.parse_arg(
-    arg, path="pictures", kind="folder", epochs=30.0, batch_size=64, res=64
+    arg,
+    path="pictures",
+    kind="folder",
+    epochs=30.0,
+    batch_size=64,
+    res=64,
+    init="",
   )
   config = ConfigDict()
   config.batch_size = args["batch_size"]
@@ -39,6 +47,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   config.data = common.own_data(args["kind"], args["path"], (0, 0.9))
   config.tokenizer = dict(vocab_size=VOCAB)
+  if args["init"]:
+    # A token embedding belongs to a piece of the tokenizer.
+    config.init = dict(path=args["init"])
+    config.tokenizer = dict(path=f"{args['init']}/tokenizer.model")
   res = args["res"]
   config.pp = (
     f"decode_small({res * 9 // 8})|random_crop({res})"
