@@ -18,8 +18,8 @@ Arguments (defaults in brackets):
   epochs, batch_size: (30, 64). The data must have at least three batches of
     pictures, or a whole number of batches.
   res: height and width of the model's images, in pixels (64).
-  init: the workdir of a run of this config to continue from on other data; its
-    tokenizer comes along, so that each token keeps its embedding ("").
+  init: the workdir of a run of this config to start from, with its tokenizer;
+    "" starts from scratch ("").
 """
 
 from ml_collections import ConfigDict
@@ -48,8 +48,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data = common.own_data(args["kind"], args["path"], (0, 0.9))
   config.tokenizer = dict(vocab_size=VOCAB)
   if args["init"]:
-    config.tokenizer = dict(path=f"{args['init']}/tokenizer.model")
+    # A token embedding belongs to a piece of the tokenizer.
     config.init = dict(path=args["init"])
+    config.tokenizer = dict(path=f"{args['init']}/tokenizer.model")
   res = args["res"]
   config.pp = (
     f"decode_small({res * 9 // 8})|random_crop({res})"

@@ -114,6 +114,12 @@ def test_arguments():
     get("siglip_b16", "datset=x")
 
 
+def test_the_tokenizer_comes_along_with_the_weights():
+  config = get("siglip_own", "init=workdirs/old")
+  assert config.init.path == "workdirs/old"
+  assert config.tokenizer.to_dict() == dict(path="workdirs/old/tokenizer.model")
+
+
 def test_shuffling_reaches_the_data(tiny_config):
   from sigjax.data import kinds
 
