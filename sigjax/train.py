@@ -29,8 +29,7 @@ from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
 from sigjax.models import flops as flops_lib
-from sigjax.runtime import hosts, identity, logs, program
-from sigjax.runtime import lock as lock_lib
+from sigjax.runtime import hosts, identity, program
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
 from sigjax.weights import vocabulary
@@ -437,18 +436,20 @@ def define_flags() -> None:
 
 def command_line(argv: list[str]) -> None:
   """What app.run calls."""
+  from sigjax.runtime import lock  # main itself locks nothing
+
   del argv
   flag: Any = FLAGS["config"]
   workdir = FLAGS.workdir or config_lib.default_workdir(flag.config_filename)
   workdir = pathlib.Path(workdir)
-  logs.quiet_libraries()
+  program.quiet_libraries()
   try:
     hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    logs.show_in_training()
+    program.show_log_in_training()
     workdir.mkdir(parents=True, exist_ok=True)
     # Evaluation alone writes nothing that a run beside it writes.
     alone = contextlib.nullcontext() if FLAGS.eval_only else None
-    with alone or lock_lib.hold(workdir):
+    with alone or lock.hold(workdir):
       config = FLAGS.config.to_dict()
       errors.call(main, config, "config", workdir, eval_only=FLAGS.eval_only)
   except OSError as e:

@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterator
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -26,7 +28,7 @@ MAY_IMPORT = {
   "step": {"losses", "models", "sharding", "state", "trees"},
   "build": {"models", "losses", "optim", "sharding", "state", "step"},
   "runtime.files": set(),
-  "runtime.program": {"runtime.logs"},
+  "runtime.program": {"runtime.hosts"},
   "runtime.hosts": {"sharding"},
   "runtime": {"runtime"},
   "weights": {"weights", "trees", "runtime.files", "data.example.tokenizer"},
@@ -114,6 +116,30 @@ def test_layers(path):
   for module in imports(path):
     if row and module != "errors":
       assert set(prefixes(module)) & MAY_IMPORT[row], f"{name}: {module}"
+
+
+def test_what_a_run_over_tfds_loads(shapes_dir):
+  """At most 40 modules with code, and no other format than its own."""
+  code = (
+    "import sys; import sigjax.train; from sigjax.data import kinds\n"
+    f"kinds.open_source('tfds', name='shapes', data_dir={str(shapes_dir)!r},"
+    " split='train')\n"
+    "print(*(m for m in sys.modules if m.startswith('sigjax')))"
+  )
+  found = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout.split()
+  names = [name.replace(".", "/") for name in found if name != "sigjax"]
+  paths = [ROOT / f"{name}.py" for name in names]
+  paths += [ROOT / name / "__init__.py" for name in ("sigjax", *names)]
+  loaded = [p for p in paths if p.exists() and p.read_text().strip()]
+  assert len(loaded) <= 40, sorted(found)
+  formats = [name for name in found if "formats." in name]
+  assert formats == ["sigjax.data.formats.tfds"]
 
 
 def test_the_tree_names_every_file():

@@ -26,8 +26,9 @@ import tqdm
 
 from sigjax import errors, sharding
 from sigjax.data import kinds
-from sigjax.data.batches import pipeline, tally
+from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
+from sigjax.data.faults import BAD_FRACTION
 from sigjax.data.formats import embeddings
 from sigjax.runtime import program
 from tools.embedding.job import Job
@@ -112,7 +113,7 @@ def embed(
       pp_image,
       dtype,
       part_size,
-      config.get("bad_fraction", tally.BAD_FRACTION),
+      config.get("bad_fraction", BAD_FRACTION),
     )
     mine = range(process_id, job.parts, num_processes)
     with tqdm.tqdm(

@@ -14,10 +14,10 @@ import logging
 import sys
 from absl import app, logging as absl_logging
 import tqdm
-from sigjax.runtime import hosts, logs, program
+from sigjax.runtime import hosts, program
 log = logging.getLogger("sigjax")
 def main(argv):
-  logs.quiet_libraries()
+  program.quiet_libraries()
   {shown}
   absl_logging.info("an absl info")
   absl_logging.warning("an absl warning")
@@ -35,8 +35,8 @@ program.run(main)
 def test_what_the_package_logs_is_seen(where):
   shown = {
     "stderr": "pass",
-    "stdout": "logs.show_in_training()",
-    "other host": "hosts.is_primary = bool; logs.show_in_training()",
+    "stdout": "program.show_log_in_training()",
+    "other host": "hosts.is_primary = bool; program.show_log_in_training()",
   }[where]
   run = subprocess.run(
     [sys.executable, "-c", PROGRAM.format(shown=shown)],
