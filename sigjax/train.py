@@ -367,6 +367,10 @@ class _Evaluations:
     ]
     if rows:
       writer.write(step, {f"{name}/{r.metric}": r.value for name, r in rows})
+    for name in names:
+      picture = getattr(self.by_name[name], "path", None)
+      if picture is not None and picture.exists():
+        writer.write_image(step, name, picture.read_bytes())
     return rows
 
 

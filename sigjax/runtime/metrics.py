@@ -108,6 +108,14 @@ class Writer:
       ),
     )
 
+  def write_image(self, step: int, name: str, png: bytes) -> None:
+    """Adds a PNG to the TensorBoard events."""
+    image = _summary_pb2.Summary.Image(encoded_image_string=png, colorspace=3)
+    value = _summary_pb2.Summary.Value(tag=name, image=image)
+    self._write_event(
+      step=int(step), summary=_summary_pb2.Summary(value=[value])
+    )
+
   def _write_event(self, **fields) -> None:
     """Appends an event as a TFRecord: lengths and checksums around it."""
     if self._events is None:

@@ -26,6 +26,16 @@ def test_jsonl_and_events(tmp_path):
   ]
 
 
+def test_a_picture_in_the_events(tmp_path):
+  with metrics.Writer(tmp_path) as writer:
+    writer.write_image(3, "picture", b"a PNG")
+  (path,) = tmp_path.glob("events.*")
+  *_, last = map(event_pb2.Event.FromString, records(path.read_bytes()))
+  (value,) = last.summary.value
+  assert (last.step, value.tag) == (3, "picture")
+  assert value.image.encoded_image_string == b"a PNG"
+
+
 def records(data):
   """Reads a TFRecord file: length 8, crc 4, the record, crc 4 bytes."""
   found = []
