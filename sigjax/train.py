@@ -220,7 +220,7 @@ def main(
     data=source.identity(),
     tokenizer=identity.sha256(workdir / "tokenizer.model"),
     pp=pp,
-    model=model,
+    model=_without_remat(model),
   )
   identity.check_hosts("the run", me)
   data_state = None
@@ -318,6 +318,15 @@ def main(
 def _shown(init: Mapping[str, Any] | None) -> str:
   given = {k: v for k, v in (init or {}).items() if v}
   return f"init={given}" if given.get("path") else ""
+
+
+def _without_remat(model: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns config.model without what changes memory and time alone."""
+  towers = {
+    tower: {k: v for k, v in model[tower].items() if k != "remat"}
+    for tower in ("image", "text")
+  }
+  return {**model, **towers}
 
 
 def _check_vocabulary(text: Mapping[str, Any], pieces: int) -> None:

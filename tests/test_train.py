@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import cpu_devices
 import jax
 import numpy as np
 import pytest
@@ -53,10 +54,7 @@ def command(workdir, config, devices, *more):
   env = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": (
-      "--xla_backend_optimization_level=0 "
-      f"--xla_force_host_platform_device_count={devices}"
-    ),
+    "XLA_FLAGS": cpu_devices.xla_flags(devices),
   }
   args = [
     sys.executable,

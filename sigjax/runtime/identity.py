@@ -66,8 +66,9 @@ def check_resumed(
 
   Args:
     path: the checkpoint, for the error.
-    was: the identity that it was saved with; {} of an older version. Parts that
-      only one of the two has are not compared.
+    was: the identity that it was saved with; {} of an older version. Parts, and
+      keys of config.model, that only one of the two has are not compared:
+      another version of this package has more of them.
     now: the identity of the run that wants to resume.
   """
   found = [
@@ -79,6 +80,7 @@ def check_resumed(
       now[part],
       f"config.{part}" if part in ("pp", "model") else part,
     )
+    if part != "model" or None not in (before, after)
   ]
   if found:
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""

@@ -5,6 +5,9 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+from sigjax import errors
 from sigjax.runtime import identity
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -56,3 +59,13 @@ def test_an_identity_survives_json():
     data={"n": 1}, tokenizer="a", pp="decode", model={"out_dim": (None, 3)}
   )
   assert made["model"] == {"out_dim": [None, 3]}
+
+
+def test_a_key_that_another_version_has_is_no_difference():
+  parts = dict(data=1, tokenizer="a", pp="decode")
+  was = identity.of_run(**parts, model={"image": {"width": 8}})
+  now = identity.of_run(**parts, model={"image": {"width": 8, "new": 1}})
+  identity.check_resumed("run", was, now)
+  other = identity.of_run(**parts, model={"image": {"width": 9}})
+  with pytest.raises(errors.UserError, match=r"config.model.image.width was 8"):
+    identity.check_resumed("run", was, other)

@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 
+import cpu_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def command(*args, **env):
     check=False,
     env={
       **os.environ,
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": cpu_devices.xla_flags(1),
       "JAX_NUMPY_RANK_PROMOTION": "raise",
       "JAX_NUMPY_DTYPE_PROMOTION": "strict",
       **env,
