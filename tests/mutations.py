@@ -264,8 +264,8 @@ MUTATIONS = [
   ),
   Mutation(
     "weights/npz.py",
-    'flat[tower + "cls"] = flat[tower + "cls"] + table[:, :1]',
-    "pass",
+    'flat[tower + "cls"] = cls + table[:, :1]',
+    'flat[tower + "cls"] = cls',
     NPZ,
   ),
   Mutation(
@@ -283,8 +283,8 @@ MUTATIONS = [
   ),
   Mutation(
     "evaluators/retrieval.py",
-    "g: np.concatenate([with_string[s] for s in strings[g]]) for g in strings",
-    "g: with_string[strings[g][0]] for g in strings",
+    "strings.setdefault(group, []).append(with_string[string])",
+    "strings.setdefault(group, []).append(with_string[string][:1])",
     EVALUATORS,
   ),
   Mutation(
