@@ -9,39 +9,21 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 import optax
 
-from sigjax import (
-  errors,
-  losses,
-)
-from sigjax import (
-  optim as optim_lib,
-)
-from sigjax import (
-  sharding as sharding_lib,
-)
-from sigjax import (
-  state as state_lib,
-)
-from sigjax import (
-  step as step_lib,
-)
+from sigjax import errors, losses
+from sigjax import optim as optim_lib
+from sigjax import sharding as sharding_lib
+from sigjax import state as state_lib
+from sigjax import step as step_lib
 from sigjax.models.two_towers import TwoTowers
 
 
 class Built(NamedTuple):
-  """The parts of a run.
-
-  Attributes:
-    model: the towers.
-    tx: the optimizer of what is trained.
-    train_step: see step.make_train_step.
-    state: the abstract train state, see state.abstract_state.
-  """
+  """The parts of a run."""
 
   model: TwoTowers
-  tx: optax.GradientTransformation
+  tx: optax.GradientTransformation  # of what is trained
   train_step: step_lib.TrainStep
-  state: state_lib.TrainState
+  state: state_lib.TrainState  # abstract, see state.abstract_state
 
 
 def build(
@@ -84,15 +66,10 @@ def build(
   tx, lr_fn = errors.call(
     optim_lib.make_optimizer, optim, "config.optim", trained, total_steps
   )
+  loss_fn = losses.make(mesh, sharding_lib.AXES, **(loss or {}))
+  options: Any = dict(seed=seed, microbatches=microbatches, feed=feed)
   train_step = step_lib.make_train_step(
-    towers,
-    tx,
-    lr_fn,
-    losses.make(mesh, sharding_lib.AXES, **(loss or {})),
-    mesh,
-    seed=seed,
-    microbatches=microbatches,
-    feed=feed,
+    towers, tx, lr_fn, loss_fn, mesh, **options
   )
   state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock)
   return Built(towers, tx, train_step, state)

@@ -74,10 +74,8 @@ def fill(config: Any, main: Callable[..., Any] | None = None) -> None:
   if (model := config.get("model")) is not None:
     _add(model, two_towers.TwoTowers, MODULE)
     image = model.get("image", ConfigDict())
-    kind = image.get("kind", "vit")
-    _add(
-      image, two_towers.IMAGE_TOWERS.get(kind), (*MODULE, "out_dim", "dtype")
-    )
+    tower = two_towers.IMAGE_TOWERS.get(image.get("kind", "vit"))
+    _add(image, tower and tower(), (*MODULE, "out_dim", "dtype"))
     text = model.get("text", ConfigDict())
     _add(text, TextTransformer, (*MODULE, "out_dim", "dtype"))
   if (section := config.get("optim")) is not None:
@@ -90,7 +88,8 @@ def fill(config: Any, main: Callable[..., Any] | None = None) -> None:
     _add(section.options, optim.OPTIMIZERS.get(section.name))
   if (section := config.get("loss")) is not None:
     _add(section, losses.make)
-    _add(section, losses.LOSSES.get(section.name), ("b", "axes"))
+    loss = losses.LOSSES.get(section.name)
+    _add(section, loss and loss(), ("b", "axes"))
   if (section := config.get("mesh")) is not None:
     _add(section, sharding.make_mesh, ("devices",))
   if (section := config.get("init")) is not None:

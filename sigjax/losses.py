@@ -1,4 +1,4 @@
-"""The losses: SigLIP's sigmoid loss, CLIP's softmax loss, each twice.
+"""SigLIP's sigmoid loss, twice; softmax.py has CLIP's.
 
 `sigmoid_loss` is Algorithm 1 of the SigLIP paper, as printed there.
 `ring_sigmoid_loss` gives the same value and gradients for a batch that is split
@@ -27,12 +27,13 @@ from sigjax import errors
 from sigjax.ring import Ring
 
 F32 = jnp.float32
+Rows = Float[Array, "B E"]
 Scalar = Float[Array, ""] | float
 Loss = Callable[..., Float[Array, ""]]
 
 
 def sigmoid_loss(
-  zimg: Float[Array, "B E"], ztxt: Float[Array, "B E"], t: Scalar, b: Scalar
+  zimg: Rows, ztxt: Rows, t: Scalar, b: Scalar
 ) -> Float[Array, ""]:
   """Algorithm 1 of the SigLIP paper: the reference, with B x B logits at once.
 
@@ -45,32 +46,14 @@ def sigmoid_loss(
   Returns:
     () float32: the sum over all pairs, divided by B.
   """
-  logits = _dot(zimg, ztxt.T) * t + b
+  logits = dot(zimg, ztxt.T) * t + b
   labels = 2 * jnp.eye(len(zimg)) - 1  # 1 on the diagonal, -1 elsewhere
   return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / len(zimg)
 
 
-def softmax_loss(
-  zimg: Float[Array, "B E"],
-  ztxt: Float[Array, "B E"],
-  t: Scalar,
-  b: Scalar = 0.0,
-) -> Float[Array, ""]:
-  """CLIP's symmetric loss: the reference; arguments as in sigmoid_loss.
-
-  The mean of two cross-entropies: of each image over all texts, and of each
-  text over all images. A bias cancels in a softmax, so b is not used.
-  """
-  del b
-  logits = _dot(zimg, ztxt.T) * t
-  over_texts = jax.nn.log_softmax(logits, axis=1)
-  over_images = jax.nn.log_softmax(logits, axis=0)
-  return -jnp.mean(jnp.diag(over_texts) + jnp.diag(over_images)) / 2
-
-
 def ring_sigmoid_loss(
-  zimg: Float[Array, "B E"],
-  ztxt: Float[Array, "B E"],
+  zimg: Rows,
+  ztxt: Rows,
   t: Scalar,
   b: Scalar,
   *,
@@ -107,34 +90,20 @@ def ring_sigmoid_loss(
     UserError (a ValueError), while tracing: a wrong argument, or D does not
       divide B.
   """
-  ring = _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm)
-  return _on_all_devices(_sigmoid_share, ring, mesh, zimg, ztxt, t, b)
+  ring = ring_of(zimg, ztxt, t, b, mesh, axes, tile, direction, comm)
+  return on_all_devices(_sigmoid_share, ring, mesh, zimg, ztxt, t, b)
 
 
-def ring_softmax_loss(
-  zimg: Float[Array, "B E"],
-  ztxt: Float[Array, "B E"],
-  t: Scalar,
-  b: Scalar = 0.0,
-  *,
-  mesh: Mesh,
-  axes: str | tuple[str, ...] = ("data",),
-  tile: int = 1024,
-  direction: str = "forward",
-) -> Float[Array, ""]:
-  """softmax_loss of a batch split over D devices; see ring_sigmoid_loss.
+def _softmax() -> Loss:
+  from sigjax import softmax
 
-  A pair's gradient needs the normalisers of its row and column, which need all
-  pairs: one trip for the value, a second one for the gradients.
-  """
-  ring = _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, "ring")
-  return _on_all_devices(_softmax_share, ring, mesh, zimg, ztxt, t, b)
+  return softmax.ring_softmax_loss
 
 
-# The choices of config.loss.name.
-LOSSES: dict[str, Loss] = {
-  "sigmoid": ring_sigmoid_loss,
-  "softmax": ring_softmax_loss,
+# The choices of config.loss.name; each is imported when it is named.
+LOSSES: dict[str, Callable[[], Loss]] = {
+  "sigmoid": lambda: ring_sigmoid_loss,
+  "softmax": _softmax,
 }
 
 
@@ -158,12 +127,11 @@ def make(
   Raises:
     UserError: an unknown name, or an option or value the loss does not take.
   """
-  fn = errors.pick(LOSSES, name, "config.loss.name")
+  fn = errors.pick(LOSSES, name, "config.loss.name")()
   dtypes = {"float32": F32, "bfloat16": jnp.bfloat16}
   to = errors.pick(dtypes, dtype, "config.loss.dtype")
 
-  four = (None,) * 4
-  errors.check(fn, options, "config.loss", *four, mesh=mesh, axes=axes)
+  errors.check(fn, options, "config.loss", *[None] * 4, mesh=mesh, axes=axes)
 
   def loss(zimg, ztxt, t, b):
     z = zimg.astype(to), ztxt.astype(to)
@@ -176,7 +144,7 @@ def make(
 
 
 def logit_stats(
-  zimg: Float[Array, "B E"], ztxt: Float[Array, "B E"], t: Scalar, b: Scalar
+  zimg: Rows, ztxt: Rows, t: Scalar, b: Scalar
 ) -> dict[str, Float[Array, ""]]:
   """Mean logit of the B positive and of the B * (B - 1) negative pairs.
 
@@ -202,7 +170,7 @@ def _sigmoid_share(ring: Ring, zimg, ztxt, t, b, with_grads: bool):
 
   def pairs(positive, zi, zt, by_image, dzt):
     loss, db, dzi = by_image
-    logits = _dot(zi, zt.T) * t + b
+    logits = dot(zi, zt.T) * t + b
     # -log_sigmoid(label * logit) is softplus(x); sigmoid(x) is its slope.
     x = jnp.where(positive, -logits, logits)
     softplus = jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
@@ -213,48 +181,17 @@ def _sigmoid_share(ring: Ring, zimg, ztxt, t, b, with_grads: bool):
     slope = jnp.where(positive, -slope, slope)  # with respect to the logit
     db += jnp.sum(slope, axis=1)
     slope = slope.astype(zi.dtype)
-    return (loss, db, dzi + _dot(slope, zt)), dzt + _dot(slope.T, zi)
+    return (loss, db, dzi + dot(slope, zt)), dzt + dot(slope.T, zi)
 
   row, zero = ring.zeros(len(zimg)), ring.zeros(*zimg.shape)
   sums = ((row, row, zero), zero) if with_grads else ((row, None, None), None)
   (loss, db, dzimg), dztxt = ring.visit(pairs, zimg, ztxt, *sums)
   if not with_grads:
     return ring.mean(loss), None
-  return ring.mean(loss), _gradients(ring, zimg, ztxt, t, dzimg, dztxt, db)
+  return ring.mean(loss), gradients(ring, zimg, ztxt, t, dzimg, dztxt, db)
 
 
-def _softmax_share(ring: Ring, zimg, ztxt, t, b, with_grads: bool):
-  """Returns the loss and, if with_grads, its gradients (else None)."""
-  del b
-
-  def normalisers(positive, zi, zt, by_image, by_text):
-    del positive
-    logits = _dot(zi, zt.T) * t
-    by_image = jnp.logaddexp(by_image, jax.nn.logsumexp(logits, axis=1))
-    return by_image, jnp.logaddexp(by_text, jax.nn.logsumexp(logits, axis=0))
-
-  def pairs(positive, image, text, dzi, dzt):
-    (zi, by_image), (zt, by_text) = image, text
-    logits = _dot(zi, zt.T) * t
-    over_texts = jnp.exp(logits - by_image[:, None])
-    over_images = jnp.exp(logits - by_text[None, :])
-    slope = (over_texts + over_images) / 2 - positive.astype(F32)
-    slope = slope.astype(zi.dtype)
-    return dzi + _dot(slope, zt), dzt + _dot(slope.T, zi)
-
-  row, zero = ring.zeros(len(zimg)), ring.zeros(*zimg.shape)
-  empty = row - jnp.inf  # the logarithm of no sum
-  by_image, by_text = ring.visit(normalisers, zimg, ztxt, empty, empty)
-  positives = jnp.sum(zimg.astype(F32) * ztxt.astype(F32), axis=1) * t
-  loss = ring.mean((by_image + by_text) / 2 - positives)
-  if not with_grads:
-    return loss, None
-  images, texts = (zimg, by_image), (ztxt, by_text)
-  dzimg, dztxt = ring.visit(pairs, images, texts, zero, zero)
-  return loss, _gradients(ring, zimg, ztxt, t, dzimg, dztxt, row)
-
-
-def _gradients(ring: Ring, zimg, ztxt, t, dzimg, dztxt, db):
+def gradients(ring: Ring, zimg, ztxt, t, dzimg, dztxt, db):
   """Gradients of the mean, from each row's sum of slope * the other embedding.
 
   The gradient of t needs no sum over pairs of its own: the sum of slope_ij *
@@ -266,17 +203,14 @@ def _gradients(ring: Ring, zimg, ztxt, t, dzimg, dztxt, db):
   return dzimg.astype(dtype), dztxt.astype(dtype), dt, ring.mean(db)
 
 
-def _dot(x: Array, y: Array) -> Array:
+def dot(x: Array, y: Array) -> Array:
   """x @ y, multiplied in their own type, summed in float32."""
   # By default TPUs and GPUs round float32 to bfloat16 or TF32 first.
   precision = lax.Precision.HIGHEST if x.dtype == F32 else None
   return jnp.dot(x, y, precision=precision, preferred_element_type=F32)
 
 
-# --- All devices --------------------------------------------------------------
-
-
-def _on_all_devices(share, ring: Ring, mesh: Mesh, zimg, ztxt, t, b):
+def on_all_devices(share, ring: Ring, mesh: Mesh, zimg, ztxt, t, b):
   """Returns the loss, each device computing its share.
 
   If it is differentiated, the forward pass computes value and gradients and
@@ -301,39 +235,31 @@ def _on_all_devices(share, ring: Ring, mesh: Mesh, zimg, ztxt, t, b):
   return loss(zimg, ztxt, jnp.asarray(t, F32), jnp.asarray(b, F32))
 
 
-def _ring(zimg, ztxt, t, b, mesh, axes, tile, direction, comm) -> Ring:
+def ring_of(zimg, ztxt, t, b, mesh, axes, tile, direction, comm) -> Ring:
   """Returns the ring, after a check of a ring loss's arguments."""
   axes = (axes,) if isinstance(axes, str) else tuple(axes)
   for axis in axes:
     errors.pick(mesh.shape, axis, "axes: the mesh axis")
   devices = math.prod(mesh.shape[axis] for axis in axes)
-
-  def need(ok, message):
-    if not ok:
-      raise errors.UserError(message)
-
+  (B, *_), like = zimg.shape, lambda z: f"{z.dtype} {z.shape}"
+  wrong = []
   for name, z in (("zimg", zimg), ("ztxt", ztxt)):
-    need(z.ndim == 2, f"{name} has to be (B, E), not {z.shape}")
-    need(
-      z.dtype in (jnp.bfloat16, F32),
-      f"{name} has to be bfloat16 or float32, not {z.dtype}",
-    )
-    need(
-      len(z) and len(z) % devices == 0,
-      f"{name}: {len(z)} rows do not divide over {devices} devices",
-    )
-  need(
-    zimg.shape == ztxt.shape and zimg.dtype == ztxt.dtype,
-    f"ztxt is {ztxt.dtype} {ztxt.shape}, but zimg is {zimg.dtype} {zimg.shape}",
-  )
+    if z.ndim != 2 or z.dtype not in (jnp.bfloat16, F32):
+      wrong += [f"{name} has to be (B, E), bfloat16 or float32, not {like(z)}"]
+  if like(zimg) != like(ztxt):
+    wrong += [f"ztxt is {like(ztxt)}, but zimg is {like(zimg)}"]
+  if not B or B % devices:
+    wrong += [f"zimg: {B} rows do not divide over {devices} devices"]
   for name, x in (("t", t), ("b", b)):
-    need(jnp.shape(x) == (), f"{name} has to be a scalar, not {jnp.shape(x)}")
-  need(
-    isinstance(tile, int) and tile >= 1,
-    f"tile has to be a whole number from 1, not {tile}",
-  )
+    if jnp.shape(x):
+      wrong += [f"{name} has to be a scalar, not {jnp.shape(x)}"]
+  if not isinstance(tile, int) or tile < 1:
+    wrong += [f"tile has to be a whole number from 1, not {tile}"]
+  if wrong:
+    raise errors.UserError(wrong[0])
   errors.pick({"forward": 1, "both": 2}, direction, "direction")
-  auto = "all_gather" if len(zimg) // devices < 256 else "ring"
+  auto = "all_gather" if B // devices < 256 else "ring"
   ways = {"ring": "ring", "all_gather": "all_gather", "auto": auto}
-  way = errors.pick(ways, comm, "comm")
-  return Ring(len(zimg), devices, axes, tile, direction, way)
+  return Ring(
+    B, devices, axes, tile, direction, errors.pick(ways, comm, "comm")
+  )

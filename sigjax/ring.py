@@ -21,23 +21,14 @@ Tree = Any  # an array, a tuple of arrays, or None
 
 
 class Ring(NamedTuple):
-  """Ring configuration, for use inside jax.shard_map.
+  """Ring configuration, for use inside jax.shard_map."""
 
-  Attributes:
-    batch: B.
-    devices: D.
-    axes: the mesh axes that form the ring.
-    tile: the largest number of rows and of columns of a tile.
-    direction: "forward", or "both": half of the texts travel each way.
-    comm: "ring", or "all_gather": every device gets all texts at once.
-  """
-
-  batch: int
-  devices: int
-  axes: tuple[str, ...]
-  tile: int
-  direction: str = "forward"
-  comm: str = "ring"
+  batch: int  # B
+  devices: int  # D
+  axes: tuple[str, ...]  # the mesh axes that form the ring
+  tile: int  # the largest number of rows and of columns of a tile
+  direction: str = "forward"  # or "both": half of the texts travel each way
+  comm: str = "ring"  # or "all_gather": all texts on every device at once
 
   def zeros(self, *shape: int) -> Float[Array, "..."]:
     """Returns zero accumulators, float32, varying over the ring's axes."""
@@ -169,8 +160,7 @@ def _len(tree):
 
 
 def _cut(tree, start, size):
-  cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
-  return jax.tree.map(cut, tree)
+  return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
 
 
 def _put(tree, part, start):

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 import optax
 
 from sigjax import sharding, trees
@@ -20,20 +19,12 @@ from sigjax.models.two_towers import TwoTowers
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """What a step reads and replaces.
+  """What a step reads and replaces."""
 
-  Attributes:
-    step: () int32, the number of steps done.
-    trained: float32 parameters that are trained, nested dicts, such as
-      {"txt": .., "t": (1,), "b": (1,)}.
-    locked: parameters that stay as they are, such as {"img": ..}.
-    opt_state: of the optimizer, over `trained`.
-  """
-
-  step: Any
-  trained: dict
-  locked: dict
-  opt_state: optax.OptState
+  step: Any  # () int32, the number of steps done
+  trained: dict  # float32, such as {"txt": .., "t": (1,), "b": (1,)}
+  locked: dict  # parameters that stay as they are, such as {"img": ..}
+  opt_state: optax.OptState  # over `trained`
 
   @property
   def params(self) -> dict:
@@ -112,14 +103,10 @@ def abstract_state(
     lock: see split_params.
   """
   split = sharding.shard_params(shapes, mesh, table)
-  of_params = new_state(split, None, lock)
   state = jax.eval_shape(lambda params: new_state(params, tx, lock), shapes)
-  shardings = TrainState(
-    step=NamedSharding(mesh, P()),
-    trained=of_params.trained,
-    locked=of_params.locked,
-    opt_state=sharding.shard_like(state.opt_state, shapes, split, mesh),
-  )
+  moments = sharding.shard_like(state.opt_state, shapes, split, mesh)
+  step = NamedSharding(mesh, P())
+  shardings = TrainState(step, *split_params(split, lock), moments)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     state,
@@ -128,48 +115,8 @@ def abstract_state(
 
 
 def new_state(
-  params: dict,
-  tx: optax.GradientTransformation | None,
-  lock: Sequence[str] = (),
+  params: dict, tx: optax.GradientTransformation, lock: Sequence[str] = ()
 ) -> TrainState:
-  """Returns the state before the first step; with tx None, no opt_state."""
+  """Returns the state before the first step."""
   trained, locked = split_params(params, lock)
-  opt_state = tx.init(trained) if tx else ()
-  return TrainState(jnp.zeros((), jnp.int32), trained, locked, opt_state)
-
-
-def init_state(
-  model: TwoTowers,
-  tx: optax.GradientTransformation,
-  seed: int,
-  example: Mapping,
-  abstract: TrainState,
-  given: Mapping[str, np.ndarray] | None = None,
-  lock: Sequence[str] = (),
-) -> TrainState:
-  """Returns the state before the first step, each array made where it belongs.
-
-  Args:
-    model, tx: the towers and the optimizer.
-    seed: of the parameters, which do not depend on the number of devices.
-    example: dict(image=(H, W, C), text=(L,)), for its shapes.
-    abstract: from abstract_state.
-    given: {name: array} of parameters that do not start from scratch.
-    lock: see split_params.
-  """
-  given = given or {}
-  want = trees.flatten(abstract.params)
-  scratch = {k: x.sharding for k, x in want.items() if k not in given}
-
-  def from_scratch():
-    params = init_params(model, jax.random.key(seed), example)
-    flat = trees.flatten(params)
-    return {name: flat[name].astype(want[name].dtype) for name in scratch}
-
-  params = jax.jit(from_scratch, out_shardings=scratch)()
-  for name, x in given.items():
-    x = x.astype(want[name].dtype)
-    params[name] = jax.device_put(x, want[name].sharding)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  start = jax.jit(lambda p: new_state(p, tx, lock), out_shardings=shardings)
-  return start(trees.unflatten(params))
+  return TrainState(jnp.zeros((), jnp.int32), trained, locked, tx.init(trained))

@@ -1,11 +1,10 @@
-"""One training step, with exact microbatches, and embedding.
+"""One training step, with exact microbatches.
 
 B is the global batch, D the number of devices, b = B/D, k the number of
 microbatches, E the width of the embeddings.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,15 +26,10 @@ class TrainStep(NamedTuple):
   """A step, called as step(state, batch) -> (state, metrics).
 
   The batch is this process's rows, as NumPy. The state is donated.
-
-  Attributes:
-    run: the function that is called.
-    program: the jitted function of (state, global batch); None with feed
-      "host", where a step is several programs.
   """
 
   run: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-  program: Any
+  program: Any  # jitted, of (state, global batch); None with feed "host"
 
   def __call__(self, state: TrainState, batch: Batch):
     return self.run(state, batch)
@@ -76,16 +70,18 @@ def make_train_step(
     neg_logit (means over the B and the B * (B - 1) pairs), grad_norm,
     update_norm and param_norm (global, of what is trained), and lr.
   """
-  step = _Step(model, tx, lr_fn, loss_fn, mesh, seed, microbatches)
+  step = Step(model, tx, lr_fn, loss_fn, mesh, seed, microbatches)
   if errors.pick({"device": False, "host": True}, feed, "config.feed"):
-    return TrainStep(step.feed_from_host(), None)
+    from sigjax import host_feed  # few runs need it
+
+    return TrainStep(host_feed.make_train_step(step, mesh), None)
   fn = step.whole_batch if microbatches == 1 else step.in_microbatches
   program = jax.jit(fn, donate_argnums=0)
   run = lambda state, batch: program(state, sharding.put_batch(batch, mesh))
   return TrainStep(run, program)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
   """The parts of a step; the fields are arguments of make_train_step."""
 
   model: TwoTowers
@@ -144,8 +140,6 @@ class _Step(NamedTuple):
     (loss, z), grads = grad(state.trained)
     return self.update(state, z, loss, grads)
 
-  # The three parts of a step in microbatches.
-
   def embed(self, state: TrainState, part: Batch, i):
     return self.towers(state.trained, state, part, i)
 
@@ -180,65 +174,6 @@ class _Step(NamedTuple):
 
     grads, _ = jax.lax.scan(add, grads, (parts, numbers, dz))
     return self.update(state, z, loss, grads)
-
-  def feed_from_host(self):
-    """Returns in_microbatches as a program for each of its parts."""
-    embed = jax.jit(self.embed)
-    loss_and_gradients = jax.jit(self.loss_and_gradients)
-    stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
-    update = jax.jit(self.update, donate_argnums=(0, 3))
-
-    @functools.partial(jax.jit, donate_argnums=4)
-    def pull_back(state, part, i, dz, grads):
-      dz = jax.tree.map(lambda x: x[i], dz)
-      grads = self.pull_back(state, part, i, dz, grads)
-      # The second result is one to wait for: the gradients are donated.
-      return grads, min(jax.tree.leaves(grads), key=jnp.size) + 0
-
-    def train_step(state: TrainState, batch: Batch):
-      devices = self.mesh.size // jax.process_count()
-      cut = lambda x: x.reshape(devices, self.k, -1, *x.shape[1:])
-      parts = jax.tree.map(cut, batch)
-
-      def part(i):  # the same rows as split's
-        rows = lambda x: x[:, i].reshape(-1, *x.shape[3:])
-        return sharding.put_batch(jax.tree.map(rows, parts), self.mesh)
-
-      # Waiting for the microbatch before keeps two on the devices: one that is
-      # computed, and one that is being copied.
-      z = []
-      for i in range(self.k):
-        z.append(embed(state, part(i), i))
-        jax.block_until_ready(z[i - 1])
-      z, loss, grads, dz = loss_and_gradients(state, stack(*z))
-      before = loss
-      for i in range(self.k):
-        grads, done = pull_back(state, part(i), i, dz, grads)
-        jax.block_until_ready(before)
-        before = done
-      return update(state, z, loss, grads)
-
-    return train_step
-
-
-def make_embed(
-  model: TwoTowers, mesh: Mesh
-) -> Callable[..., tuple[Array | None, Array | None]]:
-  """Builds embed(params, image, text) -> (zimg, ztxt), (B, E) unit rows.
-
-  image is (B, H, W, C) and text (B, L), this process's rows, or None: then the
-  tower is not run and its result is None. Rows are split over all devices.
-  """
-
-  @jax.jit
-  def embed(params, image, text):
-    out: Any = model.apply({"params": params}, image, text)
-    return out[:2]
-
-  def put_and_embed(params, image=None, text=None):
-    return embed(params, *sharding.put_batch((image, text), mesh))
-
-  return put_and_embed
 
 
 def temperature_and_bias(model: TwoTowers, params: dict) -> tuple[Array, Array]:

@@ -20,8 +20,6 @@ import jax
 from sigjax import build, errors
 from sigjax import config as config_lib
 from sigjax import sharding as sharding_lib
-from sigjax import state as state_lib
-from sigjax import step as step_lib
 from sigjax.checkpoints import restore
 from sigjax.checkpoints.save import Checkpoints
 from sigjax.data import kinds
@@ -204,7 +202,7 @@ def main(
     workdir,
     tokens,
     dict(pp_image=pp_image, pp_text=pp_text, bad_fraction=bad_fraction),
-    step_lib.make_embed(run.model, mesh_),
+    run.model,
     mesh_,
   )
   for name, evaluator in evaluations.by_name.items():
@@ -240,7 +238,9 @@ def main(
       shapes,
       tokenizer_sha=me["tokenizer"],
     )
-    state = state_lib.init_state(
+    from sigjax import init as init_lib  # a resumed run needs none
+
+    state = init_lib.init_state(
       run.model, run.tx, seed, example, run.state, given, lock
     )
   if data_state is not None:
@@ -351,10 +351,10 @@ class _Evaluations:
     every: {name: steps between evaluations in training, or None}.
   """
 
-  def __init__(self, sections, workdir, tokens, shared, embed, mesh):
+  def __init__(self, sections, workdir, tokens, shared, model, mesh):
     from sigjax import evaluators  # not every run has any
 
-    self._embed, self._mesh = embed, mesh
+    self._embed, self._mesh = embed.make_embed(model, mesh), mesh
     self.every = {k: v.pop("every_steps", None) for k, v in sections.items()}
     self.by_name = {
       name: evaluators.make(

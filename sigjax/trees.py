@@ -118,8 +118,7 @@ def first_match(table: Sequence[Sequence], tree: Any, what: str) -> Any:
 def difference(want: Any, got: Any) -> list[str]:
   """Returns lines that say how the tree `got` differs in names and shapes.
 
-  A missing name is given with the closest left-over one, at the first ten: it
-  takes a tenth of a second in a thousand names.
+  The first ten missing names come with the closest left-over one.
   """
   want, got = flatten(want), flatten(got)
   left = [name for name in got if name not in want]

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from sigjax import errors, losses, optim, sharding, trees
+from sigjax import embed as embed_lib
+from sigjax import errors, init, losses, optim, sharding, trees
 from sigjax import state as state_lib
 from sigjax import step as step_lib
 from sigjax.models import two_towers
@@ -84,7 +85,7 @@ def run(
     abstract,
   )
   loss_fn = functools.partial(
-    losses.LOSSES[loss], mesh=mesh, axes=sharding.AXES
+    losses.LOSSES[loss](), mesh=mesh, axes=sharding.AXES
   )
   step = step_lib.make_train_step(
     model,
@@ -176,7 +177,7 @@ def test_init_does_not_depend_on_the_mesh():
   abstract = state_lib.abstract_state(
     state_lib.param_shapes(model, EXAMPLE), tx, mesh, ((".*", "fsdp"),)
   )
-  state = state_lib.init_state(model, tx, 0, EXAMPLE, abstract)
+  state = init.init_state(model, tx, 0, EXAMPLE, abstract)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
     state.params,
@@ -185,7 +186,7 @@ def test_init_does_not_depend_on_the_mesh():
   kernel = state.params["txt"]["head"]["kernel"]
   assert kernel.addressable_shards[0].data.size == kernel.size // 4
   # What is given is taken, the rest starts from scratch.
-  state = state_lib.init_state(
+  state = init.init_state(
     model, tx, 0, EXAMPLE, abstract, {"t": np.full(1, 0.5, np.float32)}
   )
   assert state.params["t"] == 0.5 and state.params["b"] == -10
@@ -201,7 +202,7 @@ def test_dropout_is_the_same_in_both_passes():
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
   params = init_params()
   loss_fn = functools.partial(
-    losses.LOSSES["sigmoid"], mesh=mesh, axes=sharding.AXES
+    losses.ring_sigmoid_loss, mesh=mesh, axes=sharding.AXES
   )
 
   def loss_and_norm(params):
@@ -289,7 +290,7 @@ def test_embed_runs_one_tower():
   model = make_model()
   mesh = sharding.make_mesh()
   params = init_params()
-  embed, batch = step_lib.make_embed(model, mesh), make_batch()
+  embed, batch = embed_lib.make_embed(model, mesh), make_batch()
   zimg, none = embed(params, image=batch["image"])
   assert none is None
   want, ztxt, _ = model.apply({"params": params}, **batch)

@@ -65,16 +65,10 @@ class TextTransformer(nn.Module):
     x = x + self._positions(text.shape[1], size.width)
     x = x.astype(self.dtype)
     x = out["embedded"] = nn.Dropout(dropout, deterministic=False)(x)
-    x = out["encoded"] = transformer.Encoder(
-      size.depth,
-      size.mlp_dim,
-      size.num_heads,
-      dropout,
-      self.scan,
-      self.remat,
-      self.dtype,
-      name="Encoder_0",
-    )(x)
+    encoder = transformer.Encoder(
+      size, dropout, self.scan, self.remat, self.dtype, name="Encoder_0"
+    )
+    x = out["encoded"] = encoder(x)
     pools = "last", "map", "gap"
     x = transformer.pool(self.pool_type, pools, x, size, self.dtype)
     out["pre_logits"] = x

@@ -172,9 +172,7 @@ class Encoder(nn.Module):
   train, so that no layer below it needs a `train` argument.
   """
 
-  depth: int
-  mlp_dim: int
-  num_heads: int
+  size: Sizes
   dropout: float = 0.0
   scan: bool = False
   remat: str = "none"
@@ -187,18 +185,19 @@ class Encoder(nn.Module):
     if self.remat != "none":
       # In a scan, XLA cannot merge the recomputation with the first one.
       block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
-    args = (self.mlp_dim, self.num_heads, self.dropout, self.dtype)
+    size = self.size
+    args = (size.mlp_dim, size.num_heads, self.dropout, self.dtype)
     x = x.astype(self.dtype)
     if self.scan:
       stack = nn.scan(
         block,
         variable_axes={"params": 0},
-        length=self.depth,
+        length=size.depth,
         split_rngs={"params": True, "dropout": True},
       )
       x, _ = stack(*args, name="encoderblock")(x)
     else:
-      for i in range(self.depth):
+      for i in range(size.depth):
         x, _ = block(*args, name=f"encoderblock_{i}")(x)
     return LayerNorm(name="encoder_norm")(x)
 
@@ -236,11 +235,7 @@ def pool(
 
   Args:
     kind: "map": attention pooling; "gap": the mean; "last": the last token;
-      "tok": the first token, which a ViT's "cls" is.
-    allowed: the kinds that the tower has.
-    x: (B, L, W).
-    size: of the tower.
-    dtype: compute dtype.
+      "tok": the first token, which a ViT's "cls" is. One of `allowed`.
   """
   fns = dict(
     map=lambda: MAPHead(size.mlp_dim, size.num_heads, dtype, name="MAPHead_0")(

@@ -6,11 +6,11 @@ from typing import Any
 
 from flax import linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from sigjax import errors
-from sigjax.models import text as text_lib
 from sigjax.models import vit
+from sigjax.models.text import TextTransformer
 
 
 class TwoTowers(nn.Module):
@@ -18,7 +18,7 @@ class TwoTowers(nn.Module):
 
   Attributes:
     image: keyword arguments of vit.ViT, except out_dim and dtype; with
-      kind="precomputed" those of Precomputed.
+      kind="precomputed" those of precomputed.Precomputed.
     text: keyword arguments of text.TextTransformer, except out_dim and dtype.
     out_dim: sizes of the towers' heads, E or None each. Released models have
       none on the image: the width of that tower is E.
@@ -75,70 +75,29 @@ class TwoTowers(nn.Module):
     return zimg, ztxt, out
 
 
-class Precomputed(nn.Module):
-  """Replaces an image tower whose embeddings were computed before.
+def _precomputed() -> type[nn.Module]:
+  from sigjax.models import precomputed
 
-  Attributes:
-    width: W of the embeddings.
-    out_dim: the size of a dense layer "head" on them; None for no parameters.
-    dtype: compute dtype.
-  """
-
-  width: int
-  out_dim: int | None = None
-  dtype: str = "float32"
-
-  @nn.compact
-  def __call__(
-    self, image: Float[Array, "B W"], train: bool = False
-  ) -> tuple[Float[Array, "B E"], dict[str, Array]]:
-    """Returns z, (B, out_dim) or (B, W), and no intermediates.
-
-    Raises:
-      UserError: the embeddings have another width.
-    """
-    del train
-    if image.ndim != 2 or image.shape[1] != self.width:
-      raise errors.UserError(
-        f"the data's embeddings have shape {tuple(image.shape[1:])}, but "
-        f"config.model.image.width is {self.width}"
-      )
-    if self.out_dim:
-      image = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(
-        image.astype(self.dtype)
-      )
-    return image, {}
+  return precomputed.Precomputed
 
 
-IMAGE_TOWERS = {"vit": vit.ViT, "precomputed": Precomputed}
+# The choices of config.model.image.kind; each is imported when it is named.
+IMAGE_TOWERS = {"vit": lambda: vit.ViT, "precomputed": _precomputed}
 
 
 def image_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
   """Returns the image tower of a TwoTowers; kwargs: name and parent, if any."""
   options = dict(model.image)
-  tower = errors.pick(
-    IMAGE_TOWERS, options.pop("kind", "vit"), "config.model.image.kind"
-  )
-  return errors.call(
-    tower,
-    options,
-    "model.image",
-    out_dim=model.out_dim[0],
-    dtype=model.dtype,
-    **kwargs,
-  )
+  kind = options.pop("kind", "vit")
+  tower = errors.pick(IMAGE_TOWERS, kind, "config.model.image.kind")()
+  more = dict(out_dim=model.out_dim[0], dtype=model.dtype, **kwargs)
+  return errors.call(tower, options, "model.image", **more)
 
 
 def text_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
   """Returns the TextTransformer of a TwoTowers, as image_tower does."""
-  return errors.call(
-    text_lib.TextTransformer,
-    model.text,
-    "model.text",
-    out_dim=model.out_dim[1],
-    dtype=model.dtype,
-    **kwargs,
-  )
+  more = dict(out_dim=model.out_dim[1], dtype=model.dtype, **kwargs)
+  return errors.call(TextTransformer, model.text, "model.text", **more)
 
 
 def _unit(name, result, out):

@@ -101,16 +101,10 @@ class ViT(nn.Module):
       x = jnp.concatenate([cls, x], axis=1)
     x = out["embedded"] = nn.Dropout(dropout, deterministic=False)(x)
 
-    x = out["encoded"] = transformer.Encoder(
-      size.depth,
-      size.mlp_dim,
-      size.num_heads,
-      dropout,
-      self.scan,
-      self.remat,
-      self.dtype,
-      name="Transformer",
-    )(x)
+    encoder = transformer.Encoder(
+      size, dropout, self.scan, self.remat, self.dtype, name="Transformer"
+    )
+    x = out["encoded"] = encoder(x)
     pools = "map", "gap", "tok"
     x = transformer.pool(self.pool_type, pools, x, size, self.dtype)
     out["pre_logits"] = x

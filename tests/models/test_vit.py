@@ -131,7 +131,9 @@ def test_dropout_only_while_training():
 @pytest.mark.parametrize("scan", [False, True])
 def test_every_layer_drops_on_its_own(scan):
   # Blocks that only add 1: after two, dropout of one half leaves 0, 2 or 4.
-  model = transformer.Encoder(2, 8, 1, dropout=0.5, scan=scan)
+  model = transformer.Encoder(
+    transformer.Sizes(8, 2, 8, 1), dropout=0.5, scan=scan
+  )
   x = jnp.zeros((1, 1, 64))
   rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
   shapes = jax.eval_shape(model.init, rngs, x)

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from sigjax import embed as embed_lib
 from sigjax import errors, sharding, train, trees
-from sigjax import step as step_lib
 from sigjax.data import kinds
 from sigjax.data.example import captions, preprocess
 from sigjax.models import two_towers
@@ -71,7 +71,7 @@ def test_embeddings_are_the_towers(config, tmp_path, dtype, atol, capsys):
     "t": np.zeros(1),
     "b": np.zeros(1),
   }
-  run = step_lib.make_embed(model, sharding.make_mesh())
+  run = embed_lib.make_embed(model, sharding.make_mesh())
   pp = preprocess.parse(config["pp_image"])
   for split, count in ("train", 192), ("test", 48):
     source = kinds.open_source(**dict(config["data"], split=split))

@@ -14,6 +14,7 @@ import numpy as np
 
 from sigjax import errors, losses
 from sigjax import sharding as sharding_lib
+from sigjax import softmax as softmax_lib
 from tools.bench import timing
 
 
@@ -89,7 +90,7 @@ def loss_variants(
   """
   on = functools.partial
   ring = on(losses.ring_sigmoid_loss, mesh=mesh, axes=sharding_lib.AXES)
-  softmax = on(losses.ring_softmax_loss, mesh=mesh, axes=sharding_lib.AXES)
+  softmax = on(softmax_lib.ring_softmax_loss, mesh=mesh, axes=sharding_lib.AXES)
   last = tiles[-1]
   return {
     ("naive", None): losses.sigmoid_loss,
@@ -97,7 +98,7 @@ def loss_variants(
     **{("ring", tile): on(ring, tile=tile) for tile in tiles},
     ("ring both", last): on(ring, tile=last, direction="both"),
     ("all_gather", last): on(ring, tile=last, comm="all_gather"),
-    ("softmax naive", None): losses.softmax_loss,
+    ("softmax naive", None): softmax_lib.softmax_loss,
     ("softmax ring", last): on(softmax, tile=last),
   }
 

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from sigjax import build, errors
+from sigjax import build, errors, init
 from sigjax import config as config_lib
 from sigjax import sharding as sharding_lib
-from sigjax import state as state_lib
 from sigjax.models import flops as flops_lib
 from sigjax.models import two_towers
 from sigjax.runtime import metrics
@@ -168,7 +167,7 @@ def step_parts(
   return (
     make,
     functools.partial(
-      state_lib.init_state, run.model, run.tx, 0, example, run.state, lock=lock
+      init.init_state, run.model, run.tx, 0, example, run.state, lock=lock
     ),
     batch,
     flops_lib.training(run.model, example, run.state.trained),

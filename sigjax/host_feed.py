@@ -1,0 +1,59 @@
+"""A step in microbatches that wait on the host, config.feed = "host".
+
+For batches whose images do not fit on the devices: one microbatch at a time is
+put there, twice.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sigjax import sharding
+from sigjax.state import TrainState
+from sigjax.step import Batch, Step
+
+
+def make_train_step(
+  step: Step, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
+  """Returns step.in_microbatches as one program for each of its parts."""
+  embed = jax.jit(step.embed)
+  loss_and_gradients = jax.jit(step.loss_and_gradients)
+  stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
+  update = jax.jit(step.update, donate_argnums=(0, 3))
+
+  @functools.partial(jax.jit, donate_argnums=4)
+  def pull_back(state, part, i, dz, grads):
+    dz = jax.tree.map(lambda x: x[i], dz)
+    grads = step.pull_back(state, part, i, dz, grads)
+    # The second result is one to wait for: the gradients are donated.
+    return grads, min(jax.tree.leaves(grads), key=jnp.size) + 0
+
+  def train_step(state: TrainState, batch: Batch):
+    devices = mesh.size // jax.process_count()
+    cut = lambda x: x.reshape(devices, step.k, -1, *x.shape[1:])
+    parts = jax.tree.map(cut, batch)
+
+    def part(i):  # the same rows as split's
+      rows = lambda x: x[:, i].reshape(-1, *x.shape[3:])
+      return sharding.put_batch(jax.tree.map(rows, parts), mesh)
+
+    # Waiting for the microbatch before keeps two on the devices: one that is
+    # computed, and one that is being copied.
+    z = []
+    for i in range(step.k):
+      z.append(embed(state, part(i), i))
+      jax.block_until_ready(z[i - 1])
+    z, loss, grads, dz = loss_and_gradients(state, stack(*z))
+    before = loss
+    for i in range(step.k):
+      grads, done = pull_back(state, part(i), i, dz, grads)
+      jax.block_until_ready(before)
+      before = done
+    return update(state, z, loss, grads)
+
+  return train_step
