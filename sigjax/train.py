@@ -352,7 +352,7 @@ class _Evaluations:
   """
 
   def __init__(self, sections, workdir, tokens, shared, model, mesh):
-    from sigjax import evaluators  # not every run has any
+    from sigjax import embed, evaluators  # not every run has any
 
     self._embed, self._mesh = embed.make_embed(model, mesh), mesh
     self.every = {k: v.pop("every_steps", None) for k, v in sections.items()}
