@@ -322,8 +322,8 @@ def run_tests(
   Returns:
     pytest's exit code, -1 after too many seconds; and a line of its output.
   """
-  command = [sys.executable, "-m", "pytest", "-x", "-q", "-p"]
-  command += ["no:cacheprovider", f"tests/{tests}"]
+  command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0"]
+  command += ["-p", "no:cacheprovider", f"tests/{tests}"]
   # A cache of compiled programs for all runs; others may set their own.
   env = {
     "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
@@ -345,7 +345,8 @@ def run_tests(
     return -1, f"no end after {seconds:.0f} s"
   lines = [line for line in done.stdout.splitlines() if line.strip()]
   failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-  return done.returncode, (failed or lines or [done.stderr[-100:]])[-1]
+  said = (failed or lines or [done.stderr[-100:]])[-1]
+  return done.returncode, f"{said} (exit code {done.returncode})"
 
 
 def check(mutations: Sequence[Mutation]) -> None:

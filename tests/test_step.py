@@ -128,34 +128,54 @@ def test_any_mesh_gives_the_same_numbers(one_device, data, fsdp):
         assert part == leaf.size // fsdp, name
 
 
-def test_one_step_is_the_formula():
-  """Loss, gradient norm and logits against the reference loss, by hand."""
-  _, metrics, _ = run(steps=1, data=1, devices=1)
-  model, batch = make_model(), make_batch(0)
-  params = init_params()
+def test_three_steps_are_the_formula(one_device):
+  """Metrics and parameters against the reference loss, and AdamW by hand."""
+  model = make_model()
 
-  def loss(params):
+  def loss(params, batch):
     zimg, ztxt, out = model.apply(
       {"params": params}, batch["image"], batch["text"]
     )
     logits = zimg @ ztxt.T * out["t"][0] + out["b"][0]
     value = losses.sigmoid_loss(zimg, ztxt, out["t"][0], out["b"][0])
-    return value, logits
+    return value, (logits, out["t"][0], out["b"][0])
 
-  (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-    params
-  )
+  gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  params = trees.flatten(init_params())
+  first = {k: np.zeros(x.shape) for k, x in params.items()}
+  second = {k: np.zeros(x.shape) for k, x in params.items()}
+  for i in range(3):
+    (value, (logits, t, b)), grads = gradients(
+      trees.unflatten(params), make_batch(i)
+    )
+    grads = {k: np.float64(x) for k, x in trees.flatten(grads).items()}
+    norm = np.sqrt(sum(np.sum(x**2) for x in grads.values()))
+    rate = (1 + np.cos(np.pi * i / 10)) / 2
+    for k, x in grads.items():
+      x = x / max(norm, 1)
+      first[k] = 0.9 * first[k] + 0.1 * x
+      second[k] = 0.95 * second[k] + 0.05 * x**2
+      u = first[k] / (1 - 0.9 ** (i + 1))
+      u /= np.sqrt(second[k] / (1 - 0.95 ** (i + 1))) + 1e-3
+      decay = 1e-3 * params[k] * k.endswith("/kernel")
+      params[k] = np.float32(params[k] - rate * (1e-2 * u + decay))
   right = np.eye(B, dtype=bool)
+  got, metrics, state = one_device
+  assert state.step == 3
   for key, want in dict(
     loss=value,
-    t=10.0,
-    b=-10.0,
-    grad_norm=optax.tree.norm(grads),
+    t=t,
+    b=b,
+    grad_norm=norm,
     pos_logit=np.asarray(logits)[right].mean(),
     neg_logit=np.asarray(logits)[~right].mean(),
-    lr=1e-2,
+    lr=1e-2 * rate,
   ).items():
     assert metrics[key] == pytest.approx(float(want), rel=1e-5), key
+  for name, want in params.items():
+    np.testing.assert_allclose(
+      trees.flatten(got)[name], want, atol=2e-5, err_msg=name
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,6 +210,35 @@ def test_init_does_not_depend_on_the_mesh():
     model, tx, 0, EXAMPLE, abstract, {"t": np.full(1, 0.5, np.float32)}
   )
   assert state.params["t"] == 0.5 and state.params["b"] == -10
+
+
+def test_dropout_is_drawn_anew():
+  """For each microbatch and each step; nothing else changes between them."""
+  mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
+
+  def apart(zimg, ztxt, t, b):  # the embeddings of two equal microbatches
+    del t, b
+    return sum(
+      jnp.sum(jnp.abs(z[: B // 2] - z[B // 2 :])) for z in (zimg, ztxt)
+    )
+
+  tx = optax.sgd(0.0)
+  half = {k: x[: B // 2] for k, x in make_batch().items()}
+  twice = {k: np.concatenate([x, x]) for k, x in half.items()}
+
+  def two_steps(dropout):
+    step = step_lib.make_train_step(
+      make_model(dropout), tx, lambda s: 0.0, apart, mesh, microbatches=2
+    )
+    state, found = state_lib.new_state(init_params(), tx), []
+    for _ in range(2):
+      state, metrics = step(state, twice)
+      found.append(float(metrics["loss"]))
+    return found
+
+  assert two_steps(0.0) == pytest.approx([0, 0], abs=1e-4)
+  before, after = two_steps(0.5)
+  assert min(before, after) > 1 and abs(before - after) > 1e-3
 
 
 def test_dropout_is_the_same_in_both_passes():
