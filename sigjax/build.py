@@ -68,8 +68,7 @@ def build(
   )
   loss_fn = losses.make(mesh, sharding_lib.AXES, **(loss or {}))
   options: Any = dict(seed=seed, microbatches=microbatches, feed=feed)
-  train_step = step_lib.make_train_step(
-    towers, tx, lr_fn, loss_fn, mesh, **options
-  )
+  make_step = step_lib.make_train_step
+  train_step = make_step(towers, tx, lr_fn, loss_fn, mesh, **options)
   state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock)
   return Built(towers, tx, train_step, state)

@@ -65,17 +65,11 @@ def param_shapes(
 ) -> dict:
   """Returns the ShapeDtypeStructs of a run's parameters.
 
-  They are those of init_params, but locked parts of a tower are stored in the
-  compute dtype.
-
-  Args:
-    model: TwoTowers.
-    example: as for init_params.
-    lock: see split_params.
+  They are those of init_params, but locked parts (see split_params) of a tower
+  are stored in the compute dtype.
   """
-  params = jax.eval_shape(
-    lambda rng: init_params(model, rng, example), jax.random.key(0)
-  )
+  init = lambda rng: init_params(model, rng, example)
+  params = jax.eval_shape(init, jax.random.key(0))
   trained, locked = split_params(params, lock)
 
   def stored(name, x):

@@ -19,6 +19,7 @@ from sigjax.models.two_towers import TwoTowers
 from sigjax.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
+Result = tuple[TrainState, Metrics]
 Batch = dict[str, Any]  # image (B, H, W, C) uint8 or float32, text (B, L) int32
 
 
@@ -28,7 +29,7 @@ class TrainStep(NamedTuple):
   The batch is this process's rows, as NumPy. The state is donated.
   """
 
-  run: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+  run: Callable[[TrainState, Batch], Result]
   program: Any  # jitted, of (state, global batch); None with feed "host"
 
   def __call__(self, state: TrainState, batch: Batch):
@@ -92,7 +93,9 @@ class Step(NamedTuple):
   seed: int
   k: int
 
-  def towers(self, trained, state: TrainState, part: Batch, i):
+  def towers(
+    self, trained: dict, state: TrainState, part: Batch, i: Any
+  ) -> tuple[Array, Array]:
     """Returns zimg and ztxt of microbatch i, (B/k, E) each."""
     rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
     out: Any = self.model.apply(
@@ -104,11 +107,15 @@ class Step(NamedTuple):
     )
     return out[:2]
 
-  def pair_loss(self, trained, state: TrainState, zimg, ztxt):
+  def pair_loss(
+    self, trained: dict, state: TrainState, zimg: Array, ztxt: Array
+  ) -> Array:
     params = state.replace(trained=trained).params
     return self.loss_fn(zimg, ztxt, *temperature_and_bias(self.model, params))
 
-  def update(self, state: TrainState, z, loss, grads):
+  def update(
+    self, state: TrainState, z: Any, loss: Array, grads: dict
+  ) -> Result:
     """The end of each step: from gradients to the new state and metrics."""
     updates, opt_state = self.tx.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
@@ -129,7 +136,7 @@ class Step(NamedTuple):
     new = dict(step=state.step + 1, trained=trained, opt_state=opt_state)
     return state.replace(**new), metrics
 
-  def whole_batch(self, state: TrainState, batch: Batch):
+  def whole_batch(self, state: TrainState, batch: Batch) -> Result:
     """A step without microbatches."""
 
     def fn(trained):
@@ -140,10 +147,12 @@ class Step(NamedTuple):
     (loss, z), grads = grad(state.trained)
     return self.update(state, z, loss, grads)
 
-  def embed(self, state: TrainState, part: Batch, i):
+  def embed(
+    self, state: TrainState, part: Batch, i: Any
+  ) -> tuple[Array, Array]:
     return self.towers(state.trained, state, part, i)
 
-  def loss_and_gradients(self, state: TrainState, z):
+  def loss_and_gradients(self, state: TrainState, z: Any) -> Any:
     """Returns the loss and the gradients with respect to all embeddings.
 
     z, and the gradients with respect to it, are (k, B/k, E) each.
@@ -154,13 +163,15 @@ class Step(NamedTuple):
     dz = jax.tree.map(lambda x: split(x, self.k, self.mesh), tuple(dz))
     return z, loss, grads, dz
 
-  def pull_back(self, state: TrainState, part: Batch, i, dz, grads):
+  def pull_back(
+    self, state: TrainState, part: Batch, i: Any, dz: Any, grads: dict
+  ) -> dict:
     """Adds the gradients of the parameters through microbatch i."""
     embed = lambda trained: self.towers(trained, state, part, i)
     _, vjp = jax.vjp(embed, state.trained)
     return jax.tree.map(jnp.add, grads, vjp(dz)[0])
 
-  def in_microbatches(self, state: TrainState, batch: Batch):
+  def in_microbatches(self, state: TrainState, batch: Batch) -> Result:
     """A step in microbatches, as one program."""
     parts = jax.tree.map(lambda x: split(x, self.k, self.mesh), batch)
     numbers = jnp.arange(self.k)

@@ -5,6 +5,7 @@ A name is the path of a leaf joined by "/", as in the released checkpoints:
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import re
 from typing import Any
 
@@ -12,9 +13,7 @@ import jax
 
 from sigjax import errors
 
-
-def _name(path: tuple[Any, ...]) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator="/")
+_name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def join(a: dict, b: dict) -> dict:
 
 
 def first_match(table: Sequence[Sequence], tree: Any, what: str) -> Any:
-  """Gives each leaf the value of the first row whose regex matches its name.
+  """Gives each leaf the value of the first row that matches its name.
 
   Args:
     table: rows (regex, value); a regex has to match the whole name.

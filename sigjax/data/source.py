@@ -321,45 +321,45 @@ class Mixture(Source):
     j = bisect.bisect_right(self._starts, i) - 1
     return self._parts[j], self._joined.first(j), i - self._starts[j]
 
-  def members_of(self, i):
+  def members_of(self, i: int) -> Int[np.ndarray, " n"]:
     part, start, i = self._locate(i)
     return start + part.members_of(i)
 
-  def pick(self, i, rng=None):
+  def pick(self, i: int, rng: np.random.Generator | None = None) -> int:
     part, start, i = self._locate(i)
     return start + part.pick(i, rng)
 
-  def numbers(self):
+  def numbers(self) -> Int[np.ndarray, " n"]:
     return np.concatenate(
       [self._joined.first(j) + p.numbers() for j, p in enumerate(self._parts)]
     )
 
-  def name_of(self, record):
+  def name_of(self, record: int) -> str:
     part, record = self._joined.locate(record)
     return part.name_of(record)
 
-  def column(self, name):
+  def column(self, name: str) -> Iterable[np.ndarray] | None:
     raise _each(f'"{name}"')
 
-  def image_ids(self):
+  def image_ids(self) -> Sequence[Any] | None:
     raise _each("part")
 
-  def caption_column(self, name):
+  def caption_column(self, name: str) -> np.ndarray | None:
     raise _each(f'"{name}"')
 
-  def parts(self):
+  def parts(self) -> tuple[list[Source], list[float]]:
     return self._parts, self._weights
 
-  def identity(self):
+  def identity(self) -> dict[str, Any]:
     return {"parts": [part.identity() for part in self._parts]}
 
-  def check_evaluable(self):
+  def check_evaluable(self) -> None:
     raise errors.UserError(
       f"a {self.name} cannot be evaluated on: weights mean nothing there; "
       "give an evaluation for each"
     )
 
-  def replaced(self, **attributes):
+  def replaced(self, **attributes: Any) -> Source:
     raise _each(" and ".join(attributes))
 
 

@@ -16,8 +16,6 @@ from sigjax.models import transformer
 class TextTransformer(nn.Module):
   """Tokens (B, L), int32 in [0, vocab_size), to one vector each.
 
-  L is the length that the tower is initialised with, and no other.
-
   Attributes:
     variant: "B": sizes from transformer.VARIANTS.
     width, depth, mlp_dim, num_heads: instead of the variant's.
