@@ -75,9 +75,9 @@ MUTATIONS = [
     LOSSES,
   ),
   Mutation(
-    "losses.py",
-    "slope = (over_texts + over_images) / 2 - positive.astype(F32)",
-    "slope = over_texts - positive.astype(F32)",
+    "softmax.py",
+    "slope = (over_texts + over_images) / 2 - positive",
+    "slope = over_texts - positive",
     LOSSES,
   ),
   Mutation(
