@@ -76,8 +76,8 @@ MUTATIONS = [
   ),
   Mutation(
     "softmax.py",
-    "slope = (over_texts + over_images) / 2 - positive.astype(jnp.float32)",
-    "slope = over_texts - positive.astype(jnp.float32)",
+    "slope = (over_texts + over_images) / 2 - positive",
+    "slope = over_texts - positive",
     LOSSES,
   ),
   Mutation(

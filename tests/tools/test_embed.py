@@ -127,7 +127,7 @@ def test_training_on_embeddings_is_training_on_the_tower(config, tmp_path):
   # The run cannot continue on embeddings of another tower.
   other = dict(config, evals={})
   embed.embed(other, tmp_path / "other", dtype="float32")
-  with pytest.raises(errors.UserError, match="has embeddings of tower"):
+  with pytest.raises(errors.UserError, match="another identity"):
     train.main(tmp_path / "b", **precomputed(other, tmp_path / "other"))
 
 
