@@ -170,10 +170,11 @@ def emoji_evals(
         type="retrieval", data=data(name), group="concept"
       )
   evals["held_style_zeroshot"]["every_percent"] = 25
-  if data is drawings:
-    evals["picture"] = dict(
-      type="picture", data=data("held_style"), group="concept", captions="name"
-    )
+  evals["picture"] = dict(
+    type="picture", data=data("held_style"), group="concept", captions="name"
+  )
+  if data is not drawings:  # of embeddings
+    evals["picture"]["shown"] = drawings("held_style")
   return evals
 
 

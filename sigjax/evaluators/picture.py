@@ -1,5 +1,6 @@
 """A picture for people: images with their best captions."""
 
+from collections.abc import Mapping
 import pathlib
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sigjax import errors
+from sigjax.data import kinds
 from sigjax.data.example import images
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
@@ -30,6 +32,8 @@ class Picture:
     path: the PNG to write.
     count: the number of examples, evenly spread over the split.
     best: the number of captions of each.
+    shown: keyword arguments of kinds.open_source for the images to draw, where
+      the examples hold embeddings; the same examples in the same order.
     **options: keyword arguments of Retrieval.
 
   Attributes:
@@ -46,12 +50,24 @@ class Picture:
     path: pathlib.Path,
     count: int = 24,
     best: int = 5,
+    shown: Mapping[str, Any] | None = None,
     **options: Any,
   ):
     self._retrieval: retrieval.Retrieval = errors.call(
       retrieval.Retrieval, options, "config of the picture", tokenizer
     )
     self.source = self._retrieval.source
+    self._shown = self.source
+    if shown:
+      self._shown = errors.call(
+        kinds.open_source, shown, "config of the picture"
+      )
+      if len(self._shown) != len(self.source):
+        raise errors.UserError(
+          f"the picture shows {self._shown.name} with {len(self._shown)} images "
+          f"for the {len(self.source)} of {self.source.name}; they have to be "
+          "the same examples"
+        )
     self.path, self._count, self._best = path, count, best
 
   def run(self, embed: Embed, mesh: jax.sharding.Mesh) -> list[Row]:
@@ -72,7 +88,7 @@ class Picture:
       scores = ztxt[texts] @ zimg[number]
       cells.append(
         (
-          images.decode(self.source[number]["image"]),
+          images.decode(self._shown[number]["image"]),
           [
             (self._retrieval.texts[texts[j]], scores[j], j in right[place])
             for j in np.argsort(-scores)[: self._best]
