@@ -41,7 +41,7 @@ from sigjax import errors, trees
 from sigjax.checkpoints import layout, restore
 from sigjax.data.example import pipe_string, preprocess
 from sigjax.models import two_towers
-from sigjax.runtime import program
+from sigjax.runtime import identity, program
 from sigjax.weights import npz
 from tools.hf import config as config_lib
 from tools.hf import names as names_lib
@@ -75,7 +75,9 @@ def convert(
   tokenizer = pathlib.Path(tokenizer or home / "tokenizer.model")
   if is_run and not config:
     # That of the checkpoint: a later command may have changed config.json.
-    given = restore.read_about(weights)["config"]
+    about = restore.read_about(weights)
+    identity.check_tokenizer(tokenizer, about)
+    given = about["config"]
   else:
     config = pathlib.Path(config or home / "config.json")
     given = config_lib.read_json(config)

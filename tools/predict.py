@@ -38,7 +38,7 @@ from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.data.faults import BadExample
 from sigjax.data.formats import embeddings
 from sigjax.models import two_towers
-from sigjax.runtime import metrics, program
+from sigjax.runtime import identity, metrics, program
 from tools.embedding.tower import Tower
 
 FLAGS = flags.FLAGS
@@ -75,8 +75,10 @@ class Predictor:
   def __init__(self, path: str, tower: Mapping[str, Any] | None = None):
     workdir = pathlib.Path(layout.find(path)[0])
     # That of the checkpoint: a later command may have changed config.json.
-    config = restore.read_about(path)["config"]
+    about = restore.read_about(path)
+    config = about["config"]
     tokenizer = tokenizer_lib.Tokenizer(workdir / "tokenizer.model")
+    identity.check_tokenizer(workdir / "tokenizer.model", about)
     self._pp = {
       key: preprocess.parse(config[f"pp_{key}"], tokenizer=tokenizer)
       for key in ("image", "text")

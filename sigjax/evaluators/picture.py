@@ -64,8 +64,8 @@ class Picture:
       )
       if len(self._shown) != len(self.source):
         raise errors.UserError(
-          f"the picture shows {self._shown.name} with {len(self._shown)} images "
-          f"for the {len(self.source)} of {self.source.name}; they have to be "
+          f"{self._shown.name}, to be shown, has {len(self._shown)} images for "
+          f"the {len(self.source)} of {self.source.name}; they have to be "
           "the same examples"
         )
     self.path, self._count, self._best = path, count, best

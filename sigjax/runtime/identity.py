@@ -37,6 +37,22 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def check_tokenizer(
+  file: str | os.PathLike[str], about: dict[str, Any]
+) -> None:
+  """Raises UserError if a tokenizer is not that of a checkpoint.
+
+  Args:
+    file: WORKDIR/tokenizer.model.
+    about: what the checkpoint keeps, see restore.read_about.
+  """
+  if about.get("identity", {}).get("tokenizer", sha256(file)) != sha256(file):
+    raise errors.UserError(
+      f"{file} is not the tokenizer that the checkpoint was trained with; put "
+      "a copy of that one there"
+    )
+
+
 def check_hosts(what: str, value: Any) -> None:
   """Raises UserError unless all processes have the same value.
 

@@ -247,6 +247,17 @@ def test_a_picture_shows_whole_images_in_their_own_shape(
   picture._retrieval._pp_image = "decode|resize(16)|keep('image')"
   picture.run(embed, mesh)
   pixels = np.asarray(Image.open(picture.path)).astype(int)
+  # Of embeddings, the images of another source are shown.
+  with pytest.raises(errors.UserError, match="has 2 images for the 1 of"):
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    (tmp_path / "one.csv").write_text("file,caption\none.png,a cow\n")
+    make(
+      tokenizer,
+      tmp_path / "sheet.png",
+      type="picture",
+      data=dict(kind="folder", path=str(tmp_path), table="one.csv"),
+      shown=dict(kind="folder", path=str(tmp_path)),
+    )
   blue = (abs(pixels - (0, 0, 255)) < 40).all(-1)
   shapes = []
   for half in np.split(blue[:, :840], 2, axis=1):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -114,6 +115,14 @@ def test_command(trained, tmp_path):
     probability = float(percent.removesuffix("%")) / 100
     assert probability == pytest.approx(float(want.probability[0, j]), rel=0.06)
     assert probability > 0
+
+
+def test_another_tokenizer_is_refused(trained, tmp_path):
+  shutil.copytree(trained, tmp_path / "run")
+  file = tmp_path / "run/tokenizer.model"
+  tokenizer_lib.train(["other words", "than these"], 24, file)
+  with pytest.raises(errors.UserError, match="is not the tokenizer"):
+    predict.Predictor(tmp_path / "run")
 
 
 def test_images_that_are_not_there(tmp_path):
