@@ -356,7 +356,7 @@ def test_a_full_disk_is_said_and_ends_in_an_error(tmp_path, tiny_config):
     ),
     (dict(tokenizer=dict(path="none.model")), "no SentencePiece model none.mo"),
     (dict(evals=dict(x=dict(type="zeroshots"))), "config.evals.x.type"),
-    (dict(data=dict(split="train")), "config.data needs: kind"),
+    (dict(data=dict(split="train")), "a source needs a kind"),
     (
       dict(tokenizer=dict(vocab_size=33)),
       "text.vocab_size is 32, but the token",
