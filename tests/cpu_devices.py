@@ -4,7 +4,7 @@ JAX reads these variables when it starts. The programs that tests start inherit
 them, and so do the workers of pytest-xdist.
 """
 
-from importlib import metadata
+from importlib import metadata, util
 import os
 import tempfile
 
@@ -20,8 +20,9 @@ def xla_flags(devices: int) -> str:
     f"--xla_force_host_platform_device_count={devices}",
     "--xla_backend_optimization_level=0",
   ]
-  # XLA ends the process at a flag that it does not know.
-  if metadata.version("jaxlib").startswith("0.10."):
+  # XLA ends the process at a flag that it does not know, and so does libtpu.
+  old = metadata.version("jaxlib").startswith("0.10.")
+  if old and not util.find_spec("libtpu"):
     flags.append("--xla_cpu_use_fusion_emitters=false")
   return " ".join(flags)
 

@@ -232,7 +232,11 @@ def test_loss_on_a_tpu_that_is_not_there(tpu, capsys):
   b = 131072 // 4
   assert float(row("embeddings")[0]) == 2 * 2 * b * 1024 / 2**30
   found = float(row("temporaries", "(activations,", "gradients)")[0])
-  assert found == pytest.approx(14 * b * 1024 / 2**30, rel=0.01)
+  # libtpu 0.0.42 plans 14 bytes a number, 0.0.52 another copy in bfloat16.
+  bytes_each = found * 2**30 / (b * 1024)
+  assert bytes_each == pytest.approx(14, rel=0.01) or (
+    bytes_each == pytest.approx(16, rel=0.01)
+  )
   assert float(row("the", "chip", "has")[0]) == 30.75
   tflop = 6 * 131072**2 * 1024 / 4 / 1e12
   for label in (
