@@ -4,9 +4,11 @@ So config.json says everything, and every value can be overridden on the command
 line: --config.seed=1, --config.optim.options.b2=0.99.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import inspect
 import os
+import re
+import sys
 from typing import Any
 
 from absl import flags
@@ -51,14 +53,39 @@ def define_config_flag(
       )
     config = load(path)
     with config.unlocked():
-      fill(config, main)
+      fill(config, main, _chosen(sys.argv))
     return config
 
   parser.parse = load_and_fill
 
 
-def fill(config: Any, main: Callable[..., Any] | None = None) -> None:
-  """Adds to a config, in place, each key that it leaves at its default."""
+def _chosen(argv: Sequence[str]) -> dict[str, str]:
+  """Returns {path: value} of the overrides that choose a function.
+
+  Such as --config.loss.name=softmax: which defaults there are depends on it.
+  """
+  found = {}
+  for i, arg in enumerate(argv):
+    match = re.fullmatch(r"--?config\.([\w.]+\.(?:name|kind|type))(=.*)?", arg)
+    if match:
+      after = argv[i + 1] if i + 1 < len(argv) else ""
+      found[match[1]] = match[2][1:] if match[2] else after
+  return found
+
+
+def fill(
+  config: Any,
+  main: Callable[..., Any] | None = None,
+  chosen: Mapping[str, str] | None = None,
+) -> None:
+  """Adds to a config, in place, each key that it leaves at its default.
+
+  Args:
+    config: a ConfigDict.
+    main: see define_config_flag.
+    chosen: {path: value} of names that replace the config's own, such as
+      {"loss.name": "softmax"}.
+  """
   # Imported here: it is the tools that open no data which import this file.
   from sigjax import evaluators
   from sigjax.checkpoints import restore, save
@@ -71,6 +98,17 @@ def fill(config: Any, main: Callable[..., Any] | None = None) -> None:
       if config.get(key) is None:
         config[key] = ConfigDict()
     _add(config, main, skip=("eval_only",))
+  if (section := config.get("optim")) is not None:
+    for key in ("schedule", "options"):
+      if section.get(key) is None:
+        section[key] = ConfigDict()
+  for path, value in (chosen or {}).items():
+    *parents, last = path.split(".")
+    section = config
+    for key in parents:
+      section = section.get(key) if isinstance(section, ConfigDict) else None
+    if isinstance(section, ConfigDict):
+      section[last] = value
   if (model := config.get("model")) is not None:
     _add(model, two_towers.TwoTowers, MODULE)
     image = model.get("image", ConfigDict())
@@ -80,9 +118,6 @@ def fill(config: Any, main: Callable[..., Any] | None = None) -> None:
     _add(text, TextTransformer, (*MODULE, "out_dim", "dtype"))
   if (section := config.get("optim")) is not None:
     _add(section, optim.make_optimizer)
-    for key in ("schedule", "options"):
-      if section[key] is None:
-        section[key] = ConfigDict()
     _add(section.schedule, optim.make_schedule)
     _add(section.schedule, optim.SCHEDULES.get(section.schedule.name))
     _add(section.options, optim.OPTIMIZERS.get(section.name))

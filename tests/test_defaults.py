@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import ConfigDict
 import pytest
 
-from sigjax import defaults, errors, train
+from sigjax import defaults, errors, losses, optim, sharding, train
 from sigjax.runtime import program
 
 # ml_collections loads config files so.
@@ -59,6 +59,23 @@ def test_main_takes_a_filled_config(monkeypatch, config):
   filled = parse(monkeypatch, config=config).to_dict()
   errors.check(train.main, filled, "config", "workdir", eval_only=False)
   assert filled["seed"] == 0 and filled["log_every_steps"] in (20, 50)
+
+
+def test_another_choice_has_other_defaults(monkeypatch):
+  config = parse(
+    monkeypatch,
+    "--config.loss.name=softmax",
+    "--config.optim.name=lion",
+    "--config.optim.schedule.name",
+    "rsqrt",
+    "--config.optim.schedule.timescale=7",
+  )
+  losses.make(sharding.make_mesh(), sharding.AXES, **config.loss)
+  errors.check(optim.lion, config.optim.options, "config.optim.options")
+  assert config.optim.options.to_dict() == dict(b1=0.9, b2=0.95, mu_dtype=None)
+  assert "comm" not in config.loss and config.loss.tile == 1024
+  schedule = config.optim.schedule
+  assert (schedule.timescale, schedule.cooldown_steps) == (7, 0)
 
 
 def test_a_mistyped_key_is_one_line(monkeypatch, capsys):
