@@ -30,6 +30,13 @@ Arguments (defaults in brackets):
     (Table 1: 71.0 after 2.4e9 examples in batches of 16384).
   smoke: the same code with tiny towers on the emoji data; takes a minute on two
     CPU cores.
+
+Settings for other needs, as overrides on the command line:
+  --config.optim.name=lion: a smaller optimizer state; divide lr by ten.
+  --config.optim.schedule.name=rsqrt: for runs that may be extended.
+  --config.model.text.embed_rank=96: for vocabularies of 250,000 pieces.
+  --config.model.image.posemb=sincos2d: fixed positions.
+  --config.feed=host: for images that do not fit on the devices.
 """
 
 from ml_collections import ConfigDict
