@@ -37,6 +37,10 @@ Settings for other needs, as overrides on the command line:
   --config.model.text.embed_rank=96: for vocabularies of 250,000 pieces.
   --config.model.image.posemb=sincos2d: fixed positions.
   --config.feed=host: for images that do not fit on the devices.
+  --config.optim="{'name': 'adafactor', 'lr': 1e-3, 'grad_clip_norm': 1.0}":
+    less than half the optimizer memory, for towers larger than L.
+  flip_lr in --config.pp, after resize: mirrors half of the images; not for data
+    whose images have writing or whose captions say left and right.
 """
 
 from ml_collections import ConfigDict

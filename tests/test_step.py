@@ -107,13 +107,9 @@ def one_device():
 
 
 def assert_close(got, want, rtol=2e-5, atol=2e-6):
-  for params, metrics in [(got[:2], want[:2])]:
-    for a, b in zip(params, metrics):
-      jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol),
-        a,
-        b,
-      )
+  """Compares the parameters and the metrics of two runs."""
+  close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
+  jax.tree.map(close, tuple(got[:2]), tuple(want[:2]))
 
 
 @pytest.mark.parametrize("data, fsdp", [(2, 1), (8, 1), (1, 4), (2, 4)])
