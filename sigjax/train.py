@@ -185,11 +185,6 @@ def main(
   _check_vocabulary(run.model.text, tokens.vocab_size)
   shapes = run.state.params
   flops = flops_lib.training(run.model, example, run.state.trained)
-  if hosts.is_primary() and not eval_only:
-    table = parameter_overview.get_parameter_overview(
-      shapes, include_stats=False
-    )
-    (workdir / "parameters.txt").write_text(table + "\n")
   log.info(
     "%.1f M parameters (parameters.txt), %.2f GFLOP per example",
     parameter_overview.count_parameters(shapes) / 1e6,
@@ -254,6 +249,10 @@ def main(
     total = first_step
   elif hosts.is_primary():  # nothing can be refused any more
     config_lib.write_config(config, workdir / "config.json")
+    table = parameter_overview.get_parameter_overview(
+      shapes, include_stats=False
+    )
+    (workdir / "parameters.txt").write_text(table + "\n")
   agree = hosts.Agreement(mesh_)
   due = functools.partial(_due, total=total)
 
