@@ -294,10 +294,7 @@ def main(
           )
         if names:
           for name, row in evaluations.run(names, state.params, step, writer):
-            progress.write(
-              f"step {step}: {name} {row.metric} {row.value:.1%} "
-              f"(chance {row.chance:.1%}, n {row.n})"
-            )
+            progress.write(f"step {step}: {name} {row}")
           clock.start()  # evaluation is no training time
     names = list(evaluations.by_name)
     rows = evaluations.run(names, state.params, total, writer)

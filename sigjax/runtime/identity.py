@@ -46,7 +46,8 @@ def check_tokenizer(
     file: WORKDIR/tokenizer.model.
     about: what the checkpoint keeps, see restore.read_about.
   """
-  if about.get("identity", {}).get("tokenizer", sha256(file)) != sha256(file):
+  trained_with = about.get("identity", {}).get("tokenizer")
+  if trained_with not in (None, sha256(file)):
     raise errors.UserError(
       f"{file} is not the tokenizer that the checkpoint was trained with; put "
       "a copy of that one there"
