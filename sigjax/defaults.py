@@ -139,7 +139,8 @@ def fill(
     make = evaluators.EVALUATORS.get(section.get("type"))
     _add(section, make and make(), ("path", "bad_fraction"))
     _add_duration(section, "every")
-    _add_source(section.get("data"), kinds)
+    for key in ("data", "data_test"):
+      _add_source(section.get(key), kinds)
 
 
 def _add_source(section: Any, kinds: Any) -> None:

@@ -351,24 +351,24 @@ class _Evaluations:
     from sigjax import embed, evaluators  # not every run has any
 
     self._embed, self._mesh = embed.make_embed(model, mesh), mesh
+    self._tokens = tokens
     self.every = {k: v.pop("every_steps", None) for k, v in sections.items()}
     self.by_name = {
       name: evaluators.make(
-        f"config.evals.{name}",
-        workdir / f"{name}.png",
-        tokens,
-        {**shared, **section},
+        f"config.evals.{name}", workdir / f"{name}.png", section, shared
       )
       for name, section in sections.items()
     }
 
   def run(self, names, params, step, writer):
     """Returns (name, Row) of each result, and writes their values."""
-    embed = functools.partial(self._embed, params)
+    from sigjax.evaluators.embedder import Embedder
+
+    embedder = Embedder(functools.partial(self._embed, params), self._tokens)
     rows = [
       (name, row)
       for name in names
-      for row in self.by_name[name].run(embed, self._mesh)
+      for row in self.by_name[name].run(embedder, self._mesh)
     ]
     if rows:
       writer.write(step, {f"{name}/{r.metric}": r.value for name, r in rows})

@@ -336,10 +336,11 @@ def test_embed_runs_one_tower():
   mesh = sharding.make_mesh()
   params = init_params()
   embed, batch = embed_lib.make_embed(model, mesh), make_batch()
-  zimg, none = embed(params, image=batch["image"])
+  zimg, none, features = embed(params, image=batch["image"])
   assert none is None
-  want, ztxt, _ = model.apply({"params": params}, **batch)
+  want, ztxt, out = model.apply({"params": params}, **batch)
   np.testing.assert_allclose(zimg, want, atol=1e-6)
+  np.testing.assert_allclose(features, out["img/pre_logits"], atol=1e-6)
   np.testing.assert_allclose(
     embed(params, text=batch["text"])[1], ztxt, atol=1e-6
   )

@@ -1,23 +1,28 @@
-"""Evaluations by name. Each is given an `embed` function, never a model."""
+"""Evaluations by name. Each is given embeddings, never a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import inspect
 import pathlib
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 from jaxtyping import Array, Float
 import numpy as np
 
 from sigjax import errors
-from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
+
+if TYPE_CHECKING:
+  from sigjax.evaluators.embedder import Embedder
 
 
 class Embed(Protocol):
   """Embeds a batch of images or of texts.
 
   Returns:
-    zimg, ztxt, each (B, E) with unit rows, or None for an input not given.
+    zimg, ztxt: (B, E) with unit rows; None for an input not given.
+    features: (B, W), the image tower's output before its head, not normalised;
+      None without images.
   """
 
   def __call__(
@@ -25,6 +30,7 @@ class Embed(Protocol):
   ) -> tuple[
     Float[Array | np.ndarray, "B E"] | None,
     Float[Array | np.ndarray, "B E"] | None,
+    Float[Array | np.ndarray, "B W"] | None,
   ]: ...
 
 
@@ -66,11 +72,11 @@ class Evaluator(Protocol):
 
   source: Source
 
-  def run(self, embed: Embed, mesh: jax.sharding.Mesh) -> list[Row]:
+  def run(self, embedder: "Embedder", mesh: jax.sharding.Mesh) -> list[Row]:
     """Returns the results; every process calls it.
 
     Args:
-      embed: the model.
+      embedder: embeds with the model; evaluations of one round share it.
       mesh: the devices to compute on.
     """
     ...
@@ -91,28 +97,46 @@ def _zeroshot() -> Callable[..., Evaluator]:
   return zeroshot.ZeroShot
 
 
+def _fewshot() -> Callable[..., Evaluator]:
+  from sigjax.evaluators import fewshot
+
+  return fewshot.FewShot
+
+
+def _xm3600() -> Callable[..., Evaluator]:
+  from sigjax.evaluators import xm3600
+
+  return xm3600.xm3600
+
+
 def _picture() -> Callable[..., Evaluator]:
   from sigjax.evaluators import picture
 
   return picture.Picture
 
 
-EVALUATORS = dict(retrieval=_retrieval, zeroshot=_zeroshot, picture=_picture)
+EVALUATORS = dict(
+  retrieval=_retrieval,
+  zeroshot=_zeroshot,
+  fewshot=_fewshot,
+  xm3600=_xm3600,
+  picture=_picture,
+)
 
 
 def make(
   what: str,
   path: pathlib.Path,
-  tokenizer: Tokenizer,
-  options: dict[str, Any],
+  options: Mapping[str, Any],
+  shared: Mapping[str, Any],
 ) -> Evaluator:
   """Builds the evaluator of one section of config.evals.
 
   Args:
     what: the section's name in errors, such as "config.evals.retrieval".
     path: the PNG that a picture is written to.
-    tokenizer: of the run.
     options: "type", a name in EVALUATORS, and the evaluator's own arguments.
+    shared: arguments for evaluators that take them, unless in options.
 
   Raises:
     UserError: the type is unknown, or an argument is.
@@ -120,5 +144,7 @@ def make(
   options = dict(options)
   name = options.pop("type", None)
   evaluator = errors.pick(EVALUATORS, name, f"{what}.type")()
+  taken = inspect.signature(evaluator).parameters
+  options = {k: v for k, v in shared.items() if k in taken} | options
   extra = {"path": path} if name == "picture" else {}
-  return errors.call(evaluator, options, what, tokenizer, **extra)
+  return errors.call(evaluator, options, what, **extra)

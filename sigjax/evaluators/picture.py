@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from sigjax import errors
 from sigjax.data import kinds
 from sigjax.data.example import images
-from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
-from sigjax.evaluators import Embed, Row, retrieval
+from sigjax.evaluators import Row, retrieval
+from sigjax.evaluators.embedder import Embedder
 
 COLUMNS = 3
 SIDE, WIDTH, LINE, GAP = 112, 420, 20, 12  # pixels: image, cell, text, margin
@@ -28,13 +28,13 @@ class Picture:
   """Draws examples and their best captions to a PNG.
 
   Args:
-    tokenizer: of the run.
     path: the PNG to write.
+    data, pp_image, pp_text, bad_fraction, captions, group, batch_size: see
+      Retrieval.
     count: the number of examples, evenly spread over the split.
     best: the number of captions of each.
     shown: keyword arguments of kinds.open_source for the images to draw, where
       the examples hold embeddings; the same examples in the same order.
-    **options: keyword arguments of Retrieval.
 
   Attributes:
     path: the PNG; the primary process has written it when run() returns.
@@ -45,16 +45,27 @@ class Picture:
 
   def __init__(
     self,
-    tokenizer: Tokenizer,
     *,
     path: pathlib.Path,
+    data: Mapping[str, Any],
+    pp_image: str,
+    pp_text: str,
+    bad_fraction: float,
+    captions: str = "captions",
+    group: str | None = None,
+    batch_size: int = 256,
     count: int = 24,
     best: int = 5,
     shown: Mapping[str, Any] | None = None,
-    **options: Any,
   ):
-    self._retrieval: retrieval.Retrieval = errors.call(
-      retrieval.Retrieval, options, "config of the picture", tokenizer
+    self._retrieval = retrieval.Retrieval(
+      data=data,
+      pp_image=pp_image,
+      pp_text=pp_text,
+      bad_fraction=bad_fraction,
+      captions=captions,
+      group=group,
+      batch_size=batch_size,
     )
     self.source = self._retrieval.source
     self._shown = self.source
@@ -70,10 +81,10 @@ class Picture:
         )
     self.path, self._count, self._best = path, count, best
 
-  def run(self, embed: Embed, mesh: jax.sharding.Mesh) -> list[Row]:
+  def run(self, embedder: Embedder, mesh: jax.sharding.Mesh) -> list[Row]:
     """Writes the picture. Returns no rows."""
     del mesh
-    zimg, ztxt, use_image, use_text = self._retrieval.embed(embed)
+    zimg, ztxt, use_image, use_text = self._retrieval.embed(embedder)
     if jax.process_index() > 0:
       return []
     numbers = np.flatnonzero(use_image)

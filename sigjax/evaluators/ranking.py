@@ -1,4 +1,4 @@
-"""Embedding a whole dataset, and the rank of the right answer."""
+"""The rank of the right answer, and what chance reaches."""
 
 from collections.abc import Hashable, Sequence
 import math
@@ -11,68 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from sigjax import sharding
-from sigjax.data.batches import pipeline
-from sigjax.data.example import preprocess
-from sigjax.data.example.tokenizer import Tokenizer
-from sigjax.data.source import Source
-from sigjax.evaluators import Embed
 
 BLOCK = 1024  # queries compared at a time, on all devices together
-
-
-class Texts:
-  """Texts as the records of a Source."""
-
-  def __init__(self, texts: Sequence[str]):
-    self._texts = texts
-
-  def __len__(self) -> int:
-    return len(self._texts)
-
-  def __getitem__(self, i: int) -> dict[str, str]:
-    return dict(text=self._texts[i])
-
-
-def embed_all(
-  embed: Embed,
-  source: Source,
-  pp: str,
-  tokenizer: Tokenizer,
-  batch_size: int,
-  bad_fraction: float,
-) -> tuple[Float[np.ndarray, "N E"], Bool[np.ndarray, " N"]]:
-  """Embeds every example of a source once, in order.
-
-  Args:
-    embed: the model.
-    source: N examples.
-    pp: preprocessing string that keeps "image" or "text".
-    tokenizer: for its tokenize op.
-    batch_size: B.
-    bad_fraction: the largest fraction of examples that may be unusable.
-
-  Returns:
-    The embeddings, float32, and which of them are of usable examples. Every
-    process gets all of them.
-  """
-  fn = preprocess.parse(pp, tokenizer=tokenizer)
-  rows, usable = [], []
-  for batch in pipeline.eval_batches(
-    source,
-    fn,
-    batch_size=batch_size,
-    bad_fraction=bad_fraction,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  ):
-    mask = batch.pop("_mask")
-    zimg, ztxt = embed(**batch)
-    z = zimg if ztxt is None else ztxt
-    z, mask = multihost_utils.process_allgather((z, mask), tiled=True)
-    rows.append(np.asarray(z))
-    usable.append(np.asarray(mask))
-  n = len(source)  # the last batch may go on past it
-  return np.concatenate(rows)[:n], np.concatenate(usable)[:n]
 
 
 @jax.jit

@@ -23,7 +23,7 @@ class Precomputed(nn.Module):
   def __call__(
     self, image: Float[Array, "B W"], train: bool = False
   ) -> tuple[Float[Array, "B E"], dict[str, Array]]:
-    """Returns z, (B, out_dim) or (B, W), and no intermediates.
+    """Returns z, (B, out_dim) or (B, W), and {"pre_logits": image}.
 
     Raises:
       UserError: the embeddings have another width.
@@ -34,8 +34,9 @@ class Precomputed(nn.Module):
         f"the data's embeddings have shape {tuple(image.shape[1:])}, but "
         f"config.model.image.width is {self.width}"
       )
+    out = {"pre_logits": image}
     if self.out_dim:
       image = nn.Dense(self.out_dim, dtype=self.dtype, name="head")(
         image.astype(self.dtype)
       )
-    return image, {}
+    return image, out

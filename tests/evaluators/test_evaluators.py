@@ -15,6 +15,7 @@ from sigjax.data import kinds
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.data.source import Source
 from sigjax.evaluators import prompts, ranking
+from sigjax.evaluators.embedder import Embedder
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,8 @@ def lookup_embed(tokenizer, names):
   def embed(image=None, text=None):
     if image is not None:
       number = jnp.round((jnp.asarray(image)[:, 8, 8, 0] + 1) * 127.5)
-      return jnp.eye(len(names))[number.astype(int) // 10], None
+      z = jnp.eye(len(names))[number.astype(int) // 10]
+      return z, None, z
     rows = []
     for tokens in np.asarray(text):
       words = tokenizer._model.decode([int(t) for t in tokens if t > 1]).split()
@@ -91,7 +93,7 @@ def lookup_embed(tokenizer, names):
       rows.append(
         np.eye(len(names))[found[0]] if found else np.zeros(len(names))
       )
-    return None, jnp.asarray(np.array(rows))
+    return None, jnp.asarray(np.array(rows)), None
 
   return embed
 
@@ -144,8 +146,12 @@ PP = dict(
 )
 
 
-def make(tokenizer, path=None, **section):
-  return evaluators.make("config.evals.x", path, tokenizer, {**PP, **section})
+def make(path=None, **section):
+  return evaluators.make("config.evals.x", path, section, PP)
+
+
+def run(evaluator, embed, mesh, tokenizer=None):
+  return evaluator.run(Embedder(embed, tokenizer), mesh)
 
 
 def test_zeroshot(animals, tokenizer, mesh):
@@ -154,9 +160,8 @@ def test_zeroshot(animals, tokenizer, mesh):
     dict(label="concept", classes="captions"),
     dict(label="label", classes="labels", templates="photo"),
   ):
-    rows = make(tokenizer, type="zeroshot", data=animals, **options).run(
-      embed, mesh
-    )
+    evaluator = make(type="zeroshot", data=animals, **options)
+    rows = run(evaluator, embed, mesh, tokenizer)
     assert [row[0] for row in rows] == ["6-way top-1", "6-way top-5"]
     _, value, by_chance, n, left_out = rows[0]
     assert left_out == 0
@@ -166,10 +171,10 @@ def test_zeroshot(animals, tokenizer, mesh):
 
 def test_retrieval(animals, tokenizer, mesh):
   embed = lookup_embed(tokenizer, NAMES)
-  evaluator = make(
-    tokenizer, type="retrieval", data=animals, group="concept", ks=(1, 2)
-  )
-  rows = {row.metric: row[1:4] for row in evaluator.run(embed, mesh)}
+  evaluator = make(type="retrieval", data=animals, group="concept", ks=(1, 2))
+  rows = {
+    row.metric: row[1:4] for row in run(evaluator, embed, mesh, tokenizer)
+  }
   # 12 texts, two of each animal; 18 images, three of each animal.
   value, by_chance, n = rows["image->text recall@1"]
   assert (value, n) == (pytest.approx(17 / 18), 18)
@@ -182,19 +187,16 @@ def test_retrieval(animals, tokenizer, mesh):
   assert (value, n) == (pytest.approx(10 / 12), 12)
   assert by_chance == pytest.approx(3 / 18)
   # Without groups each caption is there three times, and all are right.
-  rows = make(tokenizer, type="retrieval", data=animals, ks=(1,)).run(
-    embed, mesh
-  )
+  evaluator = make(type="retrieval", data=animals, ks=(1,))
+  rows = run(evaluator, embed, mesh, tokenizer)
   assert rows[0].value == pytest.approx(17 / 18)
   assert rows[0].chance == pytest.approx(6 / 36)
 
 
 def test_picture(animals, tokenizer, mesh, tmp_path):
   path = tmp_path / "x.png"
-  picture = make(
-    tokenizer, path, type="picture", data=animals, group="concept", count=5
-  )
-  assert picture.run(lookup_embed(tokenizer, NAMES), mesh) == []
+  picture = make(path, type="picture", data=animals, group="concept", count=5)
+  assert run(picture, lookup_embed(tokenizer, NAMES), mesh, tokenizer) == []
   assert picture.path == path
   image = np.asarray(Image.open(path)).astype(int)
   green = (image == (205, 240, 205)).all(-1)[50:].any(-1)  # below the legend
@@ -209,16 +211,16 @@ def test_a_picture_marks_a_caption_that_others_have_too(
   picture = evaluators.make(
     "x",
     tmp_path / "x.png",
-    None,
-    dict(RAW, type="picture", data=opened(monkeypatch, Source("m", records))),
+    dict(type="picture", data=opened(monkeypatch, Source("m", records))),
+    RAW,
   )
 
   def embed(image=None, text=None):
     z = jnp.ones((len(image if text is None else text), 2))
-    return (z, None) if text is None else (None, z)
+    return (z, None, z) if text is None else (None, z, None)
 
   picture._retrieval._pp_image = "decode|keep('image')"
-  picture.run(embed, mesh)
+  run(picture, embed, mesh)
   image = np.asarray(Image.open(picture.path)).astype(int)
   lines = (image == (205, 240, 205)).all(-1)[30:]
   for cell in range(3):
@@ -234,7 +236,6 @@ def test_a_picture_shows_whole_images_in_their_own_shape(
     'file,caption\n0.png,"a cow\n\nwith a break"\n1.png,' + "dog " * 5000 + "\n"
   )
   picture = make(
-    tokenizer,
     tmp_path / "sheet.png",
     type="picture",
     data=dict(kind="folder", path=str(tmp_path)),
@@ -242,17 +243,16 @@ def test_a_picture_shows_whole_images_in_their_own_shape(
 
   def embed(image=None, text=None):
     z = jnp.ones((len(image if text is None else text), 2))
-    return (z, None) if text is None else (None, z)
+    return (z, None, z) if text is None else (None, z, None)
 
   picture._retrieval._pp_image = "decode|resize(16)|keep('image')"
-  picture.run(embed, mesh)
+  run(picture, embed, mesh, tokenizer)
   pixels = np.asarray(Image.open(picture.path)).astype(int)
   # Of embeddings, the images of another source are shown.
   with pytest.raises(errors.UserError, match="has 2 images for the 1 of"):
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     (tmp_path / "one.csv").write_text("file,caption\none.png,a cow\n")
     make(
-      tokenizer,
       tmp_path / "sheet.png",
       type="picture",
       data=dict(kind="folder", path=str(tmp_path), table="one.csv"),
@@ -264,26 +264,6 @@ def test_a_picture_shows_whole_images_in_their_own_shape(
     y, x = np.nonzero(half)
     shapes.append((np.ptp(y) + 1, np.ptp(x) + 1))
   assert shapes == [(28, 112), (112, 28)]
-
-
-def test_prompts():
-  records = [
-    dict(c=b"x", captions=[b"one", b"two"]),
-    dict(c=b"y", captions=[b"three"]),
-    dict(c=None, captions=[b"five"]),
-    dict(c=b"x", captions=[b"one", b"four"]),
-    dict(c=b"y", captions=[b"\xff"]),
-  ]
-  ids, texts = prompts.classes(
-    Source("s", records), "c", "captions", "plain", 0.01
-  )
-  assert ids.tolist() == [0, 1, -1, 0, -1]
-  assert texts == [["one", "two", "four"], ["three"]]
-  records = [dict(label=np.int64(i), image=b"") for i in (1, 0, -1, 2)]
-  source = Source("s", records, label_names=dict(label=["a_b", "c"]))
-  ids, texts = prompts.classes(source, "label", "labels", "photo", 0.01)
-  assert ids.tolist() == [1, 0, -1, -1]
-  assert texts[0][:2] == ["a b", "a a b"] and len(texts[0]) == 7
 
 
 def unit(rng, *shape):
@@ -304,11 +284,11 @@ def embed_by_number(zimg, text_of):
 
   def embed(image=None, text=None):
     if text is None:
-      return jnp.asarray(zimg[np.asarray(image)]), None
+      z = jnp.asarray(zimg[np.asarray(image)])
+      return z, None, z
     blank = np.zeros(zimg.shape[1], np.float32)  # a row past the end
-    return None, jnp.asarray(
-      np.stack([text_of(str(t)) if t else blank for t in text])
-    )
+    z = np.stack([text_of(str(t)) if t else blank for t in text])
+    return None, jnp.asarray(z), None
 
   return embed
 
@@ -343,8 +323,10 @@ def test_a_class_is_the_normalised_mean_of_its_prompts(mesh, monkeypatch):
   options = dict(
     RAW, type="zeroshot", data=opened(monkeypatch, source), templates="photo"
   )
-  rows = evaluators.make("x", None, None, options).run(
-    embed_by_number(zimg, z.__getitem__), mesh
+  rows = run(
+    evaluators.make("x", None, options, {}),
+    embed_by_number(zimg, z.__getitem__),
+    mesh,
   )
   each = np.stack(
     [[z[f.format(n)] for f in prompts.TEMPLATES["photo"]] for n in names]
@@ -376,7 +358,7 @@ def test_equal_captions_are_equally_right(mesh, monkeypatch):
   options = dict(
     RAW, type="retrieval", data=opened(monkeypatch, source), ks=(1,)
   )
-  rows = evaluators.make("x", None, None, options).run(embed, mesh)
+  rows = run(evaluators.make("x", None, options, {}), embed, mesh)
   assert [row.value for row in rows] == [1, 1]
   # Of 6 captions those of dogs and pets (4, 2, 2, 2, 2) are right.
   assert rows[0].chance == pytest.approx((4 + 2 + 2 + 2 + 2) / 5 / 6)
@@ -398,8 +380,10 @@ def test_recall_is_that_of_brute_force(mesh, monkeypatch, group):
   zimg = unit(rng, n, 4)
   data = opened(monkeypatch, Source("made", records))
   options = dict(RAW, type="retrieval", data=data, group=group, ks=(1, 5))
-  rows = evaluators.make("x", None, None, options).run(
-    embed_by_number(zimg, z.__getitem__), mesh
+  rows = run(
+    evaluators.make("x", None, options, {}),
+    embed_by_number(zimg, z.__getitem__),
+    mesh,
   )
 
   good = [i for i in range(n) if i != 7]
@@ -465,7 +449,7 @@ SECTIONS = [
 def test_images_are_not_read_to_begin_with(monkeypatch, section):
   source = Source("made", Unreadable(100), label_names=dict(label=NAMES))
   data = opened(monkeypatch, source)
-  evaluators.make("x", None, None, dict(RAW, data=data, **section))
+  evaluators.make("x", None, section, dict(RAW, data=data))
 
 
 class Large:
@@ -485,7 +469,7 @@ def test_images_are_not_held(monkeypatch, section):
   source = Source("made", Large(), label_names=dict(label=NAMES))
   data = opened(monkeypatch, source)
   tracemalloc.start()
-  evaluators.make("x", None, None, dict(RAW, data=data, **section))
+  evaluators.make("x", None, section, dict(RAW, data=data))
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert peak < 100 << 20
@@ -512,19 +496,19 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
   )
   data = dict(kind="folder", path=str(tmp_path))
   embed = lookup_embed(tokenizer, NAMES)
-  rows = make(tokenizer, type="retrieval", data=data, ks=(1,)).run(embed, mesh)
+  evaluator = make(type="retrieval", data=data, ks=(1,))
+  rows = run(evaluator, embed, mesh, tokenizer)
   assert [tuple(row)[1:] for row in rows] == [
     (1.0, pytest.approx((2 * 8 + 2) / 10 / 10), 10, 2),
     (1.0, pytest.approx((2 * 8 + 2) / 10 / 10), 10, 1),
   ]
   assert str(rows[0]).endswith("100.0% (chance 18.00%, n 10, 2 left out)")
   options = dict(type="zeroshot", label="kind", classes="captions", ks=(1,))
-  rows = make(tokenizer, data=data, **options).run(embed, mesh)
+  rows = run(make(data=data, **options), embed, mesh, tokenizer)
   assert rows == [("6-way top-1", 1.0, pytest.approx(1 / 6), 10, 2)]
   with pytest.raises(errors.UserError, match="bad_fraction=0.0001 allows"):
-    make(tokenizer, type="retrieval", data=data, bad_fraction=0.0001).run(
-      embed, mesh
-    )
+    evaluator = make(type="retrieval", data=data, bad_fraction=0.0001)
+    run(evaluator, embed, mesh, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -533,9 +517,9 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
     (dict(type="retreival"), 'config.evals.x.type "retreival" is not known'),
     (dict(type="zeroshot", lable="label"), 'config.evals.x has no key "lable"'),
     (dict(type="picture", groop="c"), 'no key "groop"'),
-    (dict(type="zeroshot", classes="wordnet"), "from: captions, labels"),
+    (dict(type="zeroshot", classes="wordnet"), "from: captions, imagenet"),
     (dict(type="zeroshot", label="concept"), 'label "concept" is not known'),
-    (dict(type="zeroshot", templates="poem"), "choose from: photo, plain"),
+    (dict(type="zeroshot", templates="poem"), "choose from: clip_7, clip_80"),
     (dict(type="retrieval", captions="caption"), 'did you mean "captions"'),
     (
       dict(type="retrieval", group="captions"),
@@ -549,7 +533,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
     (dict(type="zeroshot", label="lable"), 'did you mean "label"'),
   ],
 )
-def test_mistakes_are_named(animals, tokenizer, section, message):
+def test_mistakes_are_named(animals, section, message):
   with pytest.raises(errors.UserError) as e:
-    make(tokenizer, data=animals, **section)
+    make(data=animals, **section)
   assert message in str(e.value)
