@@ -96,6 +96,12 @@ class Retrieval:
       [pairs[i][0] for i in firsts]
     )
     self.texts = [pairs[i][1] for i in firsts]
+    if not self.texts:
+      what = f' with a "{by}"' if by else ""
+      raise errors.UserError(
+        f"{self.source.name} has no caption{what} that can be evaluated; the "
+        "log names examples that cannot be used"
+      )
     self._pp_image, self._pp_text = pp_image, pp_text
     self._batch_size, self._bad_fraction = batch_size, bad_fraction
     self._ks, self._by = ks, by
@@ -114,7 +120,7 @@ class Retrieval:
     images = found.usable & self._readable
     texts = np.isin(self._text_groups, self._groups[images])
     if not texts.any():
-      raise self._nothing("")
+      raise self._unusable("")
     ztxt = embedder.texts(self.texts, self._pp_text, *args)
     return found.z, ztxt, images, texts
 
@@ -157,7 +163,7 @@ class Retrieval:
       # An example that cannot be read may have had a text of any value.
       images = np.isin(self._groups, self._text_groups[texts]) | ~self._readable
       if not (texts & use_text).any():
-        raise self._nothing(f' with {self._by} "{value}"')
+        raise self._unusable(f' with {self._by} "{value}"')
       for row in self._recalls(
         zimg, ztxt, images, use_image, texts, use_text, mesh
       ):
@@ -204,10 +210,10 @@ class Retrieval:
       ]
     return rows
 
-  def _nothing(self, what: str) -> errors.UserError:
+  def _unusable(self, what: str) -> errors.UserError:
     return errors.UserError(
-      f"{self.source.name} has no example{what} that can be evaluated; the log "
-      "names some that cannot be used"
+      f"{self.source.name}: no example{what} has an image that can be used; "
+      "the log names some"
     )
 
 

@@ -3,24 +3,22 @@
 import io
 import json
 import math
+import pathlib
 import tracemalloc
 
 import jax.numpy as jnp
+from made import RAW, embed_by_number, opened, run, unit
 import numpy as np
 from PIL import Image
 import pytest
 
-from sigjax import errors, evaluators, sharding
+from sigjax import errors, evaluators
 from sigjax.data import kinds
+from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
+from sigjax.data.faults import BadExample
 from sigjax.data.source import Source
 from sigjax.evaluators import prompts, ranking
-from sigjax.evaluators.embedder import Embedder
-
-
-@pytest.fixture(scope="module")
-def mesh():
-  return sharding.make_mesh()
 
 
 def brute_force_ranks(queries, keys, query_ids, key_ids):
@@ -104,6 +102,7 @@ def encoded(colour):
   return data.getvalue()
 
 
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 NAMES = ["ant", "bee", "cow", "dog", "elk", "fox"]
 
 
@@ -148,10 +147,6 @@ PP = dict(
 
 def make(path=None, **section):
   return evaluators.make("config.evals.x", path, section, PP)
-
-
-def run(evaluator, embed, mesh, tokenizer=None):
-  return evaluator.run(Embedder(embed, tokenizer), mesh)
 
 
 def test_zeroshot(animals, tokenizer, mesh):
@@ -264,41 +259,6 @@ def test_a_picture_shows_whole_images_in_their_own_shape(
     y, x = np.nonzero(half)
     shapes.append((np.ptp(y) + 1, np.ptp(x) + 1))
   assert shapes == [(28, 112), (112, 28)]
-
-
-def unit(rng, *shape):
-  z = rng.normal(size=shape).astype(np.float32)
-  return z / np.linalg.norm(z, axis=-1, keepdims=True)
-
-
-def opened(monkeypatch, source):
-  monkeypatch.setitem(kinds.SOURCES, "made", lambda: lambda: source)
-  return dict(kind="made")
-
-
-def embed_by_number(zimg, text_of):
-  """Embeds image i as zimg[i] and a text as text_of(text).
-
-  Preprocessing has to hand over the number as "image" and the text as it is.
-  """
-
-  def embed(image=None, text=None):
-    if text is None:
-      z = jnp.asarray(zimg[np.asarray(image)])
-      return z, None, z
-    blank = np.zeros(zimg.shape[1], np.float32)  # a row past the end
-    z = np.stack([text_of(str(t)) if t else blank for t in text])
-    return None, jnp.asarray(z), None
-
-  return embed
-
-
-RAW = dict(
-  pp_image="keep('image')",
-  pp_text="keep('text')",
-  batch_size=16,
-  bad_fraction=0.01,
-)
 
 
 def test_a_class_is_the_normalised_mean_of_its_prompts(mesh, monkeypatch):
@@ -420,6 +380,167 @@ def test_recall_is_that_of_brute_force(mesh, monkeypatch, group):
   assert [row.left_out for row in rows] == [1, 1, 0, 0]
 
 
+def brute_force_recalls(scores, right):
+  """Returns recall at 1 and 5 of each row, in float64."""
+  best = np.where(right, scores, -9).max(1, keepdims=True)
+  rank = (~right & (scores >= best)).sum(1)
+  return [(rank < 1).mean(), (rank < 5).mean()]
+
+
+def test_recall_is_that_of_the_original(mesh, monkeypatch):
+  golden = np.load(GOLDEN / "evals.npz")
+  zimg, ztxt = golden["retrieval/zimg"], golden["retrieval/ztxt"]
+  owner = golden["retrieval/image_of_text"]
+  source = Source(
+    "made",
+    [
+      dict(
+        image=np.int32(i),
+        captions=[str(j) for j in np.flatnonzero(owner == i)],
+      )
+      for i in range(len(zimg))
+    ],
+  )
+  options = dict(type="retrieval", equal_captions=False)
+  data = opened(monkeypatch, source)
+  evaluator = evaluators.make("x", None, options, dict(RAW, data=data))
+  rows = run(evaluator, embed_by_number(zimg, lambda t: ztxt[int(t)]), mesh)
+  want = [
+    *golden["retrieval/image_to_text_at_1_5_10"],
+    *golden["retrieval/text_to_image_at_1_5_10"],
+  ]
+  assert [row.value for row in rows] == pytest.approx(want, abs=1e-6)
+  assert rows[-1].n == len(ztxt)
+
+
+def test_without_equal_captions_only_the_own_ones_are_right(mesh, monkeypatch):
+  """As published: each caption is a query, and has one right image."""
+  captions = [["a dog", "a dog"], ["a dog"], ["a cow"]]
+  source = Source(
+    "made",
+    [dict(image=np.int32(i), captions=c) for i, c in enumerate(captions)],
+  )
+  z = np.array([[1, 0], [0.8, 0.6], [0, 1]], np.float32)
+  options = dict(type="retrieval", ks=(1, 2), equal_captions=False)
+  data = opened(monkeypatch, source)
+  evaluator = evaluators.make("x", None, options, dict(RAW, data=data))
+  embed = embed_by_number(z, lambda t: z[0] if t == "a dog" else z[2])
+  rows = {row.metric: row for row in run(evaluator, embed, mesh)}
+  assert rows["text->image recall@1"].value == 3 / 4
+  assert rows["text->image recall@2"].value == 1
+  assert rows["text->image recall@1"].n == 4
+  # The dog of another image ties with the own two, and counts as better.
+  assert rows["image->text recall@1"].value == 1 / 3
+
+
+def test_recall_by_language(mesh, monkeypatch):
+  """One value for each caption or for the record; some have none."""
+  rng = np.random.default_rng(1)
+  words = [f"w{i}" for i in range(25)]
+  z = dict(zip(words, unit(rng, 25, 4)))
+  zimg = unit(rng, 40, 4)
+  records = []
+  for i in range(40):
+    texts = [*rng.choice(words, 3), " "]
+    values = [*rng.choice(["en", "de", "iw"], 3), "en"]
+    if i % 5 == 0:  # of the record; the other captions are missing
+      values, texts = "de", texts[:2]
+    if i % 7 == 0:
+      values = [None, *values[1:]] if isinstance(values, list) else None
+    records.append(dict(image=np.int32(i), captions=texts, language=values))
+  records[3]["image"] = b""  # found to be unusable when its image is read
+  source = Source("made", records)
+  options = dict(type="retrieval", by="language", ks=(1, 5), bad_fraction=0.1)
+  data = opened(monkeypatch, source)
+  monkeypatch.setitem(preprocess.OPS, "number", number_or_bad)
+  options["pp_image"] = "number|keep('image')"
+  evaluator = evaluators.make("x", None, options, dict(RAW, data=data))
+  found = run(evaluator, embed_by_number(zimg, z.__getitem__), mesh)
+  rows = {row.metric: row for row in found}
+
+  values = []
+  for language in ("en", "de", "iw"):
+    pairs = []  # (image, text), each text of an image once
+    for i, record in enumerate(records):
+      given = record["language"]
+      if not isinstance(given, list):
+        given = [given] * len(record["captions"])
+      for value, text in zip(given, record["captions"]):
+        if value == language and text.strip() and (i, text) not in pairs:
+          pairs.append((i, text))
+    left_out = {i for i, _ in pairs if i == 3}
+    pairs = [(i, t) for i, t in pairs if i != 3]
+    images = sorted({i for i, _ in pairs})
+    right = np.array([[(i, t) in pairs for _, t in pairs] for i in images])
+    scores = zimg[images] @ np.stack([z[t] for _, t in pairs]).T
+    for name, s, is_right in (
+      ("image->text", scores, right),
+      ("text->image", scores.T, right.T),
+    ):
+      want = brute_force_recalls(s, is_right)
+      got = [rows[f"{language} {name} recall@{k}"] for k in (1, 5)]
+      assert [row.value for row in got] == pytest.approx(want)
+      assert got[0].n == len(s)
+      values.append((name, want[0]))
+    assert got[0].chance < got[1].chance
+    assert rows[f"{language} image->text recall@1"].left_out == len(left_out)
+  assert len(rows) == 4 * 4
+  assert found[-1].metric == "mean text->image recall@5"
+  for name in ("image->text", "text->image"):
+    mean = np.mean([value for key, value in values if key == name])
+    assert rows[f"mean {name} recall@1"].value == pytest.approx(mean)
+
+
+def number_or_bad():
+  def apply(example, rng):
+    del rng
+    if example["image"] == b"":
+      raise BadExample("no image", kind="no image")
+    return example
+
+  return apply
+
+
+@pytest.mark.parametrize(
+  "value, message",
+  [
+    (["en"], 'made has no caption with a "language"'),  # of two captions
+    (None, 'made has no caption with a "language"'),
+  ],
+)
+def test_no_caption_has_a_language(monkeypatch, value, message):
+  records = [dict(image=0, captions=["a", "b"], language=value)] * 3
+  data = opened(monkeypatch, Source("made", records))
+  options = dict(type="retrieval", by="language", data=data)
+  with pytest.raises(errors.UserError, match=message):
+    evaluators.make("x", None, options, RAW)
+
+
+def test_any_of_several_labels_is_right(mesh, monkeypatch):
+  """As in ReaL: an image without labels is left out."""
+  rng = np.random.default_rng(2)
+  labels = [list(rng.choice(8, rng.integers(0, 4), False)) for _ in range(50)]
+  zimg, heads = unit(rng, 50, 5), unit(rng, 8, 5)
+  source = Source(
+    "made",
+    [dict(image=np.int32(i), real=x) for i, x in enumerate(labels)],
+    label_names=dict(real=[f"c{i}" for i in range(8)]),
+  )
+  options = dict(type="zeroshot", label="real", ks=(1, 3))
+  data = opened(monkeypatch, source)
+  evaluator = evaluators.make("x", None, options, dict(RAW, data=data))
+  embed = embed_by_number(zimg, lambda t: heads[int(t[1:])])
+  rows = run(evaluator, embed, mesh)
+  order = np.argsort(-zimg @ heads.T, axis=1)
+  used = [i for i in range(50) if labels[i]]
+  for row, k in zip(rows, (1, 3)):
+    hits = [bool(set(order[i, :k]) & set(labels[i])) for i in used]
+    assert row.value == pytest.approx(np.mean(hits))
+    miss = [math.comb(8 - len(labels[i]), k) / math.comb(8, k) for i in used]
+    assert row.chance == pytest.approx(1 - np.mean(miss))
+    assert (row.n, row.left_out) == (len(used), 50 - len(used))
+
+
 class Unreadable:
   """Records whose images must not be read."""
 
@@ -517,6 +638,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
     (dict(type="retreival"), 'config.evals.x.type "retreival" is not known'),
     (dict(type="zeroshot", lable="label"), 'config.evals.x has no key "lable"'),
     (dict(type="picture", groop="c"), 'no key "groop"'),
+    (dict(type="picture", by="label"), 'no key "by"'),
     (dict(type="zeroshot", classes="wordnet"), "from: captions, imagenet"),
     (dict(type="zeroshot", label="concept"), 'label "concept" is not known'),
     (dict(type="zeroshot", templates="poem"), "choose from: clip_7, clip_80"),
@@ -525,6 +647,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tokenizer, mesh, tmp_path):
       dict(type="retrieval", group="captions"),
       'group of the evaluation: feature "captions" is not known',
     ),
+    (dict(type="retrieval", by="labl"), 'by: feature "labl" is not known'),
     (dict(type="retrieval", group="concpt"), "choose from: concept, label"),
     (
       dict(type="zeroshot", label="captions", classes="captions"),

@@ -1,0 +1,8 @@
+import pytest
+
+from sigjax import sharding
+
+
+@pytest.fixture(scope="session")
+def mesh():
+  return sharding.make_mesh()
