@@ -441,12 +441,12 @@ def test_recall_by_language(mesh, monkeypatch):
   zimg = unit(rng, 40, 4)
   records = []
   for i in range(40):
-    texts = [*rng.choice(words, 3), " "]
-    values = [*rng.choice(["en", "de", "iw"], 3), "en"]
+    texts = [" ", *rng.choice(words, 3)]
+    values = ["en", *rng.choice(["en", "de", "iw"], 3)]
     if i % 5 == 0:  # of the record; the other captions are missing
       values, texts = "de", texts[:2]
     if i % 7 == 0:
-      values = [None, *values[1:]] if isinstance(values, list) else None
+      values = [*values[:-1], None] if isinstance(values, list) else None
     records.append(dict(image=np.int32(i), captions=texts, language=values))
   records[3]["image"] = b""  # found to be unusable when its image is read
   source = Source("made", records)
