@@ -14,8 +14,10 @@ LANGUAGES = "en", "he", "quz"
 
 @pytest.fixture
 def folder(tmp_path):
-  """Six images whose red tells their number; image 5 has no
-  Quechua, and the same Hebrew twice."""
+  """Six images whose red tells their number.
+
+  Image 5 has no Quechua, and the same Hebrew twice.
+  """
   (tmp_path / "images").mkdir()
   lines = []
   for i in range(6):
