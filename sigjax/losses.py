@@ -11,8 +11,9 @@ multiplied in bfloat16, float32 ones in full float32 on every platform. Sums are
 float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from sigjax import errors
 from sigjax.ring import Ring
@@ -29,11 +30,20 @@ from sigjax.ring import Ring
 F32 = jnp.float32
 Rows = Float[Array, "B E"]
 Scalar = Float[Array, ""] | float
+Groups = Int32[Array, "B G"] | None
 Loss = Callable[..., Float[Array, ""]]
 
 
 def sigmoid_loss(
-  zimg: Rows, ztxt: Rows, t: Scalar, b: Scalar
+  zimg: Rows,
+  ztxt: Rows,
+  t: Scalar,
+  b: Scalar,
+  groups: Groups = None,
+  key: Array | None = None,
+  *,
+  positives: str | None = None,
+  negatives: Mapping[str, Any] | None = None,
 ) -> Float[Array, ""]:
   """Algorithm 1 of the SigLIP paper: the reference, with B x B logits at once.
 
@@ -42,13 +52,25 @@ def sigmoid_loss(
     ztxt: (B, E) text embeddings; text i belongs to image i.
     t: () temperature.
     b: () bias.
+    groups, key, positives, negatives: see ring_sigmoid_loss.
 
   Returns:
     () float32: the sum over all pairs, divided by B.
   """
-  logits = dot(zimg, ztxt.T) * t + b
-  labels = 2 * jnp.eye(len(zimg)) - 1  # 1 on the diagonal, -1 elsewhere
-  return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / len(zimg)
+  check_groups(groups, positives, len(zimg))
+  chosen, draw = _chosen(negatives, key, len(zimg))
+  cosine, diagonal = dot(zimg, ztxt.T), jnp.eye(len(zimg), dtype=bool)
+  positive, weight = relate(positives, diagonal, groups, groups)
+  if chosen:
+    from sigjax import negatives as lib
+
+    weight = lib.weights(
+      chosen, draw, lax.stop_gradient(cosine), positive, weight
+    )
+  weight = jnp.ones(()) if weight is None else weight.astype(F32)
+  logits = cosine * t + b
+  labels = jnp.where(positive, 1.0, -1.0)  # 1 on the diagonal
+  return -jnp.sum(weight * jax.nn.log_sigmoid(labels * logits)) / len(zimg)
 
 
 def ring_sigmoid_loss(
@@ -56,12 +78,16 @@ def ring_sigmoid_loss(
   ztxt: Rows,
   t: Scalar,
   b: Scalar,
+  groups: Groups = None,
+  key: Array | None = None,
   *,
   mesh: Mesh,
   axes: str | tuple[str, ...] = ("data",),
   tile: int = 1024,
   direction: str = "forward",
   comm: str = "ring",
+  positives: str | None = None,
+  negatives: Mapping[str, Any] | None = None,
 ) -> Float[Array, ""]:
   """sigmoid_loss of a batch split over D devices (SigLIP, section 3.3).
 
@@ -73,6 +99,9 @@ def ring_sigmoid_loss(
     ztxt: (B, E) text embeddings, likewise; text i belongs to image i.
     t: () temperature.
     b: () bias.
+    groups: (B, G) int32, rows split over axes, if there are positives. Two rows
+      that agree in a column are a true pair.
+    key: of jax.random, for random negatives: other keys keep other pairs.
     mesh: the mesh of devices.
     axes: the mesh axes that split the batch; together they are one ring.
     tile: logits are computed in tiles of at most tile x tile.
@@ -82,6 +111,11 @@ def ring_sigmoid_loss(
       once instead of D times but holds B texts and their gradients; "auto":
       "all_gather" below 256 texts a device, where a block takes less time than
       a permute needs to start, else "ring".
+    positives: what a true pair off the diagonal is: "mask": no pair at all;
+      "all": a positive. None: a negative, and groups are not given.
+    negatives: dict(share=, which=): keeps a share of the negatives, 0 to 1, of
+      the whole batch: "random" ones, the "hardest" or the "easiest". The sum is
+      still divided by B. None keeps all. See negatives.py.
 
   Returns:
     () float32, the same on every device.
@@ -91,7 +125,72 @@ def ring_sigmoid_loss(
       divide B.
   """
   ring = ring_of(zimg, ztxt, t, b, mesh, axes, tile, direction, comm)
-  return on_all_devices(_sigmoid_share, ring, mesh, zimg, ztxt, t, b)
+  check_groups(groups, positives, len(zimg))
+  chosen, draw = _chosen(negatives, key, len(zimg))
+  share = functools.partial(_sigmoid_share, positives, chosen)
+  return on_all_devices(share, ring, mesh, zimg, ztxt, t, b, groups, draw)
+
+
+# What a true pair off the diagonal is, see ring_sigmoid_loss.
+POSITIVES = {None: "a negative", "mask": "no pair", "all": "a positive"}
+
+
+def check_groups(groups: Groups, positives: str | None, B: int) -> None:
+  """Raises UserError unless groups are (B, G), and given if they are used."""
+  errors.pick(POSITIVES, positives, "positives")
+  if positives and groups is None:
+    raise errors.UserError(
+      f'positives is "{positives}", but the batch has no "group": add '
+      """group('concept'), or another feature, to config.pp, and 'group' """
+      "to its keep"
+    )
+  if groups is None:
+    return
+  if positives is None:
+    raise errors.UserError(
+      'the batch has a "group" that positives None does not use: set '
+      'config.loss.positives to "mask" or "all", or keep no group in config.pp'
+    )
+  if groups.ndim != 2 or len(groups) != B or groups.dtype != jnp.int32:
+    raise errors.UserError(
+      f"groups have to be ({B}, G) int32, not {groups.shape} {groups.dtype}"
+    )
+
+
+def relate(
+  positives: str | None, diagonal: Array, image: Groups, text: Groups
+) -> tuple[Array, Array | None]:
+  """Returns, of the pairs of m images and n texts, (positive, counts).
+
+  Args:
+    positives: see ring_sigmoid_loss.
+    diagonal: (m, n) bool, where text and image are of one row.
+    image, text: their groups, (m, G) and (n, G), or None.
+
+  Returns:
+    (m, n) bool, True for positives; and (m, n) bool, False for pairs that count
+    for nothing, or None if all count.
+  """
+  if image is None or text is None:
+    return diagonal, None
+  same = jnp.any(image[:, None] == text[None, :], axis=2)
+  if positives == "all":
+    return diagonal | same, None
+  return diagonal, diagonal | ~same
+
+
+def _chosen(section, key, B):
+  """Returns what negatives.py needs: Negatives, and the words of the key."""
+  if section is None:
+    return None, None
+  from sigjax import negatives  # few runs need it
+
+  chosen = negatives.of(section, B)
+  if chosen.which != "random":
+    return chosen, None
+  if key is None:
+    raise errors.UserError("negatives: random ones need a key, of jax.random")
+  return chosen, jax.random.key_data(key).ravel()
 
 
 def _softmax() -> Loss:
@@ -115,7 +214,7 @@ def make(
   dtype: str = "float32",
   **options: Any,
 ) -> Loss:
-  """Returns fn(zimg, ztxt, t, b) -> () float32 as a config describes it.
+  """Returns fn(zimg, ztxt, t, b, groups=, key=) as a config describes it.
 
   Args:
     mesh, axes: see ring_sigmoid_loss.
@@ -131,15 +230,18 @@ def make(
   dtypes = {"float32": F32, "bfloat16": jnp.bfloat16}
   to = errors.pick(dtypes, dtype, "config.loss.dtype")
 
-  errors.check(fn, options, "config.loss", *[None] * 4, mesh=mesh, axes=axes)
+  given: dict[str, Any] = dict(mesh=mesh, axes=axes, groups=None)
+  if "negatives" in inspect.signature(fn).parameters:
+    given["key"] = None
+  errors.check(fn, options, "config.loss", *[None] * 4, **given)
 
-  def loss(zimg, ztxt, t, b):
+  def loss(zimg, ztxt, t, b, groups=None, key=None):
     z = zimg.astype(to), ztxt.astype(to)
-    return fn(*z, t, b, mesh=mesh, axes=axes, **options)
+    more = dict(given, groups=groups)
+    if "key" in given:
+      more["key"] = key
+    return fn(*z, t, b, **more, **options)
 
-  # A trace on tiny shapes: a wrong value fails now, not at the first step.
-  z = jax.ShapeDtypeStruct((mesh.size, 1), F32)
-  jax.eval_shape(lambda x, y: loss(x, y, 1.0, 0.0), z, z)
   return loss
 
 
@@ -149,7 +251,8 @@ def logit_stats(
   """Mean logit of the B positive and of the B * (B - 1) negative pairs.
 
   Exact in O(B E): the sum of <zimg_i, ztxt_j> over all i and j is the inner
-  product of two sums. No gradient flows. Arguments as in sigmoid_loss.
+  product of two sums. No gradient flows. Arguments as in sigmoid_loss. A
+  positive is a pair on the diagonal, whatever the loss makes of the others.
 
   Returns:
     {"pos": () float32, "neg": () float32}; neg is not finite if B is 1.
@@ -165,27 +268,47 @@ def logit_stats(
 # --- One device's share: its b images, and all texts as they pass ------------
 
 
-def _sigmoid_share(ring: Ring, zimg, ztxt, t, b, with_grads: bool):
+def _sigmoid_share(
+  positives, chosen, ring: Ring, zimg, ztxt, t, b, groups, draw, with_grads
+):
   """Returns the loss and, if with_grads, its gradients (else None)."""
+  relation = functools.partial(relate, positives)
+  images, texts, weigh = (zimg, groups), (ztxt, groups), None
+  if chosen:
+    from sigjax import negatives
 
-  def pairs(positive, zi, zt, by_image, dzt):
+    place = jnp.arange(len(zimg)) + lax.axis_index(ring.axes) * len(zimg)
+    place = place.astype(jnp.uint32)
+    images, texts = (*images, place), (*texts, place)
+    weigh = negatives.select(ring, chosen, draw, relation, images, texts)
+
+  def pairs(diagonal, image, text, by_image, dzt):
     loss, db, dzi = by_image
-    logits = dot(zi, zt.T) * t + b
+    zi, zt = image[0], text[0]
+    cosine = dot(zi, zt.T)
+    positive, weight = relation(diagonal, image[1], text[1])
+    if weigh:
+      weight = weigh(image, text, cosine, positive, weight)
+    logits = cosine * t + b
     # -log_sigmoid(label * logit) is softplus(x); sigmoid(x) is its slope.
     x = jnp.where(positive, -logits, logits)
     softplus = jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    if weight is not None:
+      softplus *= weight.astype(F32)  # a product keeps NaN
     loss += jnp.sum(softplus, axis=1)
     if not with_grads:
       return (loss, None, None), None
     slope = 1 / (1 + jnp.exp(-x))  # correctly 0 where exp overflows
     slope = jnp.where(positive, -slope, slope)  # with respect to the logit
+    if weight is not None:
+      slope *= weight.astype(F32)
     db += jnp.sum(slope, axis=1)
     slope = slope.astype(zi.dtype)
     return (loss, db, dzi + dot(slope, zt)), dzt + dot(slope.T, zi)
 
   row, zero = ring.zeros(len(zimg)), ring.zeros(*zimg.shape)
   sums = ((row, row, zero), zero) if with_grads else ((row, None, None), None)
-  (loss, db, dzimg), dztxt = ring.visit(pairs, zimg, ztxt, *sums)
+  (loss, db, dzimg), dztxt = ring.visit(pairs, images, texts, *sums)
   if not with_grads:
     return ring.mean(loss), None
   return ring.mean(loss), gradients(ring, zimg, ztxt, t, dzimg, dztxt, db)
@@ -210,7 +333,9 @@ def dot(x: Array, y: Array) -> Array:
   return jnp.dot(x, y, precision=precision, preferred_element_type=F32)
 
 
-def on_all_devices(share, ring: Ring, mesh: Mesh, zimg, ztxt, t, b):
+def on_all_devices(
+  share, ring: Ring, mesh: Mesh, zimg, ztxt, t, b, groups, draw=None
+):
   """Returns the loss, each device computing its share.
 
   If it is differentiated, the forward pass computes value and gradients and
@@ -223,16 +348,18 @@ def on_all_devices(share, ring: Ring, mesh: Mesh, zimg, ztxt, t, b):
     return jax.shard_map(
       functools.partial(share, ring, with_grads=with_grads),
       mesh=mesh,
-      in_specs=(split, split, whole, whole),
+      in_specs=(split, split, whole, whole, split, whole),
       out_specs=(whole, grads),
     )(*args)
 
   def scale(grads, g):
-    return jax.tree.map(lambda x: (x.astype(F32) * g).astype(x.dtype), grads)
+    by = lambda x: (x.astype(F32) * g).astype(x.dtype)
+    return *jax.tree.map(by, grads), None, None  # groups and draw have none
 
   loss = jax.custom_vjp(lambda *args: run(False, *args)[0])
   loss.defvjp(functools.partial(run, True), scale)
-  return loss(zimg, ztxt, jnp.asarray(t, F32), jnp.asarray(b, F32))
+  t, b = jnp.asarray(t, F32), jnp.asarray(b, F32)
+  return loss(zimg, ztxt, t, b, groups, draw)
 
 
 def ring_of(zimg, ztxt, t, b, mesh, axes, tile, direction, comm) -> Ring:
