@@ -6,7 +6,11 @@ Used by train.py, and by the tools that compile or time the same step.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
+import numpy as np
 import optax
 
 from sigjax import errors, losses
@@ -14,13 +18,13 @@ from sigjax import optim as optim_lib
 from sigjax import sharding as sharding_lib
 from sigjax import state as state_lib
 from sigjax import step as step_lib
-from sigjax.models.two_towers import TwoTowers
+from sigjax.models import two_towers
 
 
 class Built(NamedTuple):
   """The parts of a run."""
 
-  model: TwoTowers
+  model: two_towers.TwoTowers
   tx: optax.GradientTransformation  # of what is trained
   train_step: step_lib.TrainStep
   state: state_lib.TrainState  # abstract, see state.abstract_state
@@ -45,7 +49,8 @@ def build(
 
   Args:
     mesh: from sharding.make_mesh.
-    example: dict(image=, text=), one preprocessed example, for its shapes.
+    example: dict(image=, text=) and, for a loss with positives, group=: one
+      preprocessed example, for its shapes.
     total_steps: the length of the training.
     batch_size, model, optim, loss, sharding, lock, microbatches, feed, seed:
       see train.main; durations in optim are in steps.
@@ -55,7 +60,7 @@ def build(
       divide, or dropout in a locked tower.
   """
   sharding_lib.check_batch_size(batch_size, mesh, microbatches)
-  towers = errors.call(TwoTowers, model, "config.model")
+  towers = two_towers.of_config(model, batch_size)
   for tower, section in (("img", "image"), ("txt", "text")):
     if tower in lock and getattr(towers, section).get("dropout"):
       raise errors.UserError(
@@ -67,8 +72,27 @@ def build(
     optim_lib.make_optimizer, optim, "config.optim", trained, total_steps
   )
   loss_fn = losses.make(mesh, sharding_lib.AXES, **(loss or {}))
+  _check_loss(loss_fn, batch_size, example.get("group"))
   options: Any = dict(seed=seed, microbatches=microbatches, feed=feed)
   make_step = step_lib.make_train_step
   train_step = make_step(towers, tx, lr_fn, loss_fn, mesh, **options)
   state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock)
   return Built(towers, tx, train_step, state)
+
+
+def _check_loss(
+  loss_fn: losses.Loss, batch_size: int, group: Array | None
+) -> None:
+  """Traces the loss: a wrong value in its section fails before the first step.
+
+  The parameters may take minutes to read, and the step minutes to compile.
+  """
+  like = jax.ShapeDtypeStruct
+  z = like((batch_size, 1), jnp.float32)
+  groups = None
+  if group is not None:
+    groups = like((batch_size, *np.shape(group)), group.dtype)
+  fn = lambda zimg, ztxt, groups: loss_fn(
+    zimg, ztxt, 1.0, 0.0, groups=groups, key=jax.random.key(0)
+  )
+  jax.eval_shape(fn, z, z, groups)

@@ -124,7 +124,7 @@ def fill(
   if (section := config.get("loss")) is not None:
     _add(section, losses.make)
     loss = losses.LOSSES.get(section.name)
-    _add(section, loss and loss(), ("b", "axes"))
+    _add(section, loss and loss(), ("b", "groups", "key", "axes"))
   if (section := config.get("mesh")) is not None:
     _add(section, sharding.make_mesh, ("devices",))
   if (section := config.get("init")) is not None:

@@ -48,7 +48,8 @@ def make_train_step(
     for i in range(step.k):
       z.append(embed(state, part(i), i))
       jax.block_until_ready(z[i - 1])
-    z, loss, grads, dz = loss_and_gradients(state, stack(*z))
+    groups = sharding.put_batch(batch.get("group"), mesh)
+    z, loss, grads, dz = loss_and_gradients(state, stack(*z), groups)
     before = loss
     for i in range(step.k):
       grads, done = pull_back(state, part(i), i, dz, grads)

@@ -15,7 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
-from sigjax import errors
+from sigjax import errors, losses
 from sigjax.ring import Ring
 
 DIGIT = 4  # bits; more bits are fewer trips, but more thresholds in each
@@ -131,7 +131,7 @@ def select(
     steps = start + (jnp.arange(1 << DIGIT, dtype=jnp.uint32) << shift)
 
     def pairs(diagonal, image, text, found, by_text):
-      cosine = None if image[0] is None else _dot(image[0], text[0].T)
+      cosine = None if image[0] is None else losses.dot(image[0], text[0].T)
       key = keys(draw, image[2], text[2], cosine)
       negative = _negative(*relate(diagonal, image[1], text[1]))
       reached = negative[:, :, None] & (key[:, :, None] >= steps[None, None])
@@ -161,12 +161,6 @@ def select(
     return jnp.where(positive, 1.0, kept)
 
   return weigh
-
-
-def _dot(x, y):
-  from sigjax import losses  # which imports this file when it needs it
-
-  return losses.dot(x, y)
 
 
 def _negative(positive, counts):

@@ -73,7 +73,7 @@ def param_shapes(
   trained, locked = split_params(params, lock)
 
   def stored(name, x):
-    if name in ("t", "b"):
+    if name in ("t", "b", "r"):
       return x
     return jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.dtype))
 

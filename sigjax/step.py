@@ -20,7 +20,7 @@ from sigjax.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
 Result = tuple[TrainState, Metrics]
-Batch = dict[str, Any]  # image (B, H, W, C) uint8 or float32, text (B, L) int32
+Batch = dict[str, Any]  # see make_train_step
 
 
 class TrainStep(NamedTuple):
@@ -58,17 +58,21 @@ def make_train_step(
   Args:
     model: TwoTowers.
     tx, lr_fn: from optim.make_optimizer.
-    loss_fn: fn(zimg, ztxt, t, b) -> scalar, over the mesh.
+    loss_fn: fn(zimg, ztxt, t, b, groups=, key=) -> scalar, over the mesh;
+      groups are the batch's "group" or None, key is another one each step.
     mesh: from sharding.make_mesh.
-    seed: of dropout; step and microbatch are folded in.
+    seed: of dropout and of random negatives; step and microbatch are folded
+      in.
     microbatches: k; has to divide b.
     feed: "device": the whole batch is put on the devices and the step is one
       program. "host": one microbatch at a time is put on the devices, twice,
       for batches whose images do not fit.
 
   Returns:
-    A TrainStep. Its metrics are float32 scalars: loss, t, b, pos_logit and
-    neg_logit (means over the B and the B * (B - 1) pairs), grad_norm,
+    A TrainStep. Its batch is dict(image=(B, H, W, C) uint8 or float32,
+    text=(B, L) int32) and, for a loss with positives, group=(B, G) int32. Its
+    metrics are float32 scalars: loss, t, b, pos_logit and neg_logit (means over
+    the B and the B * (B - 1) pairs on and off the diagonal), grad_norm,
     update_norm and param_norm (global, of what is trained), and lr.
   """
   step = Step(model, tx, lr_fn, loss_fn, mesh, seed, microbatches)
@@ -93,25 +97,34 @@ class Step(NamedTuple):
   seed: int
   k: int
 
+  def key(self, state: TrainState) -> Array:
+    return jax.random.fold_in(jax.random.key(self.seed), state.step)
+
   def towers(
     self, trained: dict, state: TrainState, part: Batch, i: Any
   ) -> tuple[Array, Array]:
     """Returns zimg and ztxt of microbatch i, (B/k, E) each."""
-    rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
     out: Any = self.model.apply(
       {"params": state.replace(trained=trained).params},
       part["image"],
       part["text"],
       train=True,
-      rngs={"dropout": jax.random.fold_in(rng, i)},
+      rngs={"dropout": jax.random.fold_in(self.key(state), i)},
     )
     return out[:2]
 
   def pair_loss(
-    self, trained: dict, state: TrainState, zimg: Array, ztxt: Array
+    self,
+    trained: dict,
+    state: TrainState,
+    zimg: Array,
+    ztxt: Array,
+    groups: Array | None,
   ) -> Array:
-    params = state.replace(trained=trained).params
-    return self.loss_fn(zimg, ztxt, *temperature_and_bias(self.model, params))
+    t, b = temperature_and_bias(
+      self.model, state.replace(trained=trained).params
+    )
+    return self.loss_fn(zimg, ztxt, t, b, groups=groups, key=self.key(state))
 
   def update(
     self, state: TrainState, z: Any, loss: Array, grads: dict
@@ -141,7 +154,7 @@ class Step(NamedTuple):
 
     def fn(trained):
       z = self.towers(trained, state, batch, 0)
-      return self.pair_loss(trained, state, *z), z
+      return self.pair_loss(trained, state, *z, batch.get("group")), z
 
     grad = jax.value_and_grad(fn, has_aux=True)
     (loss, z), grads = grad(state.trained)
@@ -152,14 +165,17 @@ class Step(NamedTuple):
   ) -> tuple[Array, Array]:
     return self.towers(state.trained, state, part, i)
 
-  def loss_and_gradients(self, state: TrainState, z: Any) -> Any:
+  def loss_and_gradients(
+    self, state: TrainState, z: Any, groups: Array | None
+  ) -> Any:
     """Returns the loss and the gradients with respect to all embeddings.
 
-    z, and the gradients with respect to it, are (k, B/k, E) each.
+    z, and the gradients with respect to it, are (k, B/k, E) each; groups are
+    those of the whole batch, (B, G).
     """
     z = jax.tree.map(lambda x: merge(x, self.mesh), z)
     grad = jax.value_and_grad(self.pair_loss, (0, 2, 3))
-    loss, (grads, *dz) = grad(state.trained, state, *z)
+    loss, (grads, *dz) = grad(state.trained, state, *z, groups)
     dz = jax.tree.map(lambda x: split(x, self.k, self.mesh), tuple(dz))
     return z, loss, grads, dz
 
@@ -177,7 +193,7 @@ class Step(NamedTuple):
     numbers = jnp.arange(self.k)
     embed = lambda _, xs: (None, self.embed(state, *xs))
     _, z = jax.lax.scan(embed, None, (parts, numbers))
-    z, loss, grads, dz = self.loss_and_gradients(state, z)
+    z, loss, grads, dz = self.loss_and_gradients(state, z, batch.get("group"))
 
     def add(grads, xs):
       part, i, dz = xs

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def run(
   feed="device",
   dropout=0.0,
   lock=(),
-  loss="sigmoid",
+  loss=types.MappingProxyType({}),
+  group=None,
   dtype="float32",
   remat="none",
 ):
@@ -84,9 +86,7 @@ def run(
     state_lib.new_state(init_params(), tx, lock),
     abstract,
   )
-  loss_fn = functools.partial(
-    losses.LOSSES[loss](), mesh=mesh, axes=sharding.AXES
-  )
+  loss_fn = losses.make(mesh, sharding.AXES, **loss)
   step = step_lib.make_train_step(
     model,
     tx,
@@ -97,7 +97,8 @@ def run(
     feed=feed,
   )
   for i in range(steps):
-    state, metrics = step(state, make_batch(i))
+    more = {} if group is None else {"group": group}
+    state, metrics = step(state, {**make_batch(i), **more})
   return jax.device_get(state.params), jax.device_get(metrics), state
 
 
@@ -183,7 +184,37 @@ def test_microbatches_change_nothing(one_device, k, devices, feed):
 
 
 def test_microbatches_of_softmax():
-  assert_close(run(loss="softmax", microbatches=2), run(loss="softmax"))
+  loss = dict(name="softmax")
+  assert_close(run(loss=loss, microbatches=2), run(loss=loss))
+
+
+@pytest.mark.parametrize("feed", ["device", "host"])
+def test_groups_and_random_negatives_with_microbatches(feed):
+  loss = dict(positives="all", negatives=dict(share=0.25, which="random"))
+  group = np.arange(B, dtype=np.int32)[:, None] // 3
+  whole = run(data=1, devices=1, steps=2, loss=loss, group=group)
+  more = dict(microbatches=2, feed=feed)
+  assert_close(
+    run(data=4, devices=4, steps=2, loss=loss, group=group, **more), whole
+  )
+
+
+def test_each_step_draws_other_negatives():
+  """With the same batch, and parameters that stay."""
+  loss = losses.make(
+    sharding.make_mesh(devices=jax.devices()[:1]),
+    sharding.AXES,
+    negatives=dict(share=0.25, which="random"),
+  )
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  step = step_lib.make_train_step(
+    make_model(), optax.sgd(0.0), lambda s: 0.0, loss, mesh
+  )
+  state, found = state_lib.new_state(init_params(), optax.sgd(0.0)), []
+  for _ in range(2):
+    state, metrics = step(state, make_batch())
+    found.append(float(metrics["loss"]))
+  assert abs(found[0] - found[1]) > 1e-6
 
 
 def test_init_does_not_depend_on_the_mesh():
@@ -212,8 +243,7 @@ def test_dropout_is_drawn_anew():
   """For each microbatch and each step; nothing else changes between them."""
   mesh = sharding.make_mesh(data=1, devices=jax.devices()[:1])
 
-  def apart(zimg, ztxt, t, b):  # the embeddings of two equal microbatches
-    del t, b
+  def apart(zimg, ztxt, *_, **__):  # those of two equal microbatches
     return sum(
       jnp.sum(jnp.abs(z[: B // 2] - z[B // 2 :])) for z in (zimg, ztxt)
     )

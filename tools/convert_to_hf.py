@@ -86,7 +86,9 @@ def convert(
       raise errors.UserError(f'{config or weights}: the config has no "{key}"')
   size, pixels = image_processor(given["pp_image"])
   length, pad, lower = text_processor(given["pp_text"])
-  model = errors.call(two_towers.TwoTowers, given["model"], "config.model")
+  model = two_towers.of_config(given["model"])
+  flat = _with_b(flat, model)
+  model = model.clone(bias="learned", bias_init=0.0)
   their_config, like = config_lib.describe(model, size, length, pad)
   text_files = tokenizer_lib.files(
     tokenizer, lower, their_config["text_config"]["vocab_size"], length, pad
@@ -110,6 +112,16 @@ def _read(path, is_run) -> dict[str, Any]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return trees.flatten(restore.read_params(path, device))
   return trees.flatten(npz.load_params(path))
+
+
+def _with_b(flat, model) -> dict[str, Any]:
+  """Returns the arrays with every kind of bias as b, (1,)."""
+  if model.bias == "learned":
+    return flat
+  names = ("t", "r") if model.bias == "relative" else ("t",)
+  params = {name: errors.pick(flat, name, "array") for name in names}
+  b = model.apply({"params": params}, None, None)[2]["b"]
+  return {**{k: v for k, v in flat.items() if k != "r"}, "b": b}
 
 
 def _fit(flat, like, path) -> dict[str, np.ndarray]:

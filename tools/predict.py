@@ -83,9 +83,7 @@ class Predictor:
       key: preprocess.parse(config[f"pp_{key}"], tokenizer=tokenizer)
       for key in ("image", "text")
     }
-    self._model = errors.call(
-      two_towers.TwoTowers, config["model"], "config.model"
-    )
+    self._model = two_towers.of_config(config["model"])
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     self._params = restore.read_params(path, sharding.batch_sharding(mesh))
     self._apply = jax.jit(self._model.apply)

@@ -23,7 +23,11 @@ class TwoTowers(nn.Module):
     out_dim: sizes of the towers' heads, E or None each. Released models have
       none on the image: the width of that tower is E.
     temperature_init: exp(t') at the start (SigLIP, section 3.2: 10).
-    bias_init: b at the start; None for a loss without b (table 4).
+    bias: what b is: "learned"; "none": 0 (table 4); "relative": b = -t * r with
+      a learned r (arXiv 2509.18552), so that logits are t * (cosine - r); or a
+      number, which stays.
+    bias_init: b at the start, if something is learned: a number or, in
+      of_config alone, "auto".
     dtype: of every matrix product and the residual stream of both towers;
       "bfloat16" on accelerators. Parameters and results are float32.
   """
@@ -32,7 +36,8 @@ class TwoTowers(nn.Module):
   text: Mapping[str, Any]
   out_dim: tuple[int | None, int | None] = (None, 768)
   temperature_init: float = 10.0
-  bias_init: float | None = -10.0
+  bias: str | float = "learned"
+  bias_init: float | str = -10.0
   dtype: str = "float32"
 
   @nn.compact
@@ -59,9 +64,8 @@ class TwoTowers(nn.Module):
     t = self.param(
       "t", nn.initializers.constant(math.log(self.temperature_init)), (1,)
     )
-    out = {"t": jnp.exp(t), "b": jnp.zeros(1)}
-    if self.bias_init is not None:
-      out["b"] = self.param("b", nn.initializers.constant(self.bias_init), (1,))
+    out = {"t": jnp.exp(t)}
+    out["b"] = self._bias(out["t"])
 
     zimg = ztxt = None
     if image is not None:
@@ -73,6 +77,58 @@ class TwoTowers(nn.Module):
       tower = text_tower(self, name="txt", parent=self)
       ztxt = _unit("txt", tower(text, train), out)
     return zimg, ztxt, out
+
+  def _bias(self, t: Array) -> Array:
+    """Returns b, (1,); t is the temperature itself."""
+    start = nn.initializers.constant
+    if self.bias == "learned":
+      return self.param("b", start(self.bias_init), (1,))
+    if self.bias == "relative":
+      r = -float(self.bias_init) / self.temperature_init
+      return -t * self.param("r", start(r), (1,))
+    return jnp.full(1, 0.0 if self.bias == "none" else self.bias, jnp.float32)
+
+
+def of_config(
+  model: Mapping[str, Any], batch_size: int | None = None
+) -> TwoTowers:
+  """Returns the TwoTowers of config.model, all its values resolved.
+
+  Args:
+    model: the section. bias_init "auto" is logit(1 / B) = -log(B - 1), with
+      which an untrained model is right on average. None, of an earlier version,
+      is bias "none".
+    batch_size: B; None where parameters are given, so that none starts.
+
+  Raises:
+    UserError: a wrong key, or a wrong bias.
+  """
+  towers = errors.call(TwoTowers, model, "config.model")
+  if towers.bias_init is None:
+    return towers.clone(bias="none", bias_init=0.0)
+  if towers.bias_init == "auto":
+    if batch_size is not None and batch_size < 2:
+      raise errors.UserError(
+        'config.model.bias_init "auto" needs a config.batch_size of at least 2'
+      )
+    auto = -math.log(batch_size - 1) if batch_size else 0.0
+    towers = towers.clone(bias_init=auto)
+  if not _is_number(towers.bias_init):
+    raise errors.UserError(
+      'config.model.bias_init has to be a number or "auto", not '
+      f"{towers.bias_init!r}"
+    )
+  if not _is_number(towers.bias):
+    errors.pick(BIASES, towers.bias, "config.model.bias")
+  return towers
+
+
+# The choices of config.model.bias beside numbers.
+BIASES = dict.fromkeys(("learned", "none", "relative"))
+
+
+def _is_number(x: object) -> bool:
+  return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _precomputed() -> type[nn.Module]:

@@ -13,6 +13,7 @@ from sigjax.weights import npz
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 FILES = ["siglip_tiny", "siglip2_tiny_scan"]
+MODEL = dict(image={}, text={})  # of which only temperature and bias are made
 
 
 def tiny(image=(), text=(), **kwargs):
@@ -177,14 +178,54 @@ def test_scalars_and_norms():
   np.testing.assert_allclose(out["txt/norm"] * ztxt, raw, atol=1e-5)
 
   variables = jax.eval_shape(
-    model.clone(bias_init=None).init, jax.random.key(0), None, text
+    model.clone(bias="none").init, jax.random.key(0), None, text
   )
   assert "b" not in variables["params"]
 
 
-def test_without_a_bias_b_is_zero():
-  out = tiny(bias_init=None).apply({"params": {"t": jnp.zeros(1)}}, None, None)
-  np.testing.assert_array_equal(out[2]["b"], [0])
+@pytest.mark.parametrize(
+  "bias, more, b",
+  [
+    ("none", {}, 0.0),
+    (-2.5, {}, -2.5),
+    ("learned", dict(b=-3.0), -3.0),
+    ("relative", dict(r=0.5), -2.0),
+  ],
+)
+def test_kinds_of_bias(bias, more, b):
+  params = {k: jnp.full(1, x) for k, x in dict(t=np.log(4), **more).items()}
+  out = tiny(bias=bias).apply({"params": params}, None, None)
+  np.testing.assert_allclose(out[2]["b"], [b], rtol=1e-6)
+
+
+def test_bias_at_the_start():
+  def start(**kwargs):
+    model = two_towers.of_config({**MODEL, **kwargs}, 1001)
+    variables = model.init(jax.random.key(0), None, None)
+    out = model.apply(variables, None, None)
+    return sorted(variables["params"]), float(out[2]["b"][0])
+
+  auto = pytest.approx(np.log(1 / 1001 / (1 - 1 / 1001)))  # logit(1 / B)
+  assert start(bias_init="auto") == (["b", "t"], auto)
+  assert start(bias="relative", bias_init="auto") == (["r", "t"], auto)
+  assert start(bias="relative") == (["r", "t"], pytest.approx(-10))
+  assert start(bias=-2.5) == (["t"], -2.5)
+  # Of an earlier version: no b, and no key "bias".
+  assert start(bias_init=None) == (["t"], 0)
+  assert two_towers.of_config({**MODEL, "bias_init": "auto"}).bias_init == 0
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(bias="relativ"), 'bias "relativ" is not known.*"relative"'),
+    (dict(bias_init="ten"), "bias_init has to be a number or"),
+    (dict(bias_init="auto"), "batch_size of at least 2"),
+  ],
+)
+def test_a_wrong_bias(change, message):
+  with pytest.raises(errors.UserError, match=message):
+    two_towers.of_config({**MODEL, **change}, 1)
 
 
 @pytest.mark.parametrize(

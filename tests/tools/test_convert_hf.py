@@ -189,7 +189,6 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
     (dict(out_dim=[48, 48]), "an image head"),
     (dict(out_dim=[None, None]), "a text tower without head"),
     (dict(out_dim=[None, 40]), "embeddings of 40 numbers"),
-    (dict(bias_init=None), "model.bias_init None"),
     (dict(image=dict(widht=3)), 'has no key "widht"'),
     (dict(res=40), "img/pos_embedding is (1, 16, 48), not (1, 25, 48)"),
     (dict(length=8), "txt/pos_embedding is (1, 12, 48), not (1, 8, 48)"),

@@ -128,7 +128,10 @@ def open_topology(name: str) -> tuple[list[Any], Chip]:
 
 
 def example_of(
-  model: Mapping[str, Any], pp_image: str, pp_text: str
+  model: Mapping[str, Any],
+  pp_image: str,
+  pp_text: str,
+  loss: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns a preprocessed example, for its shapes.
 
@@ -137,6 +140,7 @@ def example_of(
       bfloat16.
     pp_image: the preprocessing of images.
     pp_text: the preprocessing of texts.
+    loss: section of the config. For one with positives there is a "group".
   """
   data = io.BytesIO()
   Image.new("RGB", (256, 256)).save(data, "PNG")
@@ -145,7 +149,7 @@ def example_of(
     image = np.zeros(model["image"]["width"], jnp.bfloat16)
   # Any tokenizer will do: only the length matters.
   tokenizer = lambda text, length, pad: np.zeros(length, np.int32)
-  return {
+  example = {
     key: preprocess.parse(pp, tokenizer=tokenizer)(
       {key: value}, np.random.default_rng(0)
     )[key]
@@ -154,6 +158,9 @@ def example_of(
       ("text", pp_text, "a cat"),
     )
   }
+  if (loss or {}).get("positives"):
+    example["group"] = np.zeros(1, np.int32)
+  return example
 
 
 def share(*trees: Any) -> int:
@@ -193,7 +200,7 @@ def step_job(
       f'config.feed is "{feed}", which splits the step into several programs; '
       'only "device" can be compiled ahead of time'
     )
-  example = example_of(model, pp_image, pp_text)
+  example = example_of(model, pp_image, pp_text, loss)
   times = config_lib.Durations(
     batch_size,
     1_000_000,
@@ -255,37 +262,42 @@ def loss_job(
   """Returns the loss with its gradients by zimg, ztxt, t and b."""
   example = example_of(model, pp_image, pp_text)
   sharding_lib.check_batch_size(batch_size, mesh)
-  towers = errors.call(two_towers.TwoTowers, model, "config.model")
+  towers = two_towers.of_config(model, batch_size)
   batch = {key: jnp.zeros((1, *x.shape), x.dtype) for key, x in example.items()}
   zimg, ztxt, _ = jax.eval_shape(
     towers.init_with_output, jax.random.key(0), **batch
   )[0]
   loss = loss or {}
-  fn = jax.value_and_grad(
-    losses.make(mesh, sharding_lib.AXES, **loss), (0, 1, 2, 3)
+  loss_fn = losses.make(mesh, sharding_lib.AXES, **loss)
+  fn = lambda *args: loss_fn(*args, key=jax.random.key(0))
+  fn = jax.value_and_grad(fn, (0, 1, 2, 3))
+  rows = lambda width, dtype: jax.ShapeDtypeStruct(
+    (batch_size, width), dtype, sharding=sharding_lib.batch_sharding(mesh)
   )
-  z = [
-    jax.ShapeDtypeStruct(
-      (batch_size, x.shape[1]),
-      loss.get("dtype", "float32"),
-      sharding=sharding_lib.batch_sharding(mesh),
-    )
-    for x in (zimg, ztxt)
-  ]
+  z = [rows(x.shape[1], loss.get("dtype", "float32")) for x in (zimg, ztxt)]
+  groups = rows(1, np.int32) if loss.get("positives") else None
   scalar = jax.ShapeDtypeStruct(
     (), jnp.float32, sharding=NamedSharding(mesh, P())
   )
   return Job(
     f"loss and gradients, batch {batch_size:,}, E {zimg.shape[1]}",
-    jax.jit(fn).trace(*z, scalar, scalar),
+    jax.jit(fn).trace(*z, scalar, scalar, groups),
     {"embeddings": share(z)},
     loss_flops(batch_size, zimg.shape[1], **loss) / mesh.size,
   )
 
 
-def loss_flops(B: int, E: int, name: str = "sigmoid", **_: Any) -> int:
-  """Returns the FLOPs of the logits (twice for softmax) and both gradients."""
-  return (8 if name == "softmax" else 6) * B * B * E
+def loss_flops(
+  B: int, E: int, name: str = "sigmoid", negatives: Any = None, **_: Any
+) -> int:
+  """Returns the FLOPs of the logits (twice for softmax) and both gradients.
+
+  Finding the hardest or easiest negatives takes the logits 8 times more.
+  """
+  products = 4 if name == "softmax" else 3
+  if negatives and negatives["which"] != "random":
+    products += 8
+  return 2 * products * B * B * E
 
 
 def traced_flops(job: Job, devices: int) -> float:

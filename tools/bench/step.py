@@ -97,6 +97,7 @@ def step_parts(
   total_epochs: float | None = None,
   total_examples: int | None = None,
   mesh: Mapping[str, Any] | None = None,
+  loss: Mapping[str, Any] | None = None,
   sharding: Sequence[Any] = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
 ) -> tuple[Callable[..., Any], Callable[[], Any], dict[str, jax.Array], float]:
@@ -113,7 +114,7 @@ def step_parts(
   over = errors.call(
     sharding_lib.make_mesh, mesh or {}, "config.mesh", devices=devices
   )
-  example = compiler.example_of(model, pp_image, pp_text)
+  example = compiler.example_of(model, pp_image, pp_text, loss)
   # The number of examples affects the schedule, but not the time of a step.
   times = config_lib.Durations(
     batch_size,
@@ -138,22 +139,22 @@ def step_parts(
       microbatches=k,
     )
 
-  run = built(None, 1)
+  run = built(dict(positives=(loss or {}).get("positives")), 1)
   rng = np.random.default_rng(0)
-  batch = sharding_lib.put_batch(
-    dict(
-      image=rng.integers(0, 256, (batch_size, *example["image"].shape)).astype(
-        example["image"].dtype
-      ),
-      text=rng.integers(
-        1,
-        two_towers.text_tower(run.model).vocab_size,
-        (batch_size, *example["text"].shape),
-        np.int32,
-      ),
+  noise = dict(
+    image=rng.integers(0, 256, (batch_size, *example["image"].shape)).astype(
+      example["image"].dtype
     ),
-    over,
+    text=rng.integers(
+      1,
+      two_towers.text_tower(run.model).vocab_size,
+      (batch_size, *example["text"].shape),
+      np.int32,
+    ),
   )
+  if "group" in example:
+    noise["group"] = np.arange(batch_size, dtype=np.int32)[:, None]
+  batch = sharding_lib.put_batch(noise, over)
 
   def make(loss_section, k):
     fn = built(loss_section, k).train_step

@@ -58,7 +58,9 @@ class Tower:
         "config.init names no weights for the image tower, and embeddings of "
         "random weights are useless: set config.init.path"
       )
-    towers = errors.call(two_towers.TwoTowers, model, "config.model")
+    # Embeddings depend neither on the bias nor on the temperature.
+    no_bias = dict(model, bias="none", bias_init=0.0)
+    towers = errors.call(two_towers.TwoTowers, no_bias, "config.model")
     self.mesh = sharding.make_mesh(devices=devices or jax.local_devices())
     shapes = jax.eval_shape(
       two_towers.image_tower(towers).init, jax.random.key(0), image[None]
@@ -68,9 +70,6 @@ class Tower:
     }
     self.checksum = _checksum(towers, params)
     self.blank = np.zeros_like(image)
-    # The model wants a temperature and a bias; embeddings depend on neither.
-    if towers.bias_init is not None:
-      params["b"] = jnp.zeros(1)
     params["t"] = jnp.zeros(1)
     self._params = jax.device_put(
       params, jax.sharding.NamedSharding(self.mesh, jax.P())
@@ -90,7 +89,7 @@ def _weights(shapes, dtype, init):
   if init.get("into") is None:
     # The weights hold both towers. Only the image tower is needed.
     init = dict(
-      init, dont_load=(*init.get("dont_load", ()), "txt/.*", "t", "b")
+      init, dont_load=(*init.get("dont_load", ()), "txt/.*", "t", "b", "r")
     )
   given = errors.call(restore.read_init, init, "config.init", {"img": shapes})
   return jax.tree.map(

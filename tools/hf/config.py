@@ -96,7 +96,6 @@ def describe(
       ),
       ("an image head (model.out_dim[0])", model.out_dim[0] is not None),
       ("a text tower without head (model.out_dim[1])", not model.out_dim[1]),
-      ("model.bias_init None (it has a bias)", model.bias_init is None),
     ]
   )
   model = model.clone(
