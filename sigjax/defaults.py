@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import sys
+import typing
 from typing import Any
 
 from absl import flags
@@ -170,7 +171,13 @@ def _add(
     if section[key] is None:
       section[key] = _value(None)
   for key, param in inspect.signature(fn).parameters.items():
-    if key in section or key in skip:
+    if key in skip:
+      continue
+    types = typing.get_args(param.annotation)
+    either = str in types and float in types
+    if key in section:
+      if either and section[key] is not None:
+        section[key] = _either(section[key])
       continue
     stem, _, unit = key.rpartition("_")
     if param.default is inspect.Parameter.empty:
@@ -178,7 +185,12 @@ def _add(
     given = unit in UNITS and any(f"{stem}_{u}" in section for u in UNITS)
     if given and param.default is not None:
       continue  # the same duration, in another unit
-    section[key] = _value(param.default)
+    section[key] = (_either if either else _value)(param.default)
+
+
+def _either(value: Any) -> Any:
+  """Returns a value that a number or a text may override."""
+  return config_dict.FieldReference(value, field_type=object)
 
 
 def _value(default: Any) -> Any:

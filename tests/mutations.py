@@ -39,6 +39,7 @@ class Mutation(NamedTuple):
 
 
 LOSSES = "test_losses.py"
+OPTIONS = "test_loss_options.py"
 STEP = "test_step.py"
 OPTIM = "test_optim.py"
 ORDER = "data/batches/test_order.py"
@@ -52,8 +53,8 @@ MUTATIONS = [
   # ---- Losses ----
   Mutation(
     "losses.py",
-    "return -jnp.sum(jax.nn.log_sigmoid(labels * logits)) / len(zimg)",
-    "return -jnp.mean(jax.nn.log_sigmoid(labels * logits))",
+    "return -jnp.sum(weight * jax.nn.log_sigmoid(labels * logits)) / len(zimg)",
+    "return -jnp.mean(weight * jax.nn.log_sigmoid(labels * logits))",
     LOSSES,
   ),
   Mutation(
@@ -76,8 +77,8 @@ MUTATIONS = [
   ),
   Mutation(
     "softmax.py",
-    "slope = (over_texts + over_images) / 2 - positive",
-    "slope = over_texts - positive",
+    "slope = (over_texts + over_images) / 2 - target",
+    "slope = over_texts - target",
     LOSSES,
   ),
   Mutation(
@@ -91,6 +92,30 @@ MUTATIONS = [
     "neg / B / (B - 1) * t + b",
     "neg / B / B * t + b",
     LOSSES,
+  ),
+  Mutation(
+    "losses.py",
+    "same = jnp.any(image[:, None] == text[None, :], axis=2)",
+    "same = jnp.all(image[:, None] == text[None, :], axis=2)",
+    OPTIONS,
+  ),
+  Mutation(
+    "negatives.py",
+    "kept = jnp.where(key == nth, tie, (key > nth).astype(jnp.float32))",
+    "kept = (key >= nth).astype(jnp.float32)",
+    f"{OPTIONS}::test_ring",
+  ),
+  Mutation(
+    "negatives.py",
+    "add = lambda x: lax.psum(jnp.sum(x, axis=0, dtype=jnp.uint32), ring.axes)",
+    "add = lambda x: lax.pmax(jnp.sum(x, axis=0, dtype=jnp.uint32), ring.axes)",
+    f"{OPTIONS}::test_ring",
+  ),
+  Mutation(
+    "negatives.py",
+    "jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))",
+    "bits",
+    f"{OPTIONS}::test_plain",
   ),
   # ---- Ring ----
   Mutation(
@@ -126,14 +151,14 @@ MUTATIONS = [
   # ---- Step ----
   Mutation(
     "step.py",
-    'rngs={"dropout": jax.random.fold_in(rng, i)}',
-    'rngs={"dropout": rng}',
+    'rngs={"dropout": jax.random.fold_in(self.key(state), i)}',
+    'rngs={"dropout": self.key(state)}',
     STEP,
   ),
   Mutation(
     "step.py",
-    "rng = jax.random.fold_in(jax.random.key(self.seed), state.step)",
-    "rng = jax.random.key(self.seed)",
+    "return jax.random.fold_in(jax.random.key(self.seed), state.step)",
+    "return jax.random.key(self.seed)",
     STEP,
   ),
   Mutation(

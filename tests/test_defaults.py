@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def parse(monkeypatch, *overrides, config="siglip_emoji"):
   """Returns the config of a command line, as sigjax.train has it."""
-  path = ROOT / f"configs/{config}.py"
+  path = (ROOT / "configs" / config).with_suffix(".py")
   argv = ["train", f"--config={path}", *overrides]
   values = flags.FlagValues()
   monkeypatch.setattr(sys, "argv", argv)
@@ -76,6 +76,33 @@ def test_another_choice_has_other_defaults(monkeypatch):
   assert "comm" not in config.loss and config.loss.tile == 1024
   schedule = config.optim.schedule
   assert (schedule.timescale, schedule.cooldown_steps) == (7, 0)
+
+
+def test_a_number_or_a_name(monkeypatch):
+  """Where both are possible, each may override the other."""
+  config = parse(
+    monkeypatch,
+    "--config.model.bias_init=auto",
+    "--config.model.bias=-2.5",
+    "--config.loss.positives=mask",
+  )
+  assert config.model.bias_init == "auto" and config.model.bias == -2.5
+  assert config.loss.positives == "mask" and config.loss.negatives is None
+  assert "key" not in config.loss and "groups" not in config.loss
+  config = parse(monkeypatch, "--config.model.bias_init=-7")
+  assert config.model.bias_init == -7 and config.model.bias == "learned"
+
+
+def test_a_value_within_negatives(monkeypatch, tmp_path):
+  path = tmp_path / "config.py"
+  path.write_text(
+    "from ml_collections import ConfigDict\n"
+    "get_config = lambda: ConfigDict(\n"
+    "  dict(loss=dict(negatives=dict(share=0.5, which='hardest'))))\n"
+  )
+  more = "--config.loss.negatives.share=0.25"
+  config = parse(monkeypatch, more, config=path.with_suffix(""))
+  assert config.loss.negatives.to_dict() == dict(share=0.25, which="hardest")
 
 
 def test_a_mistyped_key_is_one_line(monkeypatch, capsys):

@@ -82,11 +82,11 @@ class TwoTowers(nn.Module):
     """Returns b, (1,); t is the temperature itself."""
     start = nn.initializers.constant
     if self.bias == "learned":
-      return self.param("b", start(self.bias_init), (1,))
+      return self.param("b", start(float(self.bias_init)), (1,))
     if self.bias == "relative":
       r = -float(self.bias_init) / self.temperature_init
       return -t * self.param("r", start(r), (1,))
-    return jnp.full(1, 0.0 if self.bias == "none" else self.bias, jnp.float32)
+    return jnp.full(1, 0.0 if self.bias == "none" else float(self.bias))
 
 
 def of_config(

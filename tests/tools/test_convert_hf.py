@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sigjax import errors
+from sigjax import errors, trees
 from sigjax.checkpoints import save
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
@@ -111,6 +111,21 @@ def test_unequal_towers_from_pixels_and_words_to_logits(hf, tmp_path):
   )
   convert_from_hf.convert(tmp_path / "hf", tmp_path / "back")
   hf_case.same_arrays(tmp_path / "back/params.npz", np.load(tmp_path / "w.npz"))
+
+
+@pytest.mark.parametrize("bias", ["relative", "none", -2.5])
+def test_each_kind_of_bias_becomes_b(tmp_path, bias):
+  hf_case.write_config(tmp_path, bias=bias)
+  params = trees.flatten(npz.load_params(hf_case.GOLDEN / "siglip_tiny.npz"))
+  del params["b"]
+  if bias == "relative":
+    params["r"] = np.full(1, 0.5, np.float32)
+  npz.save_params(tmp_path / "w.npz", trees.unflatten(params))
+  convert_to_hf.convert(tmp_path / "w.npz", tmp_path / "hf")
+  found = safetensors.numpy.load_file(tmp_path / "hf/model.safetensors")
+  want = {"relative": -0.5 * np.exp(params["t"]), "none": 0.0}.get(bias, bias)
+  np.testing.assert_allclose(found["logit_bias"], want, rtol=1e-6)
+  assert found["logit_bias"].shape == (1,)
 
 
 @pytest.mark.parametrize(

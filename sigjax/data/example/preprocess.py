@@ -13,6 +13,7 @@ Between `decode` and `value_range`, "image" is (h, w, 3) uint8. From `choice` or
 
 from collections.abc import Callable, Sequence
 import contextlib
+import hashlib
 from typing import Any, Protocol
 
 import numpy as np
@@ -380,6 +381,42 @@ def tokenize(length: int, pad: int = 1, *, tokenizer: Tokenize) -> Fn:
   return fn
 
 
+def group(*features: str) -> Fn:
+  """Sets "group", (G,) int32: two examples that agree in one are a true pair.
+
+  Each number is a hash, of 31 bits, of a feature's value: bytes as they are,
+  anything else as its text. So "image" has to come before `decode`, and "text"
+  after `choice`. None is no value that two examples could share: it gets a
+  random number. By chance, B^2 / 2^32 pairs of B values share a number.
+
+  Args:
+    *features: such as 'image', 'text' or 'concept'.
+  """
+  if not features:
+    raise errors.UserError("group: name at least one feature, as in group('x')")
+
+  def number(value: Any, rng: np.random.Generator) -> int:
+    if value is None:
+      return int(rng.integers(2**31))
+    data = value if isinstance(value, bytes) else str(value).encode()
+    digest = hashlib.blake2b(data, digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    values = [errors.pick(example, name, "feature") for name in features]
+    for name, value in zip(features, values):
+      if isinstance(value, np.ndarray) and value.ndim:
+        raise errors.UserError(
+          f'group: "{name}" is an array; for an image, group has to come '
+          "before decode"
+        )
+    numbers = [number(value, rng) for value in values]
+    example["group"] = np.array(numbers, np.int32)
+    return example
+
+  return fn
+
+
 def keep(*names: str) -> Fn:
   """Drops all other features; the order of the names is that of the result."""
   return lambda example, _: {
@@ -407,6 +444,7 @@ OPS: dict[str, Callable[..., Fn]] = {
     first,
     lower,
     tokenize,
+    group,
     keep,
   )
 }

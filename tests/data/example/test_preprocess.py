@@ -1,5 +1,6 @@
 """Preprocessing ops, against images whose pixels are known by construction."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -433,3 +434,35 @@ def test_missing_feature_is_named():
   for op in ("choice('caption')", "first('caption')", "keep('caption')"):
     with pytest.raises(errors.UserError, match='"caption".*"captions"'):
       apply(op, captions=["a"])
+
+
+def test_group():
+  group = lambda pp, seed=0, **example: apply(pp, seed, **example)["group"]
+  pp = "choice('captions')|group('image','text')"
+  one = group(pp, image=b"x", captions="a cat")
+  assert one.dtype == np.int32 and one.shape == (2,) and (one >= 0).all()
+  # The same in each process and each version: the first bits of BLAKE2b.
+  digests = [hashlib.blake2b(x, digest_size=4) for x in (b"x", b"a cat")]
+  assert one.tolist() == [int(x.hexdigest(), 16) // 2 for x in digests]
+  other = group(pp, seed=1, image=b"y", captions="a cat")
+  assert other[0] != one[0] and other[1] == one[1]
+  ids = [group("group('n')", n=n)[0] for n in (1, np.int64(1), 2, 1.5, "1")]
+  assert ids[0] == ids[1] == ids[4] and len(set(ids)) == 3
+  # No value is like no other.
+  none = [group("group('n')", seed=i, n=None)[0] for i in (0, 1)]
+  assert none[0] != none[1]
+  kept = apply("group('n')|keep('group')", n=1)
+  assert list(kept) == ["group"]
+
+
+@pytest.mark.parametrize(
+  "pp, says",
+  [
+    ("group", "at least one feature"),
+    ("group('imag')", '"imag" is not known.*"image"'),
+    ("decode|group('image')", "before decode"),
+  ],
+)
+def test_what_cannot_be_grouped(pp, says):
+  with pytest.raises(errors.UserError, match=says):
+    apply(pp, image=encode(Image.fromarray(RGB)))
