@@ -1,4 +1,4 @@
-"""Counts which of forty deliberate mistakes in the code the tests notice.
+"""Counts which of 44 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word

@@ -227,12 +227,11 @@ def test_random_masks():
 
 
 def test_nan_is_never_silent():
-  for case in CASES[-2:]:
-    args, options = of_case(*case)
-    args = args[0].at[B - 1, 3].set(jnp.nan), *args[1:]
-    options["mesh"] = mesh_of(2)
-    loss, grads = grads_of(losses.ring_sigmoid_loss, *args, **options)
-    assert np.isnan(loss) and np.isnan(grads[1]).any(axis=1).all(), case
+  args, options = of_case("mask", "easiest", 1 / 16)
+  args = args[0].at[B - 1, 3].set(jnp.nan), *args[1:]
+  options["mesh"] = mesh_of(2)
+  loss, grads = grads_of(losses.ring_sigmoid_loss, *args, **options)
+  assert np.isnan(loss) and np.isnan(grads[1]).any(axis=1).all()
 
 
 def test_counts_of_a_million_rows():
@@ -295,8 +294,7 @@ def test_softmax_takes_no_negatives():
     losses.make(mesh_of(2), ("data",), name="softmax", negatives=section)
 
 
-@pytest.mark.parametrize("which", ["hardest", "random"])
-def test_memory_grows_with_b(which):
+def test_memory_grows_with_b():
   def temp(b):
     mesh = mesh_of(2)
     rows, whole = (jax.NamedSharding(mesh, x) for x in (jax.P("data"), jax.P()))
@@ -309,7 +307,7 @@ def test_memory_grows_with_b(which):
       mesh=mesh,
       tile=64,
       positives="mask",
-      negatives=dict(share=0.5, which=which),
+      negatives=dict(share=0.5, which="hardest"),
     )
     grad = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
     low = grad.lower(z, z, scalar, scalar, groups, KEY)

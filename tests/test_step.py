@@ -1,5 +1,6 @@
 """One step: the same numbers however it is split up."""
 
+from contextlib import nullcontext
 import functools
 import re
 import types
@@ -10,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
+from sigjax import build, errors, init, losses, optim, sharding, trees
 from sigjax import embed as embed_lib
-from sigjax import errors, init, losses, optim, sharding, trees
 from sigjax import state as state_lib
 from sigjax import step as step_lib
 from sigjax.models import two_towers
@@ -196,6 +197,33 @@ def test_groups_and_random_negatives_with_microbatches():
   for feed in ("device", "host"):
     got = run(data=4, devices=4, microbatches=2, feed=feed, **both)
     assert_close(got, whole)
+
+
+@pytest.mark.parametrize(
+  "group, loss, says",
+  [
+    (None, dict(positives="mask"), 'no "group": add group'),
+    ([0], dict(positives="mask"), None),
+    ([0], {}, '"group" that positives None does not use'),
+    (None, dict(negatives=dict(share=1e-3, which="random")), "none of the 240"),
+    (None, dict(tile=0), "tile"),
+  ],
+)
+def test_the_loss_is_refused_before_the_first_step(group, loss, says):
+  model = make_model()
+  example = dict(EXAMPLE)
+  if group:
+    example["group"] = np.array(group, np.int32)
+  with pytest.raises(errors.UserError, match=says) if says else nullcontext():
+    build.build(
+      sharding.make_mesh(),
+      example,
+      10,
+      batch_size=B,
+      model=dict(image=model.image, text=model.text, bias_init="auto"),
+      optim={},
+      loss=loss,
+    )
 
 
 def test_each_step_draws_other_negatives():
