@@ -73,14 +73,16 @@ def main(
     workdir: output directory; an existing run there is resumed.
     batch_size: B, over all devices.
     data: the training data, arguments of kinds.open_source.
-    pp: preprocessing of a training example, to "image" and "text".
+    pp: preprocessing of a training example, to "image" and "text", and to
+      "group" for a loss with positives.
     pp_image, pp_text: preprocessing of an image alone, and of a text alone, in
       evaluation and prediction.
     tokenizer: arguments of vocabulary.of_run.
-    model: arguments of two_towers.TwoTowers.
+    model: arguments of two_towers.TwoTowers, see two_towers.of_config.
     optim: arguments of optim.make_optimizer.
     total_steps, total_epochs, total_examples: the length; one of them.
-    seed: of initialisation, data order, augmentation and dropout.
+    seed: of initialisation, data order, augmentation, dropout and random
+      negatives.
     loss: arguments of losses.make: "name" and the loss's own options.
     mesh: arguments of sharding.make_mesh.
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
