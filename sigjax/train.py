@@ -110,7 +110,6 @@ def main(
   config = dict(locals())
   del config["workdir"], config["eval_only"]
   workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   identity.check_hosts("config", config)
 
   # ---- Devices ----
@@ -126,16 +125,15 @@ def main(
 
   # ---- Data ----
   source = errors.call(kinds.open_source, data, "config.data")
-  with hosts.primary_first():  # it trains the tokenizer, the others read it
-    tokens = errors.call(
-      vocabulary.of_run,
-      tokenizer,
-      "config.tokenizer",
-      workdir / "tokenizer.model",
-      functools.partial(kinds.all_captions, source),
-      source.name,
-      any((workdir / "checkpoints").glob("[0-9]*")),
-    )
+  tokens, made_from = errors.call(
+    vocabulary.of_run,
+    tokenizer,
+    "config.tokenizer",
+    workdir / "tokenizer.model",
+    functools.partial(kinds.all_captions, source),
+    source.name,
+    any((workdir / "checkpoints").glob("[0-9]*")),
+  )
   cut = preprocess.cut_share(source.brief, source.numbers(), pp, tokens)
   if cut > 0:
     log.info(
@@ -185,11 +183,10 @@ def main(
     seed=seed,
   )
   _check_vocabulary(run.model.text, tokens.vocab_size)
-  shapes = run.state.params
   flops = flops_lib.training(run.model, example, run.state.trained)
   log.info(
     "%.1f M parameters (parameters.txt), %.2f GFLOP per example",
-    parameter_overview.count_parameters(shapes) / 1e6,
+    parameter_overview.count_parameters(run.state.params) / 1e6,
     flops / 1e9,
   )
 
@@ -213,48 +210,30 @@ def main(
   )
   me = identity.of_run(
     data=source.identity(),
-    tokenizer=identity.sha256(workdir / "tokenizer.model"),
+    tokenizer=made_from["sha256"],
     pp=pp,
     model=_without_remat(model),
   )
   identity.check_hosts("the run", me)
-  data_state = None
-  if found := saver.restore_newest(run.state, me):
-    state, data_state = found
-  elif eval_only:
-    raise errors.UserError(f"{workdir} has no checkpoint; train it first")
-  elif resume:
-    log.info("starting from resume=%s", resume)
-    state, data_state = restore.read(resume, run.state, me)
+  found = _resumed(saver, run, me, resume, eval_only, workdir)
+  if found is None:
+    state = _initial(run, seed, example, init, lock, me["tokenizer"])
   else:
-    log.info("starting from %s", _shown(init) or "scratch")
-    given = errors.call(
-      restore.read_init,
-      init or {},
-      "config.init",
-      shapes,
-      tokenizer_sha=me["tokenizer"],
-    )
-    from sigjax import init as init_lib  # a resumed run needs none
-
-    state = init_lib.init_state(
-      run.model, run.tx, seed, example, run.state, given, lock
-    )
-  if data_state is not None:
-    source.check_tower(data_state.pop("tower", None), "the run until now")
-    batches.set_state(data_state)
+    state, position = found
+    source.check_tower(position.pop("tower", None), "the run until now")
+    batches.set_state(position)
+  hosts.max_over_processes(0)  # now no host can refuse any more
 
   # ---- Training ----
+  if hosts.is_primary() and not eval_only:
+    workdir.mkdir(parents=True, exist_ok=True)
+    vocabulary.keep(workdir / "tokenizer.model", tokens, made_from)
   first_step = int(state.step)
   if eval_only or first_step >= total:
     log.info("at step %d of %d: only evaluating", first_step, total)
     total = first_step
-  elif hosts.is_primary():  # nothing can be refused any more
-    config_lib.write_config(config, workdir / "config.json")
-    table = parameter_overview.get_parameter_overview(
-      shapes, include_stats=False
-    )
-    (workdir / "parameters.txt").write_text(table + "\n")
+  elif hosts.is_primary():
+    _write_settings(workdir, config, run.state.params)
   agree = hosts.Agreement(mesh_)
   due = functools.partial(_due, total=total)
 
@@ -311,6 +290,46 @@ def main(
 
 
 # ---- Parts of main ----
+
+
+def _resumed(saver, run, me, resume, eval_only, workdir):
+  """Returns (state, position in the data) to go on from; None if there is none.
+
+  Raises:
+    UserError: it is damaged or of another run; or eval_only has none.
+  """
+  if found := saver.restore_newest(run.state, me):
+    return found
+  if eval_only:
+    raise errors.UserError(f"{workdir} has no checkpoint; train it first")
+  if not resume:
+    return None
+  log.info("starting from resume=%s", resume)
+  return restore.read(resume, run.state, me)
+
+
+def _initial(run, seed, example, init, lock, tokenizer_sha):
+  """Returns the state of a run that begins, from scratch or with init."""
+  from sigjax import init as init_lib  # a resumed run needs none
+
+  log.info("starting from %s", _shown(init) or "scratch")
+  given = errors.call(
+    restore.read_init,
+    init or {},
+    "config.init",
+    run.state.params,
+    tokenizer_sha=tokenizer_sha,
+  )
+  return init_lib.init_state(
+    run.model, run.tx, seed, example, run.state, given, lock
+  )
+
+
+def _write_settings(workdir: pathlib.Path, config, shapes) -> None:
+  """Writes config.json and parameters.txt."""
+  config_lib.write_config(config, workdir / "config.json")
+  table = parameter_overview.get_parameter_overview(shapes, include_stats=False)
+  (workdir / "parameters.txt").write_text(table + "\n")
 
 
 def _shown(init: Mapping[str, Any] | None) -> str:
@@ -457,7 +476,6 @@ def command_line(argv: list[str]) -> None:
   try:
     hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     program.show_log_in_training()
-    workdir.mkdir(parents=True, exist_ok=True)
     # Evaluation alone writes nothing that a run beside it writes.
     alone = contextlib.nullcontext() if FLAGS.eval_only else None
     with alone or lock.hold(workdir):

@@ -4,12 +4,15 @@ import io
 import pathlib
 from typing import Any
 
+import corpus
 import cpu_devices  # noqa: F401  # it has to come before JAX
 import jax
 import numpy as np
 from PIL import Image, ImageDraw
 import pytest
 import tensorflow_datasets as tfds
+
+from sigjax.data.example import tokenizer
 
 # Silent broadcasting and silent mixes of dtypes are how losses go wrong.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -132,3 +135,11 @@ def tiny_config(shapes_dir) -> dict[str, Any]:
       ),
     ),
   )
+
+
+@pytest.fixture(scope="session")
+def spm_path(tmp_path_factory) -> pathlib.Path:
+  """Returns the path of a SentencePiece model of 26 pieces of corpus.TEXTS."""
+  path = tmp_path_factory.mktemp("tokenizer") / "test.model"
+  tokenizer.train(corpus.TEXTS, 26, path)
+  return path

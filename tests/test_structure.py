@@ -36,7 +36,7 @@ MAY_IMPORT = {
   "runtime.program": {"runtime.hosts"},
   "runtime.hosts": {"sharding"},
   "runtime": {"runtime"},
-  "weights": {"weights", "trees", "runtime.files", "data.example.tokenizer"},
+  "weights": {"weights", "trees", "runtime", "data.example.tokenizer"},
   "checkpoints": {"checkpoints", "runtime", "trees", "weights"},
   "data.faults": set(),
   "data.example.tokenizer": {"runtime.files"},

@@ -1,79 +1,27 @@
 """The program: learns, stops, goes on, and names mistakes in one line."""
 
-import json
-import os
-import pathlib
 import resource
 import signal
-import subprocess
-import sys
 import time
 
-import cpu_devices
-import jax
 import numpy as np
 import pytest
+from train_program import lines, params, start
 
 from sigjax import errors, train, trees
-from sigjax.checkpoints import restore
 from sigjax.data import kinds
+from sigjax.runtime import lock
 from sigjax.weights import npz as npz_lib
-
-ROOT = pathlib.Path(__file__).parent.parent
-HOST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def run(workdir, config, **kwargs):
   return errors.call(train.main, {**config, **kwargs}, "config", workdir)
 
 
-def lines(workdir):
-  return [
-    json.loads(line)
-    for line in (workdir / "metrics.jsonl").read_text().splitlines()
-  ]
-
-
-def params(path):
-  return trees.flatten(jax.device_get(restore.read_params(path, HOST)))
-
-
 def assert_same(a, b):
   assert a.keys() == b.keys()
   for name in a:
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def command(workdir, config, devices, *more):
-  """The program as a user starts it, with a config file and real processes."""
-  path = workdir.parent / f"{workdir.name}_config.py"
-  path.write_text(
-    "from ml_collections import ConfigDict\n"
-    f"def get_config(arg=None):\n  return ConfigDict({config!r})"
-  )
-  env = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": cpu_devices.xla_flags(devices),
-  }
-  args = [
-    sys.executable,
-    "-m",
-    "sigjax.train",
-    "--config",
-    str(path),
-    "--workdir",
-    str(workdir),
-    *more,
-  ]
-  return subprocess.Popen(
-    args,
-    env=env,
-    cwd=workdir.parent,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-  )
 
 
 def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
@@ -133,8 +81,8 @@ def test_a_stopped_run_ends_like_one_that_was_not(
   )
   if devices == 8:
     config["microbatches"] = 3
-  whole = command(tmp_path / "whole", config, devices)
-  parts = command(tmp_path / "parts", config, devices)
+  whole = start(tmp_path / "whole", config, devices)
+  parts = start(tmp_path / "parts", config, devices)
   progress = tmp_path / "parts" / "metrics.jsonl"
   while not progress.exists() or progress.read_text().count("\n") < 4:
     assert parts.poll() is None, parts.communicate()
@@ -147,7 +95,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(
   step = int(last.split()[3])
   assert 4 <= step < 30
 
-  parts = command(tmp_path / "parts", config, devices)
+  parts = start(tmp_path / "parts", config, devices)
   out, err = parts.communicate(timeout=120)
   assert parts.returncode == 0, err
   assert f"resuming from {tmp_path}/parts/checkpoints/{step}" in out
@@ -169,8 +117,9 @@ def test_a_stopped_run_ends_like_one_that_was_not(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-  return tmp_path_factory.mktemp("trained")
+def parent(tmp_path_factory):
+  """A folder of workdirs for the tests that change nothing in it."""
+  return tmp_path_factory.mktemp("parent")
 
 
 def test_where_to_start(tmp_path, tiny_config, caplog):
@@ -208,6 +157,7 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
     assert step["step"] == 1 and step["loss"] < start
   with pytest.raises(errors.UserError, match="has no checkpoints; train"):
     run(tmp_path / "e", config, eval_only=True)
+  assert not (tmp_path / "e").exists()
 
 
 def test_init_of_one_tower(tmp_path, tiny_config):
@@ -310,7 +260,7 @@ def test_a_full_disk_is_said_and_ends_in_an_error(tmp_path, tiny_config):
   config = dict(
     tiny_config, total_steps=60, evals={}, checkpoints=dict(every_steps=20)
   )
-  program = command(tmp_path / "a", config, 1)
+  program = start(tmp_path / "a", config, 1)
   progress = tmp_path / "a/metrics.jsonl"
   while not progress.exists() or progress.read_text().count("\n") < 3:
     assert program.poll() is None, program.communicate()
@@ -368,11 +318,30 @@ def test_a_full_disk_is_said_and_ends_in_an_error(tmp_path, tiny_config):
     (dict(microbatches=2), "8 devices times 2 microbatches do not divide; try"),
   ],
 )
-def test_mistakes_are_one_line(tmp_path, tiny_config, change, message):
-  with pytest.raises(errors.UserError) as e:
-    run(tmp_path, {**tiny_config, **change})
-  assert message in str(e.value)
-  assert "\n" not in str(e.value)
+def test_mistakes_are_one_line_and_change_nothing(
+  parent, tiny_config, change, message
+):
+  """In a new workdir, and in one of a finished run."""
+  finished = parent / "finished"
+  if not finished.exists():
+    run(finished, dict(tiny_config, total_steps=2, evals={}))
+  before = tree(parent)
+  # A finished run does not read the weights to start from.
+  ignored = {"init", "resume"} & set(change)
+  for workdir in (parent / "new/run", *([] if ignored else [finished])):
+    with lock.hold(workdir), pytest.raises(errors.UserError) as e:
+      run(workdir, {**tiny_config, **change})
+    assert message in str(e.value) or workdir == finished
+    assert "\n" not in str(e.value)
+    assert tree(parent) == before
+
+
+def tree(folder):
+  """Returns {path: bytes, None of a folder} of all that is in a folder."""
+  return {
+    path: path.read_bytes() if path.is_file() else None
+    for path in folder.rglob("*")
+  }
 
 
 def test_the_command_line(tmp_path, tiny_config):
@@ -386,7 +355,7 @@ def test_the_command_line(tmp_path, tiny_config):
     "f": (["--config=configs/none.py"], "configs/none.py"),
   }
   running = {
-    name: command(tmp_path / name, tiny_config, 1, *more)
+    name: start(tmp_path / name, tiny_config, 1, more)
     for name, (more, _) in cases.items()
   }
   for name, process in running.items():
@@ -394,3 +363,4 @@ def test_the_command_line(tmp_path, tiny_config):
     assert process.returncode == 1, err
     (line,) = err.strip().splitlines()
     assert line.startswith("error: ") and cases[name][1] in line
+    assert not (tmp_path / name).exists()

@@ -26,8 +26,11 @@ def folder_of(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def steps(folder: pathlib.Path) -> list[int]:
-  """Returns all steps that were complete once, in ascending order."""
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  """Returns all steps that were complete once, in ascending order.
+
+  There are none in a folder that does not exist.
+  """
+  return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
 
 
 def newest(folder: pathlib.Path) -> int | None:

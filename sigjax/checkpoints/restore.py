@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from sigjax import errors, trees
 from sigjax.checkpoints import layout, manifest
-from sigjax.runtime import files, hosts, identity
+from sigjax.runtime import hosts, identity
 
 log = logging.getLogger("sigjax")
 
@@ -28,47 +28,46 @@ def newest(
   folder: pathlib.Path,
   state: Any,
   run: dict[str, Any] | None,
-  set_aside: bool,
-) -> tuple[Any, dict[str, Any]] | None:
-  """Returns (TrainState, data state) of the newest undamaged checkpoint.
+) -> tuple[tuple[Any, dict[str, Any]] | None, list[pathlib.Path]]:
+  """Reads the newest undamaged checkpoint.
 
   Args:
     folder: WORKDIR/checkpoints.
     state: TrainState of ShapeDtypeStructs with shardings.
     run: the identity of the run that resumes; None is not compared.
-    set_aside: whether a damaged checkpoint is renamed to STEP.damaged.
 
   Returns:
-    None if there are no checkpoints at all.
+    (TrainState, data state), or None if there are no checkpoints at all; and
+    the damaged checkpoints that are newer.
 
   Raises:
     UserError: all checkpoints are damaged, or the newest undamaged one is of
       another identity, model or optimizer.
   """
   found = " ".join(map(str, reversed(layout.steps(folder))))
+  damaged = []
   for step in hosts.broadcast(found).split():
     path = folder / step
     fault = _fault(path)
     if not fault:
       found = _read(path, state, run)
       log.info("resuming from %s", path)
-      return found
+      return found, damaged
     log.warning(
       "%s is damaged (%s); looking for the one before it", path, fault
     )
-    if hosts.is_primary() and set_aside:
-      aside = folder / f"{step}.damaged"
-      files.remove(aside)
-      path.rename(aside)
-  damaged = hosts.broadcast(
-    ", ".join(sorted(p.name for p in folder.glob("*.damaged")))
-  )
-  if damaged or layout.newest(folder) is not None:
-    raise errors.UserError(
-      f"{folder} has no undamaged checkpoint (there are: "
-      f"{damaged or layout.newest(folder)}); delete this folder to start anew"
+    damaged.append(path)
+  there = hosts.broadcast(
+    ", ".join(
+      sorted({*(p.name for p in damaged + list(folder.glob("*.damaged")))})
     )
-  return None
+  )
+  if there:
+    raise errors.UserError(
+      f"{folder} has no undamaged checkpoint (there are: {there}); delete this "
+      "folder to start anew"
+    )
+  return None, []
 
 
 def read(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import time
 from typing import Any
 
@@ -20,6 +21,8 @@ class Checkpoints:
 
   All hosts call the same methods in the same order; failed() is an exception.
   A save that fails is logged. It is an error only when check() asks for it.
+  Nothing is created, renamed or deleted before open(), which a with statement
+  calls: until then the command may be refused.
 
   Args:
     workdir: the run's directory.
@@ -27,8 +30,7 @@ class Checkpoints:
       is deleted when the next save begins, or at the end.
     keep_every_steps: checkpoints of steps that this number divides are never
       deleted; None for none.
-    read_only: nothing is created, written, renamed or deleted, and save()
-      must not be called.
+    read_only: nor is anything after it, and save() must not be called.
 
   Attributes:
     dir: WORKDIR/checkpoints.
@@ -53,25 +55,32 @@ class Checkpoints:
     self._error: BaseException | None = None  # why it failed on this host
     self._why = "no save was attempted"  # why the last save failed
     self._saves, self._any_failed = 0, False
+    self._damaged: list[pathlib.Path] = []  # are set aside by open()
     if keep is not None and keep < 1:
       raise errors.UserError(
         f"config.checkpoints.keep is {keep}, but one is needed to resume from"
       )
-    if read_only:
-      if not self.dir.exists():
-        raise errors.UserError(
-          f"{workdir} has no checkpoints; train there first"
-        )
-      return
+    if read_only and not self.dir.exists():
+      raise errors.UserError(f"{workdir} has no checkpoints; train there first")
+
+  def open(self) -> "Checkpoints":
+    """Makes the folder, sets aside what is damaged, and is ready to save."""
+    if self._read_only:
+      return self
     with hosts.primary_first():
       self.dir.mkdir(exist_ok=True)
       self._sweep()  # what a killed run left
+      if hosts.is_primary():
+        for path in self._damaged:
+          files.remove(path.with_name(f"{path.name}.damaged"))
+          path.rename(path.with_name(f"{path.name}.damaged"))
     self._checkpointer = ocp.AsyncCheckpointer(
       layout.handler(),
       async_options=ocp.options.AsyncOptions(
         barrier_sync_fn=self._barrier, post_finalization_callback=self._seal
       ),
     )
+    return self
 
   def newest(self) -> int | None:
     """Returns the newest complete step, or None."""
@@ -82,14 +91,15 @@ class Checkpoints:
   ) -> tuple[Any, dict[str, Any]] | None:
     """Returns restore.newest() of this workdir.
 
-    A damaged checkpoint is renamed to STEP.damaged, unless read_only is set.
+    open() then renames a damaged checkpoint to STEP.damaged.
 
     Args:
       state: TrainState of ShapeDtypeStructs with shardings.
       run: the identity of this run, see identity.of_run. A checkpoint of
         another one is refused. None compares nothing.
     """
-    return restore.newest(self.dir, state, run, set_aside=not self._read_only)
+    found, self._damaged = restore.newest(self.dir, state, run)
+    return found
 
   def save(
     self,
@@ -197,7 +207,7 @@ class Checkpoints:
       time.sleep(0.1)
 
   def __enter__(self) -> "Checkpoints":
-    return self
+    return self.open()
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # After an error of this host alone, waiting for the others would not end.

@@ -8,7 +8,7 @@ needs no device, so messages arrive even while a device waits.
 """
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import glob
 import importlib.util
@@ -38,6 +38,9 @@ _PATIENCE_S = 300  # as long as JAX waits for the processes to start
 _DAY_MS = 24 * 3600 * 1000  # the primary may have a tokenizer to train
 _numbers = itertools.count()
 _ending = threading.Lock()  # the thread that ends the process never releases it
+
+# What this process undoes before it ends with the others; see lock.hold.
+before_leaving: list[Callable[[], None]] = []
 
 
 def start(
@@ -297,6 +300,8 @@ def _listen(done: threading.Event) -> None:
 
 def _leave() -> NoReturn:
   """Exits, the primary process last: it serves the coordinator."""
+  for undo in before_leaving:
+    undo()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     client().wait_at_barrier("sigjax/leaving", 10_000)
   if is_primary():

@@ -22,7 +22,7 @@ def of_run(
 
   Args:
     data: the identity of the training data: its files' names and sizes.
-    tokenizer: the SHA-256 of its file, see sha256.
+    tokenizer: the SHA-256 of its file, see vocabulary.of_run.
     pp: the preprocessing of training examples, config.pp.
     model: config.model.
     order: the version of the order of examples; None if it is kept elsewhere.
@@ -31,9 +31,11 @@ def of_run(
   return json.loads(json.dumps(parts))
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-  """Returns the SHA-256 of a file in hexadecimal."""
-  with open(path, "rb") as f:
+def sha256(content: bytes | str | os.PathLike[str]) -> str:
+  """Returns the SHA-256 in hexadecimal, of bytes or of the file at a path."""
+  if isinstance(content, bytes):
+    return hashlib.sha256(content).hexdigest()
+  with open(content, "rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 

@@ -4,18 +4,18 @@ The workdir keeps a copy, so that the run can be resumed and its predictions
 repeated without the original.
 """
 
+import base64
 from collections.abc import Callable, Iterable
-import hashlib
 import json
 import logging
 import os
 import pathlib
-import shutil
+import tempfile
 from typing import Any
 
 from sigjax import errors
 from sigjax.data.example import tokenizer
-from sigjax.runtime import files
+from sigjax.runtime import files, hosts, identity
 
 log = logging.getLogger("sigjax")
 
@@ -36,12 +36,16 @@ def of_run(
   path: str | os.PathLike[str] | None = None,
   vocab_size: int | None = None,
   captions: str = "captions",
-) -> tokenizer.Tokenizer:
-  """Returns the tokenizer of a run, and keeps a copy of it in the workdir.
+) -> tuple[tokenizer.Tokenizer, dict[str, Any]]:
+  """Returns the tokenizer of a run; keep() writes it into the workdir.
 
-  A JSON file beside the copy records what it was made from. The copy is used as
-  long as that is what the config asks for, and otherwise made anew. Once there
-  is a checkpoint, the tokenizer cannot change any more.
+  The workdir's copy is used as long as it was made from what the config asks
+  for; otherwise the tokenizer is made anew. Once there is a checkpoint, it
+  cannot change any more.
+
+  All processes call this together. The primary one makes the tokenizer and
+  sends it to the others. Nothing is written here, because the command may yet
+  be refused.
 
   Args:
     copy: the workdir's copy, WORKDIR/tokenizer.model.
@@ -51,6 +55,9 @@ def of_run(
     path: a SentencePiece model to copy: a file, a URL, or one of NAMES; or
     vocab_size: the size of a model to train on lower-cased training captions.
     captions: the feature that holds the captions.
+
+  Returns:
+    The tokenizer and its record: what it was made from, and "sha256".
 
   Raises:
     UserError: neither or both of path and vocab_size are given; the model
@@ -65,12 +72,40 @@ def of_run(
     raise errors.UserError(
       "config.tokenizer takes either path or vocab_size (to train one)"
     )
+  made, made_from = None, None
+  if hosts.is_primary():
+    made, made_from = _make(copy, texts, trained, wanted)
+  sent = hosts.broadcast(
+    json.dumps([made_from, made and base64.b64encode(made.model).decode()])
+  )
+  made_from, model = json.loads(sent)
+  made = made or tokenizer.Tokenizer(copy, base64.b64decode(model))
+  return made, {**made_from, "sha256": identity.sha256(made.model)}
+
+
+def keep(
+  copy: pathlib.Path, made: tokenizer.Tokenizer, record: dict[str, Any]
+) -> None:
+  """Writes what of_run returned to WORKDIR/tokenizer.model and .json."""
+  files.write(copy, made.model)
+  files.write(_record(copy), json.dumps(record, indent=1))
+
+
+def _make(
+  copy: pathlib.Path,
+  texts: Callable[[str], Iterable[str]],
+  trained: bool,
+  wanted: dict[str, Any],
+) -> tuple[tokenizer.Tokenizer, dict[str, Any]]:
+  """Returns a tokenizer and what it was made from; {} if that is not known."""
   found, made_from, digest = _open(copy), *_recorded(_record(copy))
-  if found and (digest is None or digest == _digest(copy)):
+  if found and (digest is None or digest == identity.sha256(found.model)):
     if made_from == wanted:
-      return found
-    if trained and (made_from is None or _same(made_from, wanted, digest)):
-      return found  # without a record: of a run from before there were any
+      return found, wanted
+    if trained and not made_from:  # of a run from before there were records
+      return found, {}
+    if trained and _same(made_from, wanted, digest):
+      return found, made_from
     if trained:
       raise errors.UserError(
         f"config.tokenizer has {_shown(wanted)}, but {copy} was made from "
@@ -81,26 +116,24 @@ def of_run(
   elif copy.exists():
     log.warning("%s is damaged; it is made anew", copy)
 
-  with files.replacing(copy) as aside:
-    if vocab_size is not None:
-      tokenizer.train(
-        (text.lower() for text in texts(captions)), vocab_size, aside
-      )
-    else:
-      original = _local(path)
-      tokenizer.Tokenizer(original)  # so that an error names this file
-      shutil.copyfile(original, aside)
-    made = tokenizer.Tokenizer(aside)
-    if trained and digest not in (None, _digest(aside)):
-      raise errors.UserError(
-        f"{copy} is missing or damaged, and {_shown(wanted)} gives another "
-        "tokenizer than the checkpoints were trained with; put a copy of the "
-        "old one there"
-      )
-  files.write(
-    _record(copy), json.dumps({**wanted, "sha256": _digest(copy)}, indent=1)
-  )
-  return made
+  if "path" in wanted:
+    made = tokenizer.Tokenizer(_local(wanted["path"]))
+  else:
+    made = _train(texts(wanted["captions"]), wanted["vocab_size"])
+  if trained and digest not in (None, identity.sha256(made.model)):
+    raise errors.UserError(
+      f"{copy} is missing or damaged, and {_shown(wanted)} gives another "
+      "tokenizer than the checkpoints were trained with; put a copy of the "
+      "old one there"
+    )
+  return made, wanted
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> tokenizer.Tokenizer:
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "tokenizer.model"
+    tokenizer.train((text.lower() for text in texts), vocab_size, path)
+    return tokenizer.Tokenizer(path)
 
 
 def _open(copy: pathlib.Path) -> tokenizer.Tokenizer | None:
@@ -117,31 +150,27 @@ def _record(copy: pathlib.Path) -> pathlib.Path:
 
 def _recorded(
   record: pathlib.Path,
-) -> tuple[dict[str, Any] | None, str | None]:
-  """Returns (what the copy was made from, its SHA-256); None if not known."""
+) -> tuple[dict[str, Any], str | None]:
+  """Returns (what the copy was made from, its SHA-256); ({}, None): unknown."""
   try:
     made_from = json.loads(record.read_text())
     return made_from, made_from.pop("sha256")
   except (OSError, ValueError, AttributeError, KeyError, TypeError):
-    return None, None
+    return {}, None
 
 
 def _same(made_from: dict[str, Any], wanted: dict[str, Any], sha: Any) -> bool:
   """Whether both give the same model, though their records differ."""
   if "path" in wanted:  # a file may move
     try:
-      return _digest(pathlib.Path(_local(wanted["path"]))) == sha
+      return identity.sha256(_local(wanted["path"])) == sha
     except (errors.UserError, OSError):
       return False
   return {**made_from, "source": None} == {**wanted, "source": None}
 
 
-def _digest(path: pathlib.Path) -> str:
-  return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _shown(made_from: dict[str, Any] | None) -> str:
-  return ", ".join(f"{k}={v!r}" for k, v in (made_from or {}).items())
+def _shown(made_from: dict[str, Any]) -> str:
+  return ", ".join(f"{k}={v!r}" for k, v in made_from.items())
 
 
 def _local(path: str | os.PathLike[str] | None) -> str:

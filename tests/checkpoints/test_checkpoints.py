@@ -42,7 +42,7 @@ def make_state(params=PARAMS, table=FSDP, **options):
 
 def test_round_trip(tmp_path):
   state, abstract = make_state()
-  saved = save_lib.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path).open()
   assert saved.newest() is None
   saved.save(3, state, {"step": 3}, ABOUT)
   saved.close()
@@ -61,7 +61,7 @@ def test_round_trip(tmp_path):
 
 def test_the_newest_few_and_every_kth_are_kept(tmp_path):
   state, _ = make_state()
-  saved = save_lib.Checkpoints(tmp_path, keep=2, keep_every_steps=4)
+  saved = save_lib.Checkpoints(tmp_path, keep=2, keep_every_steps=4).open()
   for step in range(1, 8):
     saved.save(step, state, {}, ABOUT)
     saved.wait()
@@ -72,13 +72,13 @@ def test_the_newest_few_and_every_kth_are_kept(tmp_path):
 
 def test_what_was_not_finished_does_not_count(tmp_path):
   state, abstract = make_state()
-  saved = save_lib.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path).open()
   saved.save(1, state, {}, ABOUT)
   saved.close()
   # A run killed while saving leaves its part under a temporary name.
   folder = tmp_path / "checkpoints"
   shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
-  saved = save_lib.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path).open()
   assert saved.newest() == 1
   restore.read(tmp_path, abstract)
   saved.close()
@@ -101,7 +101,7 @@ def test_what_was_not_finished_does_not_count(tmp_path):
   ],
 )
 def test_another_model_is_named(tmp_path, params, options, message):
-  saved = save_lib.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path).open()
   saved.save(1, make_state()[0], {}, ABOUT)
   saved.wait()
   with pytest.raises(errors.UserError, match=message):
@@ -111,7 +111,7 @@ def test_another_model_is_named(tmp_path, params, options, message):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-  saved = save_lib.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path).open()
   saved.save(1, make_state()[0], {}, ABOUT)
   saved.close()
   for path in (tmp_path / "checkpoints/1/params").rglob("*"):
@@ -137,8 +137,10 @@ def save(tmp_path, *steps, **options):
 
 def restored(tmp_path, **options):
   """Returns (the step a run would go on from, or None; its Checkpoints)."""
-  with save_lib.Checkpoints(tmp_path, **options) as saved:
-    found = saved.restore_newest(make_state()[1])
+  saved = save_lib.Checkpoints(tmp_path, **options)
+  found = saved.restore_newest(make_state()[1])
+  with saved:
+    pass
   return found and int(found[0].step), saved
 
 
@@ -236,8 +238,8 @@ def test_of_an_older_checkpoint_the_workdirs_config_is_used(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": 9}')
   want = {"config": {"seed": 9}, "identity": {}}
   assert restore.read_about(tmp_path) == want
-  with save_lib.Checkpoints(tmp_path) as saved:
-    assert saved.restore_newest(make_state()[1], dict(RUN, pp="x"))
+  saved = save_lib.Checkpoints(tmp_path)
+  assert saved.restore_newest(make_state()[1], dict(RUN, pp="x"))
 
 
 def test_a_run_of_another_identity_is_not_resumed(tmp_path, caplog):
@@ -247,10 +249,8 @@ def test_a_run_of_another_identity_is_not_resumed(tmp_path, caplog):
   def refused(**other):
     with pytest.raises(errors.UserError) as e:
       restore.read(tmp_path, abstract, dict(RUN, **other))
-    with (
-      save_lib.Checkpoints(tmp_path) as saved,
-      pytest.raises(errors.UserError, match="with another identity"),
-    ):
+    saved = save_lib.Checkpoints(tmp_path)
+    with pytest.raises(errors.UserError, match="with another identity"):
       saved.restore_newest(abstract, dict(RUN, **other))
     return str(e.value)
 
@@ -268,8 +268,8 @@ def test_a_run_of_another_identity_is_not_resumed(tmp_path, caplog):
   assert 'value_range(-1,1)", now it is "' not in text
   assert '|value_range(-1,1)", now it is ..' in text and '|flip"' in text
   # The same one, also where a newer version knows more of it.
-  with save_lib.Checkpoints(tmp_path) as saved:
-    assert saved.restore_newest(abstract, {**RUN, "more": 1})
+  saved = save_lib.Checkpoints(tmp_path)
+  assert saved.restore_newest(abstract, {**RUN, "more": 1})
 
 
 def test_when_all_are_damaged_nothing_starts_anew(tmp_path):
@@ -279,9 +279,14 @@ def test_when_all_are_damaged_nothing_starts_anew(tmp_path):
   for _ in range(2):
     with pytest.raises(
       errors.UserError,
-      match=(r"no undamaged checkpoint \(there are: 1.damaged, 2.damaged\)"),
+      match=(r"no undamaged checkpoint \(there are: 1, 2\)"),
     ):
       restored(tmp_path)
+  folder = tmp_path / "checkpoints"
+  for step in "12":  # nor where they were set aside
+    (folder / step).rename(folder / f"{step}.damaged")
+  with pytest.raises(errors.UserError, match="are: 1.damaged, 2.damaged"):
+    restored(tmp_path)
   for read in (restore.read, restore.read_params):
     with pytest.raises(errors.UserError, match="has no complete checkpoint"):
       read(tmp_path, None)
@@ -332,7 +337,7 @@ def test_a_save_that_fails_is_logged_and_the_next_one_succeeds(
   """Even of keep=1, the old one stays until a new one is there."""
   folder = tmp_path / "checkpoints"
   state, abstract = make_state()
-  saved = save_lib.Checkpoints(tmp_path, keep=1)
+  saved = save_lib.Checkpoints(tmp_path, keep=1).open()
   saved.save(1, state, {}, ABOUT)
   saved.check(1)
   full_disk(True)
@@ -389,7 +394,7 @@ def test_keep_is_checked(tmp_path):
 
 
 def test_a_save_that_cannot_begin_is_logged(tmp_path, caplog, monkeypatch):
-  saved = save_lib.Checkpoints(tmp_path)
+  saved = save_lib.Checkpoints(tmp_path).open()
   monkeypatch.setattr(
     saved._checkpointer,
     "save",

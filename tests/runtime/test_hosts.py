@@ -1,53 +1,27 @@
 """Several processes: they train like one, stop together, and save together."""
 
-import json
 import os
-import pathlib
 import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 import types
 
-import cpu_devices
 import jax
 import numpy as np
 import pytest
+import train_program
+from train_program import lines, params
 
-from sigjax import errors, sharding, trees
-from sigjax.checkpoints import restore
+from sigjax import errors, sharding
 from sigjax.runtime import hosts, lock
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Program:
-  """The program as a user starts it, once on each of several "hosts"."""
+  """The program, once on each of several "hosts"."""
 
   def __init__(self, workdir, config, processes, devices, each=(), cwds=None):
-    path = workdir.parent / f"{workdir.name}_config.py"
-    path.write_text(
-      "from ml_collections import ConfigDict\n"
-      "def get_config(arg=None):\n"
-      f"  return ConfigDict({config!r})"
-    )
-    env = {
-      **os.environ,
-      "PYTHONPATH": str(ROOT),
-      "XLA_FLAGS": cpu_devices.xla_flags(devices),
-    }
-    args = [
-      sys.executable,
-      "-m",
-      "sigjax.train",
-      "--config",
-      str(path),
-      "--workdir",
-      str(workdir),
-    ]
     with socket.socket() as s:
       s.bind(("localhost", 0))
       port = s.getsockname()[1]
@@ -62,15 +36,10 @@ class Program:
           f"--process_id={i}",
         ]
       )
+      flags += each[i] if each else ()
+      cwd = cwds[i] if cwds else None
       self.hosts.append(
-        subprocess.Popen(
-          [*args, *flags, *(each[i] if each else ())],
-          env=env,
-          text=True,
-          cwd=cwds[i] if cwds else workdir.parent,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.PIPE,
-        )
+        train_program.start(workdir, config, devices, flags, cwd)
       )
     self.metrics = workdir / "metrics.jsonl"
 
@@ -88,18 +57,6 @@ class Program:
     for p, code, (_, err) in zip(self.hosts, codes or [0] * len(said), said):
       assert p.returncode == code, err
     return said
-
-
-def lines(workdir):
-  return [
-    json.loads(line)
-    for line in (workdir / "metrics.jsonl").read_text().splitlines()
-  ]
-
-
-def params(path):
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return trees.flatten(jax.device_get(restore.read_params(path, here)))
 
 
 def assert_near(a, b):
@@ -199,6 +156,7 @@ def test_a_mistake_at_one_host_stops_both(tmp_path, tiny_config, wrong):
   last = said[1 - wrong][1].strip().splitlines()[-1]
   assert last.startswith("error: stopped by process ")
   assert last.endswith(line.removeprefix("error: "))
+  assert not (tmp_path / "a").exists()  # a refused command leaves nothing
 
 
 def test_another_config_at_one_host(tmp_path, tiny_config):

@@ -166,7 +166,7 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
   params = hf_case.random_params(
     two_towers.TwoTowers(**config["model"]), 32, 12
   )
-  checkpoints = save.Checkpoints(tmp_path)
+  checkpoints = save.Checkpoints(tmp_path).open()
   for step, extra in (2, 0), (4, 1):
     checkpoints.save(
       step,

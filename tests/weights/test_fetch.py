@@ -562,14 +562,20 @@ def test_weights_by_url(server, tmp_path):
     npz.load_params("gs://bucket/z.npz", params)
 
 
+def kept(copy, *args, **section):
+  made, record = vocabulary.of_run(copy, *args, **section)
+  vocabulary.keep(copy, made, record)
+  return made
+
+
 def test_tokenizers_by_name(server, tmp_path):
   texts = lambda captions: ["some words of a text"] * 9
-  vocabulary.of_run(tmp_path / "a", texts, "", False, vocab_size=16)
+  kept(tmp_path / "a", texts, "", False, vocab_size=16)
   name = "/t5-data/vocabs/cc_en.32000/sentencepiece.model"
   server.files[name] = read(tmp_path / "a")
   for i, path in enumerate(["c4_en", f"gs:/{name}", f"{server.url}{name}"]):
     copy = tmp_path / f"copy{i}"
-    assert vocabulary.of_run(copy, None, "", False, path=path).vocab_size == 16
+    assert kept(copy, None, "", False, path=path).vocab_size == 16
     assert read(copy) == server.files[name]
   assert len(server.asked) == 1
   with pytest.raises(errors.UserError, match='did you mean "c4_en".*known are'):

@@ -2,29 +2,21 @@
 
 import os
 
+from corpus import TEXTS
 import pytest
 
 from sigjax import errors
 from sigjax.data.example import tokenizer
 from sigjax.weights import vocabulary
 
-TEXTS = [
-  f"a {color} {thing} in the {place}"
-  for color in ("red", "green", "blue")
-  for thing in ("apple", "house", "dog", "river")
-  for place in ("morning", "forest", "rain")
-]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-  path = tmp_path_factory.mktemp("vocabulary") / "test.model"
-  tokenizer.train(TEXTS, 26, path)
-  return path
-
 
 def of_run(copy, texts=None, trained=False, source="pets", **section):
-  return vocabulary.of_run(copy, texts, source, trained, **section)
+  """Returns the tokenizer, which is then kept as a run keeps it."""
+  before = sorted(copy.parent.iterdir())
+  made, record = vocabulary.of_run(copy, texts, source, trained, **section)
+  assert sorted(copy.parent.iterdir()) == before
+  vocabulary.keep(copy, made, record)
+  return made
 
 
 def upper(asked=None):
@@ -38,25 +30,25 @@ def upper(asked=None):
   return texts
 
 
-def test_it_is_trained_once_on_lower_cased_captions(path, tmp_path):
+def test_it_is_trained_once_on_lower_cased_captions(spm_path, tmp_path):
   copy, asked = tmp_path / "tokenizer.model", []
   for _ in range(2):
     tok = of_run(copy, upper(asked), vocab_size=26, captions="alt")
-    assert copy.read_bytes() == path.read_bytes() and tok.vocab_size == 26
+    assert copy.read_bytes() == spm_path.read_bytes() and tok.vocab_size == 26
   assert asked == ["alt"]
   assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer.model"]
 
 
-def test_a_model_is_copied(path, tmp_path):
+def test_a_model_is_copied(spm_path, tmp_path):
   copy = tmp_path / "tokenizer.model"
   (tmp_path / "text.model").write_text("text")
   for wrong in ("absent.model", "text.model"):
     with pytest.raises(errors.UserError, match=f"{wrong}"):
       of_run(copy, path=tmp_path / wrong)
   assert os.listdir(tmp_path) == ["text.model"]
-  of_run(copy, path=path)
-  assert copy.read_bytes() == path.read_bytes()
-  for wrong in ({}, {"path": path, "vocab_size": 26}):
+  of_run(copy, path=spm_path)
+  assert copy.read_bytes() == spm_path.read_bytes()
+  for wrong in ({}, {"path": spm_path, "vocab_size": 26}):
     with pytest.raises(errors.UserError, match="either path or vocab_size"):
       of_run(copy, **wrong)
 
@@ -77,7 +69,7 @@ def test_a_stale_one_is_made_anew_before_there_is_a_checkpoint(tmp_path, other):
   of_run(copy, None, **other)  # now it is of this config
 
 
-def test_with_a_checkpoint_another_one_is_refused(path, tmp_path):
+def test_with_a_checkpoint_another_one_is_refused(spm_path, tmp_path):
   copy = tmp_path / "tokenizer.model"
   of_run(copy, upper(), vocab_size=26)
   for other in OTHERS[:2]:
@@ -87,26 +79,28 @@ def test_with_a_checkpoint_another_one_is_refused(path, tmp_path):
     assert f"vocab_size={other['vocab_size']}" in said and "\n" not in said
     assert f"{copy} was made from vocab_size=26, captions='captions'" in said
     assert "another --workdir" in said
-  assert copy.read_bytes() == path.read_bytes()
+  assert copy.read_bytes() == spm_path.read_bytes()
   # The data may move, and the same model may come from a file.
   of_run(copy, None, trained=True, vocab_size=26, source="moved")
-  assert of_run(copy, None, trained=True, path=path).vocab_size == 26
+  assert of_run(copy, None, trained=True, path=spm_path).vocab_size == 26
   small = tmp_path / "small.model"
   tokenizer.train(TEXTS, 24, small)
   with pytest.raises(errors.UserError, match="has path="):
     of_run(copy, None, trained=True, path=small)
 
 
-def test_a_run_from_before_records_goes_on(path, tmp_path):
+def test_a_run_from_before_records_goes_on(spm_path, tmp_path):
   copy = tmp_path / "tokenizer.model"
-  copy.write_bytes(path.read_bytes())
+  copy.write_bytes(spm_path.read_bytes())
   assert of_run(copy, None, trained=True, vocab_size=9).vocab_size == 26
   assert of_run(copy, upper(), vocab_size=24).vocab_size == 24
 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("damage", [b"", b"text", "half", "other", "record"])
-def test_a_damaged_copy_is_made_anew(path, tmp_path, caplog, damage, trained):
+def test_a_damaged_copy_is_made_anew(
+  spm_path, tmp_path, caplog, damage, trained
+):
   copy = tmp_path / "tokenizer.model"
   of_run(copy, upper(), vocab_size=26)
   if damage == "record":
@@ -114,12 +108,12 @@ def test_a_damaged_copy_is_made_anew(path, tmp_path, caplog, damage, trained):
   elif damage == "other":
     tokenizer.train(TEXTS, 24, copy)
   elif damage == "half":
-    copy.write_bytes(path.read_bytes()[:-100_000])
+    copy.write_bytes(spm_path.read_bytes()[:-100_000])
   else:
     copy.write_bytes(damage)
   with caplog.at_level("INFO", "sigjax"):
     assert of_run(copy, upper(), trained, vocab_size=26).vocab_size == 26
-  assert copy.read_bytes() == path.read_bytes()
+  assert copy.read_bytes() == spm_path.read_bytes()
   if damage != "record":
     assert f"{copy} is damaged; it is made anew" in caplog.text
     other = lambda key: TEXTS[:20]

@@ -75,7 +75,7 @@ def data_rows(
   """Returns the rows of data(); the keyword arguments are the config's."""
   source = kinds.open_source(**data)
   with tempfile.TemporaryDirectory() as folder:
-    tokenize = errors.call(
+    tokenize, _ = errors.call(
       vocabulary.of_run,
       tokenizer,
       "config.tokenizer",

@@ -83,19 +83,14 @@ class TrainBatches:
   def set_state(self, state: dict[str, Any]) -> None:
     """Moves to a position from get_state(), in constant time.
 
+    Whether the data is the same, the identity in the checkpoint tells.
     Positions saved by older versions of sigjax are read, too: such a run goes
     on with the order that it began with.
 
     Raises:
       UserError: The position is of another sequence of batches.
     """
-    state = {"order": 1, "source": self._identity["source"], **state}
-    if state["source"] != self._identity["source"]:
-      raise errors.UserError(
-        "the data position was saved with other data: "
-        f"{_difference(state['source'], self._identity['source'])}; give the "
-        "same shards and the same selection, or begin a new run, with init="
-      )
+    state = {"order": 1, **state}
     for key, value in self._identity.items():
       if state.get(key) != value:
         raise errors.UserError(
@@ -120,17 +115,6 @@ class TrainBatches:
 def _close(live):
   while live:
     live.pop().close()
-
-
-def _difference(saved: Any, now: Any, path: str = "source") -> str:
-  """Returns "path was X and is Y" for the first value that differs."""
-  if isinstance(saved, list) and isinstance(now, list):
-    saved, now = dict(enumerate(saved)), dict(enumerate(now))
-  if isinstance(saved, dict) and isinstance(now, dict):
-    for key in {**saved, **now}:
-      if saved.get(key) != now.get(key):
-        return _difference(saved.get(key), now.get(key), f"{path}.{key}")
-  return f"{path} was {saved} and is {now}"
 
 
 class EvalBatches:
@@ -228,7 +212,6 @@ def train_batches(
     "elements": sizes,
     "weights": weights,
     "shuffle": shuffle,
-    "source": source.identity(),
   }
   return TrainBatches(make_loader, identity, tally)
 

@@ -24,9 +24,15 @@ EOS = 1
 
 
 class Tokenizer:
-  """A SentencePiece model from a file.
+  """A SentencePiece model.
+
+  Args:
+    path: its file.
+    model: the bytes of that file, where they are known already: then it is not
+      read, and only named in errors.
 
   Attributes:
+    model: the bytes of its file.
     vocab_size: the number of ids.
 
   Raises:
@@ -34,26 +40,27 @@ class Tokenizer:
       end token is not 1.
   """
 
+  model: bytes
   vocab_size: int
 
-  def __init__(self, path: str | os.PathLike[str]):
+  def __init__(self, path: str | os.PathLike[str], model: bytes | None = None):
     try:
-      data = pathlib.Path(path).read_bytes()
+      self.model = pathlib.Path(path).read_bytes() if model is None else model
       # SentencePiece loads an empty file as a model without pieces.
-      self._model = sentencepiece.SentencePieceProcessor(
-        model_proto=data or b"empty"
+      self._pieces = sentencepiece.SentencePieceProcessor(
+        model_proto=self.model or b"empty"
       )
     except (OSError, RuntimeError) as e:
       reason = e.strerror if isinstance(e, OSError) else "not a model"
       raise errors.UserError(
         f"SentencePiece model {path} cannot be read: {reason}"
       ) from e
-    if self._model.eos_id() != EOS:
+    if self._pieces.eos_id() != EOS:
       raise errors.UserError(
         f"SentencePiece model {path} ends texts with id "
-        f"{self._model.eos_id()}, but it has to be {EOS}"
+        f"{self._pieces.eos_id()}, but it has to be {EOS}"
       )
-    self.vocab_size = self._model.vocab_size()
+    self.vocab_size = self._pieces.vocab_size()
 
   def __call__(
     self, text: str, length: int, pad: int = EOS
@@ -69,14 +76,14 @@ class Tokenizer:
       (L,) int32.
     """
     row = np.full(length, pad, np.int32)
-    ids = self._model.encode(text)[: length - 1]
+    ids = self._pieces.encode(text)[: length - 1]
     row[: len(ids)] = ids
     row[len(ids)] = EOS
     return row
 
   def count(self, text: str) -> int:
     """Returns the number of ids of a text, the end token included."""
-    return len(self._model.encode(text)) + 1
+    return len(self._pieces.encode(text)) + 1
 
 
 def train(

@@ -205,23 +205,6 @@ def test_a_run_of_an_older_version_goes_on_with_its_order(caplog):
     batches(n, 4).set_state({**new, "order": 99})
 
 
-def test_other_data_of_the_same_size_is_refused():
-  def made(identity):
-    records = Counting(20)
-    records.identity = identity
-    return batches(Source("test", records), 4)
-
-  state = json.loads(json.dumps(made({"shards": "3f"}).get_state()))
-  made({"shards": "3f"}).set_state(state)
-  with pytest.raises(errors.UserError) as e:
-    made({"shards": "4a"}).set_state(state)
-  assert "source.data.shards was 3f and is 4a" in str(e.value)
-  half = filter_lib.where(source(20), "i", (0, 9))
-  other = filter_lib.where(source(20), "i", (10, 19))
-  with pytest.raises(errors.UserError, match="other data: source.members was"):
-    batches(other, 4).set_state(batches(half, 4).get_state())
-
-
 def test_groups():
   # Concept c has c + 1 members.
   concepts = [c for c in range(6) for _ in range(c + 1)]

@@ -2,6 +2,7 @@
 
 import os
 
+from corpus import TEXTS
 import numpy as np
 import pytest
 import sentencepiece
@@ -9,24 +10,10 @@ import sentencepiece
 from sigjax import errors
 from sigjax.data.example import preprocess, tokenizer
 
-TEXTS = [
-  f"a {color} {thing} in the {place}"
-  for color in ("red", "green", "blue")
-  for thing in ("apple", "house", "dog", "river")
-  for place in ("morning", "forest", "rain")
-]
 
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-  path = tmp_path_factory.mktemp("tokenizer") / "test.model"
-  tokenizer.train(TEXTS, 26, path)
-  return path
-
-
-def test_ids_are_sentencepieces_then_ends(path):
-  tok = tokenizer.Tokenizer(path)
-  model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+def test_ids_are_sentencepieces_then_ends(spm_path):
+  tok = tokenizer.Tokenizer(spm_path)
+  model = sentencepiece.SentencePieceProcessor(model_file=str(spm_path))
   want = model.encode("a red dog")
   assert 1 not in want and len(want) > 1
   row = tok("a red dog", 12)
@@ -37,8 +24,8 @@ def test_ids_are_sentencepieces_then_ends(path):
   assert (model.eos_id(), model.unk_id(), model.bos_id()) == (1, 2, -1)
 
 
-def test_long_text_keeps_the_end_token(path):
-  tok = tokenizer.Tokenizer(path)
+def test_long_text_keeps_the_end_token(spm_path):
+  tok = tokenizer.Tokenizer(spm_path)
   full = tok("a red dog in the rain", 30)
   n = int((full != 1).sum())
   assert tok("a red dog in the rain", n + 1).tolist() == full[: n + 1].tolist()
@@ -50,18 +37,18 @@ def test_long_text_keeps_the_end_token(path):
   assert tok("a red dog", 1).tolist() == [1]
 
 
-def test_empty_text_is_all_ends(path):
-  assert tokenizer.Tokenizer(path)("", 4).tolist() == [1, 1, 1, 1]
+def test_empty_text_is_all_ends(spm_path):
+  assert tokenizer.Tokenizer(spm_path)("", 4).tolist() == [1, 1, 1, 1]
 
 
-def test_end_token_written_as_text_is_no_end_token(path):
-  assert 1 not in tokenizer.Tokenizer(path)("</s>", 30)[:2]
+def test_end_token_written_as_text_is_no_end_token(spm_path):
+  assert 1 not in tokenizer.Tokenizer(spm_path)("</s>", 30)[:2]
 
 
-def test_training_is_deterministic_and_leaves_one_file(path, tmp_path):
+def test_training_is_deterministic_and_leaves_one_file(spm_path, tmp_path):
   again = tmp_path / "again.model"
   tokenizer.train(iter(TEXTS), 26, again)
-  assert again.read_bytes() == path.read_bytes()
+  assert again.read_bytes() == spm_path.read_bytes()
   assert os.listdir(tmp_path) == ["again.model"]
 
 
@@ -108,8 +95,8 @@ def test_model_with_another_end_token_is_refused(tmp_path):
     tokenizer.Tokenizer(path)
 
 
-def test_no_bytes_raise_anything_but_user_error(path, tmp_path):
-  whole, rng = path.read_bytes(), np.random.default_rng(0)
+def test_no_bytes_raise_anything_but_user_error(spm_path, tmp_path):
+  whole, rng = spm_path.read_bytes(), np.random.default_rng(0)
   broken, fine = tmp_path / "broken.model", 0
   for _ in range(300):
     data = bytearray(whole)
@@ -133,16 +120,16 @@ def test_no_bytes_raise_anything_but_user_error(path, tmp_path):
 
 
 @pytest.mark.parametrize("length, share", [(3, 1), (50, 0)])
-def test_the_share_of_texts_that_are_cut(path, length, share):
-  tok = tokenizer.Tokenizer(path)
+def test_the_share_of_texts_that_are_cut(spm_path, length, share):
+  tok = tokenizer.Tokenizer(spm_path)
   pp = f"decode|resize(8)|choice('c')|lower|tokenize({length})|keep('image')"
   examples = [dict(c=[text.upper()]) for text in TEXTS]
   numbers = np.arange(len(TEXTS))
   assert preprocess.cut_share(examples.__getitem__, numbers, pp, tok) == share
 
 
-def test_the_share_of_cut_texts_is_that_of_an_even_sample(path):
-  tok = tokenizer.Tokenizer(path)
+def test_the_share_of_cut_texts_is_that_of_an_even_sample(spm_path):
+  tok = tokenizer.Tokenizer(spm_path)
   n = tok.count("a dog")
   assert tok("a dog", n)[-2:].tolist() == [*tok("a dog", n + 1)[-3:-2], 1]
   asked = []
