@@ -10,7 +10,7 @@ from train_program import lines, params, start
 
 from sigjax import errors, train, trees
 from sigjax.data import kinds
-from sigjax.runtime import lock
+from sigjax.runtime import identity, lock
 from sigjax.weights import npz as npz_lib
 
 
@@ -38,6 +38,8 @@ def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
   assert rows["retrieval", "image->text recall@1"][0] > 0.4
   for name in ("parameters.txt", "picture.png", "tokenizer.model"):
     assert (tmp_path / "a" / name).exists()
+  (events,) = (tmp_path / "a").glob("events.*")
+  assert (tmp_path / "a/picture.png").read_bytes() in events.read_bytes()
   logged = lines(tmp_path / "a")
   first, last = logged[0], [x for x in logged if "loss" in x][-1]
   assert first["step"] == 50 and last["step"] == 250
@@ -133,9 +135,12 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
 
   # Evaluation from the saved checkpoint alone gives the same rows.
   assert run(a, config, eval_only=True) == first
-  # A finished run is not trained on.
+  # A finished run is not trained on, so its config stays what it was.
   caplog.clear()
-  assert run(a, config) == first
+  written = (a / "config.json").read_bytes()
+  assert run(a, config, log_every_steps=7) == first
+  assert (a / "config.json").read_bytes() == written
+  assert f"all of this run is in {a}" in caplog.text
   assert f"resuming from {a}/checkpoints/4" in caplog.text
 
   # resume takes the step and the place in the data along, ...
@@ -324,7 +329,7 @@ def test_mistakes_are_one_line_and_change_nothing(
   """In a new workdir, and in one of a finished run."""
   finished = parent / "finished"
   if not finished.exists():
-    run(finished, dict(tiny_config, total_steps=2, evals={}))
+    finish(finished, tiny_config)
   before = tree(parent)
   # A finished run does not read the weights to start from.
   ignored = {"init", "resume"} & set(change)
@@ -334,6 +339,39 @@ def test_mistakes_are_one_line_and_change_nothing(
     assert message in str(e.value) or workdir == finished
     assert "\n" not in str(e.value)
     assert tree(parent) == before
+
+
+def test_other_data_of_the_same_size_is_not_resumed(parent, tiny_config):
+  if not (parent / "finished").exists():
+    finish(parent / "finished", tiny_config)
+  before = tree(parent)
+  data = dict(tiny_config["data"], shuffle="captions")
+  with pytest.raises(errors.UserError, match="another identity: data.data"):
+    run(parent / "finished", dict(tiny_config, data=data, evals={}))
+  assert tree(parent) == before
+
+
+def test_hosts_compare_what_they_train_on(tmp_path, tiny_config, monkeypatch):
+  compared = {}
+  monkeypatch.setattr(identity, "check_hosts", compared.__setitem__)
+  monkeypatch.setattr(train, "_resumed", lambda *_: 1 / 0)  # far enough
+  with pytest.raises(ZeroDivisionError):
+    run(tmp_path / "a", dict(tiny_config, evals={}))
+  assert compared["config"]["pp"] == tiny_config["pp"]
+  source = kinds.open_source(**tiny_config["data"])
+  assert compared["the run"]["data"] == source.identity()
+  assert len(compared["the run"]["tokenizer"]) == 64
+
+
+def test_nothing_is_done_twice_at_the_end():
+  """What is due every 100 steps of 250 is due at 100, and then at the end."""
+  due = [step for step in range(1, 251) if train._due(step, 100, 250)]
+  assert due == [100, 200]
+  assert [s for s in range(1, 1251) if train._due(s, 104, 1250)][-1] == 1144
+
+
+def finish(workdir, tiny_config):
+  run(workdir, dict(tiny_config, total_steps=2, evals={}))
 
 
 def tree(folder):
