@@ -171,6 +171,7 @@ class _Shuffled:
 
   def __init__(self, records: Records, key: str):
     self._records, self._key = records, key
+    self._brief = getattr(records, "brief", records.__getitem__)
     self._other = np.random.default_rng(0).permutation(len(records))
 
   def __len__(self):
@@ -181,9 +182,20 @@ class _Shuffled:
     inner = getattr(self._records, "identity", None)
     return inner and {"shuffled": self._key, "of": inner}
 
+  def brief(self, i) -> Example:
+    """Returns an example without its image, if the records can do that."""
+    return self._with_other(i, self._brief)
+
   def __getitem__(self, i) -> Example:
-    other = self._records[int(self._other[i])]
-    return {**self._records[i], self._key: other[self._key]}
+    return self._with_other(i, self._records.__getitem__)
+
+  def _with_other(self, i, read) -> Example:
+    example, other = read(i), int(self._other[i])
+    if read == self._brief and self._key not in example:  # it is the image
+      return example
+    brief = self._brief(other)
+    found = brief if self._key in brief else self._records[other]
+    return {**example, self._key: found[self._key]}
 
 
 def shuffled(source: Source, key: str) -> Source:

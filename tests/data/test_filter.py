@@ -416,6 +416,26 @@ def test_shuffled_keeps_the_faults(source):
   assert kinds.shuffled(source, "tag").faults == {"missing image": 2}
 
 
+def test_shuffled_reads_no_image_for_a_brief():
+  class Records(list):
+    brief = list.__getitem__
+
+    def __getitem__(self, i):
+      return {**self.brief(i), "image": b"%d" % i}
+
+  records = Records({"n": i, "tag": f"t{i}"} for i in range(9))
+  found = kinds.shuffled(Source("s", records), "tag")
+  briefs = [found.brief(i) for i in range(9)]
+  whole = [found.read(i) for i in range(9)]
+  assert all("image" not in brief for brief in briefs)
+  assert whole == [{**x, "image": b"%d" % i} for i, x in enumerate(briefs)]
+  assert {x["tag"] for x in briefs} == {f"t{i}" for i in range(9)}
+  assert [x["tag"] for x in briefs] != [f"t{i}" for i in range(9)]
+  images = kinds.shuffled(Source("s", records), "image")
+  assert images.brief(3) == records.brief(3)
+  assert images.read(3)["image"] != b"3"
+
+
 def test_captions_that_cannot_be():
   for text, kind in (
     ("a\0b", "caption with NUL"),

@@ -29,8 +29,9 @@ from sigjax.data.shards.index_files import Faults
 log = logging.getLogger("sigjax")
 
 _ENDINGS = (".csv", ".jsonl", ".tsv", ".json")
-TABLES = tuple(
-  stem + ending for stem in ("captions", "metadata") for ending in _ENDINGS
+TABLES = (
+  *(stem + ending for stem in ("captions", "metadata") for ending in _ENDINGS),
+  "metadata.parquet",
 )
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Usual names of the two columns: ours, Hugging Face's, open_clip's and others.
@@ -156,7 +157,7 @@ def _decoded(data: bytes, place: str) -> str:
 def _delimiter(header: str, place: str) -> str:
   """Returns the delimiter of a table, judged by its header."""
   found = re.sub(r'"[^"]*"', "", header)
-  best = max(",;\t", key=found.count)  # the first of equals
+  best = max(",;\t|", key=found.count)  # the first of equals
   if best != ("\t" if place.endswith(".tsv") else ","):
     log.info("%s: its columns are separated by %r", place, best)
   return best
@@ -270,9 +271,28 @@ def _coco_rows(found: _Row, place: str) -> list[_Row]:
   return rows
 
 
+def _parquet_rows(data: bytes, place: str) -> list[_Row]:
+  try:
+    import pyarrow.parquet
+  except ImportError:
+    raise errors.UserError(
+      f"{place} is read by pyarrow, which is not installed; pip install pyarrow"
+    ) from None
+  try:
+    return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+  except Exception as e:  # pyarrow's errors have no common base
+    raise errors.UserError(f"{place} is no Parquet: {_first_line(e)}") from e
+
+
+def _first_line(error: Exception) -> str:
+  return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def _rows(tree: _Tree, table: str, data: bytes, wrong: Faults) -> list[_Row]:
   """Returns the rows of a table of any kind."""
   place = os.path.join(tree.path, table)
+  if table.endswith(".parquet"):
+    return _parquet_rows(data, place)
   text = _decoded(data, place)
   if table.endswith((".csv", ".tsv")):
     return _csv_rows(text, place, wrong)
@@ -546,9 +566,10 @@ def folder(
   """Opens a folder of images with captions.
 
   The captions are in a table with a row per caption: a .csv or .tsv with a
-  header, a .jsonl or a .json with a list of objects. One column has the paths
-  of images, relative to the folder or to the table, another one the caption; in
-  JSON it may be a list. COCO's captions_*.json are read as well. Without any
+  header, a .jsonl, a .json with a list of objects, or a .parquet. One column
+  has the paths of images, relative to the folder or to the table, another one
+  the caption; in JSON it may be a list. COCO's captions_*.json are read as
+  well. Without any
   table, the caption of an image is the text in the .txt of the same name.
 
   All rows of an image are its captions. An example is {"image": bytes,
@@ -587,10 +608,10 @@ def folder(
     name, place, digest = "", path, hashlib.sha256(json.dumps(rows).encode())
   else:
     place = os.path.join(path, name)
-    if not name.endswith(_ENDINGS):
+    if not name.endswith((*_ENDINGS, ".parquet")):
       raise errors.UserError(
-        f"{place} is none of {', '.join(_ENDINGS)}, the kinds of tables that "
-        "are read"
+        f"{place} is none of {', '.join(_ENDINGS)} and .parquet, the kinds of "
+        "tables that are read"
       )
     try:
       data = tree.read(name)

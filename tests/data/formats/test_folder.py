@@ -7,6 +7,8 @@ import json
 
 import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from sigjax import errors
@@ -187,7 +189,7 @@ def captions(source):
 WANT = {"0.jpg": ["a; b", "c"], "2.jpg": ["d\te"], "odd/1.jpg": ["f, g"]}
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_delimiters_and_encodings(folder, delimiter, encoding, caplog):
   caplog.set_level("INFO", "sigjax")
@@ -294,16 +296,20 @@ def test_part_divides_images(folder):
   assert some and others and not some & others and len(some | others) == 10
 
 
-@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
-def test_hugging_face_imagefolder(folder, table, caplog):
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_hugging_face_imagefolder(folder, ending, caplog):
   caplog.set_level("INFO", "sigjax")
-  if table.endswith("csv"):
-    text = "file_name,text,id\n1.jpg,one,7\n3.jpg,three,8\n"
+  rows = dict(file_name=["1.jpg", "3.jpg"], text=["one", "three"], id=[7, 8])
+  path = folder / f"odd/metadata.{ending}"
+  if ending == "parquet":
+    pyarrow.parquet.write_table(pyarrow.table(rows), path)
+  elif ending == "csv":
+    path.write_text("file_name,text,id\n1.jpg,one,7\n3.jpg,three,8\n")
   else:
-    text = '{"id": 7, "file_name": "1.jpg", "text": "one"}\n' + (
+    path.write_text(
+      '{"id": 7, "file_name": "1.jpg", "text": "one"}\n'
       '{"file_name": "3.jpg", "text": "three"}\n'
     )
-  (folder / "odd" / table).write_text(text)
   source = opened(folder)  # the table is below the path
   assert captions(source) == {"odd/1.jpg": ["one"], "odd/3.jpg": ["three"]}
   assert source[0]["id"] == 7 and "the images are in odd/" in caplog.text
@@ -311,6 +317,10 @@ def test_hugging_face_imagefolder(folder, table, caplog):
     "1.jpg": ["one"],
     "3.jpg": ["three"],
   }
+  path.write_bytes(b"PAR1 \n" if ending == "parquet" else b"file_name,text\n")
+  with pytest.raises(errors.UserError, match=f"metadata.{ending}") as e:
+    opened(folder / "odd")
+  assert "\n" not in str(e.value)
 
 
 def test_coco(folder):
