@@ -569,8 +569,8 @@ def folder(
   header, a .jsonl, a .json with a list of objects, or a .parquet. One column
   has the paths of images, relative to the folder or to the table, another one
   the caption; in JSON it may be a list. COCO's captions_*.json are read as
-  well. Without any
-  table, the caption of an image is the text in the .txt of the same name.
+  well. Without any table, the caption of an image is the text in the .txt of
+  the same name.
 
   All rows of an image are its captions. An example is {"image": bytes,
   "captions": [str, ...], "file": str} and the other columns. A column whose
