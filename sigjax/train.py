@@ -134,11 +134,6 @@ def main(
     source.name,
     any((workdir / "checkpoints").glob("[0-9]*")),
   )
-  cut = preprocess.cut_share(source.brief, source.numbers(), pp, tokens)
-  if cut > 0:
-    log.info(
-      "%.1f %% of the captions are longer than tokenize keeps", 100 * cut
-    )
   preprocess_fn = preprocess.parse(pp, tokenizer=tokens)
   batches = pipeline.train_batches(
     source,
@@ -158,14 +153,7 @@ def main(
     total_examples=total_examples,
   )
   total = times.total_steps
-  log.info(
-    "%s: %d examples; %d steps of %d are %.1f epochs",
-    source.name,
-    len(source),
-    total,
-    batch_size,
-    total * batch_size / len(source),
-  )
+  _log_data(source, pp, tokens, total, batch_size)
 
   # ---- Model, loss, optimizer ----
   run = build.build(
@@ -290,6 +278,23 @@ def main(
 
 
 # ---- Parts of main ----
+
+
+def _log_data(source, pp, tokens, total: int, batch_size: int) -> None:
+  """Says how much data there is, and what is lost of it."""
+  log.info(
+    "%s: %d examples; %d steps of %d are %.1f epochs",
+    source.name,
+    len(source),
+    total,
+    batch_size,
+    total * batch_size / len(source),
+  )
+  cut = preprocess.cut_share(source.brief, source.numbers(), pp, tokens)
+  if cut > 0:
+    log.info(
+      "%.1f %% of the captions are longer than tokenize keeps", 100 * cut
+    )
 
 
 def _resumed(saver, run, me, resume, eval_only, workdir):
