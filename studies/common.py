@@ -26,7 +26,9 @@ def siglit(batch_size: int = 256, examples: int = 102_400) -> Config:
       batch sizes, as in the paper.
   """
   steps = examples // batch_size
-  config = siglit_emoji.get_config(f"steps={steps},batch_size={batch_size}")
+  config: Config = siglit_emoji.get_config(
+    f"steps={steps},batch_size={batch_size}"
+  )
   config.model.text.update(width=64, mlp_dim=256)
   return _short(config)
 
@@ -34,7 +36,9 @@ def siglit(batch_size: int = 256, examples: int = 102_400) -> Config:
 def scratch(batch_size: int = 256, examples: int = 51_200) -> Config:
   """Returns a SigLIP run: both towers from scratch, on 64 pixels."""
   steps = examples // batch_size
-  config = siglip_emoji.get_config(f"steps={steps},batch_size={batch_size}")
+  config: Config = siglip_emoji.get_config(
+    f"steps={steps},batch_size={batch_size}"
+  )
   config.model.text.update(width=64, mlp_dim=256)
   return _short(config)
 

@@ -52,9 +52,9 @@ def run(
   if seeds is not None:
     study = plan.with_seeds(study, seeds)
   name = pathlib.Path(path).stem
-  out = pathlib.Path(out or f"workdirs/studies/{name}")
+  out = pathlib.Path(out or f"workdirs/studies/{name}").absolute()
   out.mkdir(parents=True, exist_ok=True)
-  first, jobs = plan.jobs(study, out.absolute())
+  first, jobs = plan.jobs(study, out)
   to_do = [job for job in [*first, *jobs] if not job.result.exists()]
   log.info(
     "%s: %d runs, of which %d are finished; results in %s",

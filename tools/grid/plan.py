@@ -124,7 +124,7 @@ class Job:
 def jobs(study: Study, out: pathlib.Path) -> tuple[list[Job], list[Job]]:
   """Returns (jobs of study.prepare, jobs of study.runs for each seed)."""
   first = {
-    name: Job(out, name, {}, config.get("seed") or 0, config.to_dict())
+    name: Job(out, name, {}, 0, config.to_dict())
     for name, config in study.prepare.items()
   }
   workdirs = {f"{{{name}}}": job.workdir for name, job in first.items()}

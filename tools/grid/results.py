@@ -1,4 +1,4 @@
-"""The results of a study: means and intervals over seeds, tables, a CSV file."""
+"""The results of a study: means and intervals over seeds, and tables."""
 
 from collections.abc import Mapping, Sequence
 import csv

@@ -40,9 +40,9 @@ def run_all(
   try:
     for worker in workers:
       worker.start(waiting.pop())
-    while busy := {w.pipe: w for w in workers if w.job}:
-      for pipe in connection.wait(list(busy)):
-        worker = busy[pipe]
+    while busy := [worker.pipe for worker in workers if worker.job]:
+      for pipe in connection.wait(busy):
+        worker = next(w for w in workers if w.pipe is pipe)
         job, error = worker.finish()
         if not worker.alive():  # it was killed: the next job needs another
           workers.remove(worker)
@@ -112,8 +112,10 @@ def _serve(pipe: Any, cores: list[int] | None, cache: str) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   if cores:
     os.sched_setaffinity(0, cores)  # before JAX counts them
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
-  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+  import jax
+
+  jax.config.update("jax_compilation_cache_dir", cache)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   while True:
     try:
       workdir, config = pipe.recv()
@@ -130,22 +132,25 @@ def _train(workdir: pathlib.Path, config: dict[str, Any]) -> str | None:
   from sigjax.runtime import lock, program
 
   workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / "log.txt", "a", buffering=1) as log:
-    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-      program.quiet_libraries()
-      program.show_log()
-      start = time.monotonic()
-      try:
-        with lock.hold(workdir):
-          errors.call(train.main, config, "config", workdir)
-      except errors.UserError as e:
-        return str(e)
-      except Exception as e:  # the other runs of the study go on
-        traceback.print_exc()
-        return f"{type(e).__name__}; see {workdir}/log.txt"
-      finally:
-        jax.clear_caches()  # the programs of one config serve no other
-      seconds = time.monotonic() - start
+  with (
+    open(workdir / "log.txt", "a", buffering=1) as log,
+    contextlib.redirect_stdout(log),
+    contextlib.redirect_stderr(log),
+  ):
+    program.quiet_libraries()
+    program.show_log()
+    start = time.monotonic()
+    try:
+      with lock.hold(workdir):
+        errors.call(train.main, config, "config", workdir)
+    except errors.UserError as e:
+      return str(e)
+    except Exception as e:  # the other runs of the study go on
+      traceback.print_exc()
+      return f"{type(e).__name__}; see {workdir}/log.txt"
+    finally:
+      jax.clear_caches()  # the programs of one config serve no other
+    seconds = time.monotonic() - start
   result = {"metrics": last_values(workdir), "seconds": seconds}
   files.write(workdir / "result.json", json.dumps(result, indent=1))
   return None
