@@ -1,7 +1,8 @@
 """Processes that train the jobs of a study, one after the other.
 
 A worker stays alive between jobs, and all share a compilation cache: runs that
-differ in their seed alone are compiled once.
+differ in their seed alone are compiled once. It is JAX_COMPILATION_CACHE_DIR
+if that is set.
 """
 
 from collections.abc import Iterator, Sequence
@@ -114,8 +115,9 @@ def _serve(pipe: Any, cores: list[int] | None, cache: str) -> None:
     os.sched_setaffinity(0, cores)  # before JAX counts them
   import jax
 
-  jax.config.update("jax_compilation_cache_dir", cache)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   while True:
     try:
       workdir, config = pipe.recv()
