@@ -152,7 +152,7 @@ def test_what_a_run_over_tfds_loads(shapes_dir):
 def test_the_tree_names_every_file():
   tree = (ROOT / "docs/tree.md").read_text()
   named = re.findall(r"^\s+(\w+\.py)\s", tree, re.M)
-  for folder in ("sigjax", "tools", "configs"):
+  for folder in ("sigjax", "tools", "configs", "studies"):
     for path in (ROOT / folder).rglob("*.py"):
       if path.name != "__init__.py":
         assert path.name in named, f"docs/tree.md lacks {path.name}"

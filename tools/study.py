@@ -12,6 +12,7 @@ files in studies/.
 """
 
 from collections.abc import Sequence
+import importlib.util
 import logging
 import os
 import pathlib
@@ -48,6 +49,10 @@ def run(
   Raises:
     UserError: the study is none, or a run that others start from has failed.
   """
+  if importlib.util.find_spec("matplotlib") is None:
+    raise errors.UserError(
+      "the plot of a study needs matplotlib: pip install 'sigjax[bench]'"
+    )
   study = plan.read(path)
   if seeds is not None:
     study = plan.with_seeds(study, seeds)
