@@ -22,7 +22,7 @@ def get_study() -> Study:
     runs=grid(
       config,
       loss=("sigmoid", "softmax"),
-      batch_size=(16, 32, 64, 128, 256, 512, 1024),
+      batch_size=(16, 32, 64, 128, 256, 512, 1463),
     ),
     metrics=common.METRICS,
     x="batch_size",

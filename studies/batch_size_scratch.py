@@ -19,7 +19,7 @@ def get_study() -> Study:
       "sigmoid is better below 16k and about equal at 32k, with a locked image "
       "tower and from scratch (section 4.2, figure 2)"
     ),
-    runs=grid(config, loss=("sigmoid", "softmax"), batch_size=(64, 256, 1024)),
+    runs=grid(config, loss=("sigmoid", "softmax"), batch_size=(64, 256, 1463)),
     metrics=common.METRICS,
     x="batch_size",
     line="loss",

@@ -21,7 +21,8 @@ def siglit(batch_size: int = 256, examples: int = 102_400) -> Config:
   """Returns a SigLiT run: a small text tower against locked embeddings.
 
   Args:
-    batch_size: B.
+    batch_size: B. It is at most 1,463: a batch has no concept twice, and there
+      are no more.
     examples: the length of the training; the learning rate is the same for all
       batch sizes, as in the paper.
   """

@@ -30,7 +30,7 @@ def get_study() -> Study:
       "batch 32k is enough; a bottleneck of 96 costs about half a percent of "
       "ImageNet accuracy (section 4.3 and appendix)"
     ),
-    runs=grid(config, bottleneck=(96, 0), batch_size=(64, 256, 1024)),
+    runs=grid(config, bottleneck=(96, 0), batch_size=(64, 256, 1463)),
     metrics={
       "mean of 24, T->I @10 %": recall.format("mean"),
       "English %": recall.format("en"),
