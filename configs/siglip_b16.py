@@ -34,7 +34,7 @@ Arguments (defaults in brackets):
 Settings for other needs, as overrides on the command line:
   --config.optim.name=lion: a smaller optimizer state; divide lr by ten.
   --config.optim.schedule.name=rsqrt: for runs that may be extended.
-  --config.model.text.embed_rank=96: for vocabularies of 250,000 pieces.
+  --config.model.text.bottleneck=96: for vocabularies of 250,000 pieces.
   --config.model.image.posemb=sincos2d: fixed positions.
   --config.feed=host: for images that do not fit on the devices.
   --config.optim="{'name': 'adafactor', 'lr': 1e-3, 'grad_clip_norm': 1.0}":

@@ -34,7 +34,7 @@ def test_a_default_is_overridden(monkeypatch):
     "--config.init.path=siglip/b16_256",
     "--config.data.part=(0, 0.5)",
     "--config.optim.options.b1=0.8",
-    "--config.model.text.embed_rank=96",
+    "--config.model.text.bottleneck=96",
     "--config.evals.held_style_zeroshot.templates=photo",
     "--config.checkpoints.keep=7",
     "--config.resume=elsewhere",
@@ -43,7 +43,7 @@ def test_a_default_is_overridden(monkeypatch):
   assert config.init.path == "siglip/b16_256"
   assert config.data.part == (0, 0.5)
   assert config.optim.options.b1 == 0.8
-  assert config.model.text.embed_rank == 96
+  assert config.model.text.bottleneck == 96
   assert config.evals.held_style_zeroshot.templates == "photo"
   assert config.checkpoints.keep == 7 and config.resume == "elsewhere"
   # What the file gives stays, and no duration is given twice.

@@ -119,6 +119,9 @@ def read_about(path: AnyPath) -> dict[str, Any]:
         f"{config} cannot be read ({layout.reason(e)}); write the config that "
         "the run was trained with there, as JSON"
       ) from e
+  text = about["config"].get("model", {}).get("text", {})
+  if "embed_rank" in text:  # what older versions call it
+    text["bottleneck"] = text.pop("embed_rank") or 0
   return {"identity": {}, **about}
 
 

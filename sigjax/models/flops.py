@@ -57,7 +57,7 @@ def _vit(tower: ViT, height: int, width: int, channels: int) -> int:
 def _text(tower: TextTransformer, length: int) -> int:
   size = tower.sizes()
   total = _encoder(size, length)
-  total += 2 * length * (tower.embed_rank or 0) * size.width
+  total += 2 * length * tower.bottleneck * size.width
   if tower.pool_type == "map":
     total += _map_head(size, length)
   return total + 2 * size.width * (tower.out_dim or 0)

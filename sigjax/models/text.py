@@ -20,8 +20,9 @@ class TextTransformer(nn.Module):
     variant: "B": sizes from transformer.VARIANTS.
     width, depth, mlp_dim, num_heads: instead of the variant's.
     vocab_size: rows of the embedding table.
-    embed_rank: K factors the table into (vocab_size, K) times (K, width), for
-      large vocabularies (mSigLIP: K = 96 of width 768). None: not factored.
+    bottleneck: K factors the table into (vocab_size, K) times (K, width), for
+      large vocabularies (mSigLIP, SigLIP section 4.3: K = 96 of width 768). 0:
+      not factored.
     pool_type: "last" position (released models), "map" or "gap" as in vit.
     out_dim: the size of a dense layer "head" at the end; None for no head.
     dropout, scan, remat, dtype: as in vit.ViT.
@@ -33,7 +34,7 @@ class TextTransformer(nn.Module):
   mlp_dim: int | None = None
   num_heads: int | None = None
   vocab_size: int = 32_000
-  embed_rank: int | None = None
+  bottleneck: int = 0
   pool_type: str = "last"
   out_dim: int | None = None
   dropout: float = 0.0
@@ -76,14 +77,15 @@ class TextTransformer(nn.Module):
     return x, out
 
   def _embed(self, text, width):
-    # Rows of norm 1, whatever the width. They are looked up in float32: the
-    # table is not cast as a whole, and the gradients of a frequent token, such
-    # as padding, are not summed in bfloat16.
-    rank = self.embed_rank or width
-    init = nn.initializers.normal(rank**-0.5)
-    embed = nn.Embed(self.vocab_size, rank, name="Embed_0", embedding_init=init)
+    # A token's embedding has norm 1 at first, whatever the width: numbers of
+    # variance 1 / width, which the projection of a bottleneck keeps. Rows are
+    # looked up in float32: the table is not cast as a whole, and the gradients
+    # of a frequent token, such as padding, are not summed in bfloat16.
+    init = nn.initializers.normal(width**-0.5)
+    size = self.bottleneck or width
+    embed = nn.Embed(self.vocab_size, size, name="Embed_0", embedding_init=init)
     x = embed(text)
-    if self.embed_rank:
+    if self.bottleneck:
       x = nn.Dense(width, use_bias=False, dtype=self.dtype, name="embed_proj")(
         x
       )

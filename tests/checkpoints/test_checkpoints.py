@@ -1,5 +1,6 @@
 """Checkpoints: what is saved is what is read, and faults are named."""
 
+import json
 import os
 import pathlib
 import resource
@@ -240,6 +241,18 @@ def test_of_an_older_checkpoint_the_workdirs_config_is_used(tmp_path):
   assert restore.read_about(tmp_path) == want
   saved = save_lib.Checkpoints(tmp_path)
   assert saved.restore_newest(make_state()[1], dict(RUN, pp="x"))
+
+
+def test_an_older_name_in_a_config_is_read(tmp_path):
+  save(tmp_path, 1)
+  folder = tmp_path / "checkpoints/1"
+  shutil.rmtree(folder / "about")
+  manifest.write(folder)
+  for old, new in ((None, 0), (96, 96)):
+    config = {"model": {"text": {"variant": "B", "embed_rank": old}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = restore.read_about(tmp_path)["config"]["model"]["text"]
+    assert found == {"variant": "B", "bottleneck": new}
 
 
 def test_a_run_of_another_identity_is_not_resumed(tmp_path, caplog):

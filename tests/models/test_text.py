@@ -56,13 +56,13 @@ def test_every_token_is_seen():
 
 
 def test_factored_embedding_is_its_product():
-  _, params, apply = build(embed_rank=3)
+  _, params, apply = build(bottleneck=3)
   p = params["params"]
   assert p["Embed_0"]["embedding"].shape == (11, 3)
   table = p["Embed_0"]["embedding"] @ p.pop("embed_proj")["kernel"]
   _, _, plain = build()
   want = plain({"params": {**p, "Embed_0": {"embedding": table}}}, TEXT)
-  p["embed_proj"] = build(embed_rank=3)[1]["params"]["embed_proj"]
+  p["embed_proj"] = build(bottleneck=3)[1]["params"]["embed_proj"]
   np.testing.assert_allclose(apply(params, TEXT), want, atol=1e-5)
 
 
@@ -76,6 +76,32 @@ def test_initial_scales():
   assert 0.008 < p["pos_embedding"].std() < 0.012
   assert p["head"]["kernel"].std() > 0.1  # Zeros would have no direction.
   assert p["head"]["bias"].shape == (64,)
+
+
+@pytest.mark.parametrize("bottleneck", [0, 96])
+def test_a_token_starts_with_norm_1(bottleneck):
+  # Also behind a bottleneck: 768 numbers of variance 1 / 768.
+  model = text_lib.TextTransformer(
+    width=768, depth=1, num_heads=1, vocab_size=500, bottleneck=bottleneck
+  )
+  text = np.arange(500, dtype=np.int32)[None]
+  (_, out), params = jax.jit(model.init_with_output)(jax.random.key(1), text)
+  x = out["embedded"] - params["params"]["pos_embedding"]
+  assert abs(768 * np.var(x) - 1) < 0.05
+  assert np.linalg.norm(x, axis=2).std() < 0.15
+
+
+def test_a_bottleneck_of_96_saves_168_million_parameters():
+  def count(bottleneck):
+    model = text_lib.TextTransformer(
+      variant="B", vocab_size=250_000, bottleneck=bottleneck
+    )
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TEXT)["params"]
+    tables = [shapes[k] for k in ("Embed_0", "embed_proj") if k in shapes]
+    return sum(x.size for x in jax.tree.leaves(tables))
+
+  assert count(96) == 250_000 * 96 + 96 * 768 == 24_073_728
+  assert count(0) == 250_000 * 768 == 192_000_000
 
 
 def test_unknown_tokens_are_loud():

@@ -129,7 +129,7 @@ def test_bfloat16_is_the_dtype_of_every_product(scan):
   model = tiny(
     image={"scan": scan},
     dtype="bfloat16",
-    text={"scan": scan, "pool_type": "map", "embed_rank": 4},
+    text={"scan": scan, "pool_type": "map", "bottleneck": 4},
   )
   model = model.clone(out_dim=(8, 8))
   image, text = jnp.zeros((2, 32, 32, 3)), jnp.zeros((2, 12), jnp.int32)
@@ -249,7 +249,7 @@ def test_errors(kwargs, message):
 @pytest.mark.parametrize(
   "image, text",
   [
-    (dict(pool_type="map"), dict(embed_rank=16)),
+    (dict(pool_type="map"), dict(bottleneck=16)),
     (dict(pool_type="tok"), dict(pool_type="map")),
   ],
 )

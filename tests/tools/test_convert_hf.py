@@ -199,7 +199,7 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
       "SiglipModel cannot express model.image.pool_type 'gap' (it has 'map'); "
       "model.text.pool_type 'map' (it has 'last')",
     ),
-    (dict(text=dict(embed_rank=7)), "embed_rank 7"),
+    (dict(text=dict(bottleneck=7)), "bottleneck 7"),
     (dict(image=dict(posemb="sincos2d")), "posemb 'sincos2d'"),
     (dict(out_dim=[48, 48]), "an image head"),
     (dict(out_dim=[None, None]), "a text tower without head"),

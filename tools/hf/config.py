@@ -91,7 +91,7 @@ def describe(
           ("image", "pool_type", getattr(image, "pool_type", "map"), "map"),
           ("image", "posemb", getattr(image, "posemb", "learn"), "learn"),
           ("text", "pool_type", text.pool_type, "last"),
-          ("text", "embed_rank", text.embed_rank, None),
+          ("text", "bottleneck", text.bottleneck, 0),
         ]
       ),
       ("an image head (model.out_dim[0])", model.out_dim[0] is not None),
