@@ -60,7 +60,12 @@ MAY_IMPORT = {
     "runtime.files",
   },
   "data.shards": {"data.shards", "data.faults", "runtime.files"},
-  "data.emoji": {"data.emoji", "runtime.files"},
+  "data.emoji": {
+    "data.emoji",
+    "data.source",
+    "data.faults",
+    "runtime.files",
+  },
   "evaluators": {"evaluators", "data", "sharding"},
   "defaults": {
     "checkpoints",

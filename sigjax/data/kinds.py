@@ -30,11 +30,38 @@ def _emoji():
   from sigjax.data.emoji import builder
   from sigjax.data.formats import tfds
 
-  def emoji(split: str, data_dir: str | None = None) -> Source:
-    """Opens the dataset of drawings; prepares it first if it is not there."""
-    return tfds.from_builder(builder.prepare(data_dir), split)
+  def emoji(
+    split: str,
+    data_dir: str | None = None,
+    languages: Sequence[str] | None = None,
+  ) -> Source:
+    """Opens the dataset of drawings; prepares it first if it is not there.
+
+    With `languages`, such as ("en", "th"), captions are in these; see
+    emoji.languages.translated. None: in English.
+    """
+    source = tfds.from_builder(builder.prepare(data_dir), split)
+    return _in_languages(source, languages, data_dir)
 
   return emoji
+
+
+def _in_languages(
+  source: Source, languages: Sequence[str] | None, data_dir: str | None
+) -> Source:
+  """Returns the source with captions in these languages; None: as they are."""
+  if languages is None:
+    return source
+  if isinstance(languages, str) or not languages:
+    raise errors.UserError(
+      f"languages is {languages!r}, but has to be a list of codes, such as "
+      '["en", "th"]'
+    )
+  from sigjax.data.emoji import languages as languages_lib
+
+  names = tuple(dict.fromkeys(languages))
+  captions = languages_lib.read(names, data_dir)
+  return languages_lib.translated(source, names, captions)
 
 
 def _tar():
@@ -59,14 +86,23 @@ def _embeddings():
   from sigjax.data.formats import embeddings as embeddings_lib
 
   def embeddings(
-    path: str, tower: str | None = None, pp_image: str | None = None
+    path: str,
+    tower: str | None = None,
+    pp_image: str | None = None,
+    languages: Sequence[str] | None = None,
+    data_dir: str | None = None,
   ) -> Source:
-    """Opens embeddings that were computed before; see open_folder."""
+    """Opens embeddings that were computed before; see open_folder.
+
+    Embeddings of the emoji dataset may be given captions in `languages`, as the
+    dataset itself; `data_dir` then keeps the packages of captions.
+    """
     records, found, label_names = embeddings_lib.open_folder(
       path, tower, pp_image
     )
     name = os.path.basename(os.path.normpath(path))
-    return Source(name, records, label_names=label_names, tower=found)
+    source = Source(name, records, label_names=label_names, tower=found)
+    return _in_languages(source, languages, data_dir)
 
   return embeddings
 
@@ -167,10 +203,14 @@ def mix(
 
 
 class _Shuffled:
-  """Records of which each has feature `key` of another record."""
+  """Records of which each has feature `key` of another record.
+
+  Captions take their languages along.
+  """
 
   def __init__(self, records: Records, key: str):
     self._records, self._key = records, key
+    self._moved = (key, "language") if key == "captions" else (key,)
     self._brief = getattr(records, "brief", records.__getitem__)
     self._other = np.random.default_rng(0).permutation(len(records))
 
@@ -195,7 +235,7 @@ class _Shuffled:
       return example
     brief = self._brief(other)
     found = brief if self._key in brief else self._records[other]
-    return {**example, self._key: found[self._key]}
+    return {**example, **{k: found[k] for k in self._moved if k in found}}
 
 
 def shuffled(source: Source, key: str) -> Source:

@@ -78,7 +78,7 @@ def family(codes: Codes) -> str:
   for name, members in _ALIKE.items():
     if len(codes) == 1 and codes[0] in members:
       return name
-  return _concept(c for c in codes if c not in _STRIPPED)
+  return concept_of(c for c in codes if c not in _STRIPPED)
 
 
 def untrained(name: str) -> bool:
@@ -86,7 +86,7 @@ def untrained(name: str) -> bool:
   return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 10 == 0
 
 
-def _concept(codes: Iterable[int]) -> str:
+def concept_of(codes: Iterable[int]) -> str:
   """Returns the name of a concept, such as "1f3c4-200d-2640"."""
   return "-".join(f"{c:x}" for c in codes)
 
@@ -217,7 +217,7 @@ class SigjaxEmoji(tfds.core.GeneratorBasedBuilder):
     self.bar.set_description("reading drawings and captions")
     texts = packages_lib.captions(
       path for package, path in paths.items() if package.style is None
-    )
+    )["en"]
     drawn = packages_lib.drawings(
       {package.style: path for package, path in paths.items() if package.style},
       texts,
@@ -244,12 +244,12 @@ class SigjaxEmoji(tfds.core.GeneratorBasedBuilder):
     self.bar.set_description(f"drawing {split}")
     for style, codes in rows:
       yield (
-        f"{style} {_concept(codes)}",
+        f"{style} {concept_of(codes)}",
         {
           "image": png(drawn[style][codes]),
           "captions": texts[codes],
           "name": texts[codes][0],
-          "concept": _concept(codes),
+          "concept": concept_of(codes),
           "style": style,
           "is_flag": codes[0] in _FLAGS,
         },

@@ -2,11 +2,12 @@
 
 The drawings of a style are an icon set of iconify: package/icons.json has the
 SVG of each icon, package/chars.json maps characters to names of icons. Captions
-are Unicode's (CLDR): .../en/annotations.json has names and keywords.
+are Unicode's (CLDR): .../en/annotations.json has names and keywords in English,
+and there are a hundred other languages.
 """
 
 import base64
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import hashlib
 import json
 import os
@@ -204,7 +205,33 @@ def _read_json(path: pathlib.Path, ending: str) -> dict[str, Any]:
   raise errors.UserError(f"{path} has no file that ends in {ending}")
 
 
-def captions(paths: Iterable[pathlib.Path]) -> dict[Codes, list[str]]:
+def _annotations(
+  path: pathlib.Path, languages: Collection[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """Reads a tarball of CLDR.
+
+  Returns:
+    {language: {characters: {"tts": [name], "default": keywords}}}; an empty
+    dict for languages that are not read.
+  """
+  found = {}
+  with tarfile.open(path) as tar:
+    for member in tar:
+      *_, language, file = "/", *member.name.split("/")
+      if file != "annotations.json":
+        continue
+      found[language] = {}
+      data = language in languages and tar.extractfile(member)
+      if data:
+        # The file has one key, "annotations" or "annotationsDerived".
+        (root,) = json.load(data).values()
+        found[language] = root.get("annotations", {})
+  return found
+
+
+def captions(
+  paths: Iterable[pathlib.Path], languages: Sequence[str] = ("en",)
+) -> dict[str, dict[Codes, list[str]]]:
   """Reads the captions of all concepts.
 
   Keywords whose words are all in the name are left out. Where concepts have the
@@ -213,15 +240,31 @@ def captions(paths: Iterable[pathlib.Path]) -> dict[Codes, list[str]]:
 
   Args:
     paths: tarballs of CLDR.
+    languages: codes of CLDR, such as "en", "sw" or "zh-Hant".
 
   Returns:
-    {code points: [name] or [name, name with keywords]}.
+    {language: {code points: [name] or [name, name with keywords]}}.
+
+  Raises:
+    UserError: CLDR has no names in one of the languages.
   """
+  parts = [_annotations(path, languages) for path in paths]
+  known = {language: None for part in parts for language in part}
+  for language in languages:
+    errors.pick(known, language, "language of the emoji captions")
+  return {
+    language: _of_notes(part.get(language, {}) for part in parts)
+    for language in languages
+  }
+
+
+def _of_notes(
+  parts: Iterable[dict[str, dict[str, Any]]],
+) -> dict[Codes, list[str]]:
+  """Returns the captions of one language, from the annotations of tarballs."""
   notes: dict[Codes, dict[str, Any]] = {}
-  for path in paths:
-    # The file has one key, "annotations" or "annotationsDerived".
-    (root,) = _read_json(path, "/en/annotations.json").values()
-    for text, note in root["annotations"].items():
+  for part in parts:
+    for text, note in part.items():
       codes = _codes("-".join(f"{ord(c):x}" for c in text))
       if "tts" in note and not _DROPPED.intersection(codes):
         notes.setdefault(codes, note)

@@ -6,6 +6,7 @@ reading by real TFDS; no network. The answers are known by construction.
 
 import base64
 import collections
+import functools
 import hashlib
 import io
 import json
@@ -20,8 +21,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sigjax import errors
+from sigjax.data import filter as filter_lib
+from sigjax.data import kinds
 from sigjax.data.emoji import builder as builder_lib
+from sigjax.data.emoji import languages as languages_lib
 from sigjax.data.emoji import packages as packages_lib
+from sigjax.data.formats import tfds as tfds_lib
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -380,7 +385,7 @@ def test_concepts_of_one_name_are_one(tmp_path):
   }
   package = cldr_package(tmp_path, "annotations", notes)
   found = packages_lib.captions([package.spec])
-  assert found == {(0x1F40C,): ["Snail"]}
+  assert found == {"en": {(0x1F40C,): ["Snail"]}}
 
 
 def test_families():
@@ -519,3 +524,93 @@ def test_no_resvg(packages, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "resvg_py", None)
   fails(packages, tmp_path, r"resvg-py.*pip install 'sigjax\[emoji\]'")
   assert not leftovers(tmp_path)
+
+
+# ---- Captions in other languages ----
+
+
+@pytest.fixture(scope="module")
+def in_two_languages(data_dir, packages):
+  """The train split with English and French captions; one has a French one."""
+  source = tfds_lib.from_builder(prepare(data_dir, packages), "train")
+  names = ("fr", "en")
+  captions = languages_lib.read(names, str(data_dir), packages)
+  return languages_lib.translated(source, names, captions)
+
+
+def test_captions_in_two_languages(in_two_languages, splits):
+  records, seen = in_two_languages.records, set()
+  assert len(records) == len(splits["train"])
+  for i in range(len(records)):
+    got = records[i]
+    concept, style = got["concept"].decode(), got["style"].decode()
+    want = splits["train"][style, concept]
+    english = [text.decode() for text in want["captions"]]
+    assert got["image"] == want["image"]
+    french = ["visage rieur"] * (concept == "1f600")
+    assert got["captions"] == french + english
+    assert got["language"] == ["fr"] * len(french) + ["en"] * len(english)
+    seen.add(concept)
+  assert "1f600" in seen and len(seen) > 5
+
+
+def test_a_language_can_be_chosen_and_shuffled(in_two_languages, splits):
+  only = filter_lib.where(in_two_languages, "language", "fr")
+  assert len(only) == sum(c == "1f600" for _, c in splits["train"]) == 2
+  assert only[1]["captions"] == ["visage rieur"]
+  assert only[1]["language"] == ["fr"]
+  other = filter_lib.where(in_two_languages, "language", "en")
+  assert len(other) == len(in_two_languages)
+  assert only.records.identity != other.records.identity
+  # The control: a caption keeps its language.
+  mixed = kinds.shuffled(in_two_languages, "captions")
+  found = [mixed[i] for i in range(len(mixed))]
+  assert all(len(x["captions"]) == len(x["language"]) for x in found)
+  moved = [x for x in found if "fr" in x["language"]]
+  assert len(moved) == 2
+  assert all(x["captions"][0] == "visage rieur" for x in moved)
+
+
+def test_languages_without_a_name_are_left_out(data_dir, packages):
+  source = tfds_lib.from_builder(prepare(data_dir, packages), "held_family")
+  captions = languages_lib.read(("fr",), str(data_dir), packages)
+  with pytest.raises(errors.UserError, match="none of 4 .* has a name in fr"):
+    languages_lib.translated(source, ("fr",), captions)
+  with pytest.raises(errors.UserError, match='"fx".*did you mean "fr"'):
+    languages_lib.read(("en", "fx"), str(data_dir), packages)
+  source = tfds_lib.from_builder(prepare(data_dir, packages), "train")
+  few = languages_lib.translated(source, ("fr",), captions)
+  assert len(few) == 2 and len(few.records) == 14 and not few.faults
+
+
+def test_embeddings_of_emoji_in_two_languages(tmp_path, monkeypatch, packages):
+  """Joined by concept, whatever else the embeddings came with."""
+  np.save(tmp_path / "embeddings.npy", np.eye(2, 3, dtype=np.float16))
+  rows = [{"captions": ["x"], "concept": c} for c in ("1f448", "1f600")]
+  (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  monkeypatch.setattr(
+    languages_lib,
+    "read",
+    functools.partial(languages_lib.read, fetched=packages),
+  )
+  source = kinds.open_source(
+    "embeddings",
+    path=str(tmp_path),
+    languages=["en", "fr"],
+    data_dir=str(tmp_path),
+  )
+  assert source[0]["captions"] == ["pointing left"]
+  assert source[1]["captions"][2] == "visage rieur"
+  assert source[1]["language"] == ["en", "en", "fr"]
+  assert source[1]["image"].tolist() == [0, 1, 0]
+  for wrong in ("en", []):
+    with pytest.raises(errors.UserError, match="has to be a list of codes"):
+      kinds.open_source("embeddings", path=str(tmp_path), languages=wrong)
+  (tmp_path / "captions.jsonl").write_text('"a"\n"b"')
+  with pytest.raises(errors.UserError, match="languages= needs emoji"):
+    kinds.open_source(
+      "embeddings",
+      path=str(tmp_path),
+      languages=["en"],
+      data_dir=str(tmp_path),
+    )
