@@ -134,6 +134,7 @@ def main(
     source.name,
     any((workdir / "checkpoints").glob("[0-9]*")),
   )
+  preprocess.check_weights(source.brief, source.numbers(), pp)
   preprocess_fn = preprocess.parse(pp, tokenizer=tokens)
   batches = pipeline.train_batches(
     source,

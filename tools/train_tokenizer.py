@@ -38,7 +38,13 @@ def main(argv: list[str]) -> None:
   texts = kinds.all_captions(source, FLAGS.captions)
   if FLAGS.lower:
     texts = (text.lower() for text in texts)
-  tokenizer.train(texts, FLAGS.vocab_size, FLAGS.out)
+  tokenizer.train(
+    texts,
+    FLAGS.vocab_size,
+    FLAGS.out,
+    FLAGS.character_coverage,
+    FLAGS.byte_fallback,
+  )
   pieces = tokenizer.Tokenizer(FLAGS.out).vocab_size
   print(f"wrote {FLAGS.out}: {pieces} pieces from {source.name}")
 
@@ -59,6 +65,14 @@ if __name__ == "__main__":
   flags.DEFINE_boolean("lower", True, "Lower-cases the captions.")
   flags.DEFINE_integer(
     "vocab_size", None, "The number of pieces.", lower_bound=1
+  )
+  flags.DEFINE_float(
+    "character_coverage",
+    0.9995,
+    "The share of letters whose characters become pieces; 1 for many scripts.",
+  )
+  flags.DEFINE_boolean(
+    "byte_fallback", False, "Encodes characters that are no piece as bytes."
   )
   flags.DEFINE_string("out", None, "The file to write.")
   flags.mark_flags_as_required(["vocab_size", "out"])

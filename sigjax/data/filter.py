@@ -1,6 +1,10 @@
-"""Which records of a source count: by their features, by a share, in groups."""
+"""Which records of a source count: by their features, by a share, in groups.
 
-from collections.abc import Callable, Iterator
+And which of their captions: those with a feature, or each by itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import hashlib
 import io
 from typing import Any
 
@@ -14,7 +18,14 @@ from sigjax.data import faults
 from sigjax.data.example import captions
 from sigjax.data.faults import BadExample
 from sigjax.data.shards import files
-from sigjax.data.source import Example, Members, Source, as_column, spread
+from sigjax.data.source import (
+  Example,
+  Members,
+  Records,
+  Source,
+  as_column,
+  spread,
+)
 
 _CHUNK = 1 << 12  # records that are read at once, by several threads
 
@@ -44,25 +55,36 @@ def where(source: Source, key: str, wanted: Any) -> Source:
   _check(key, wanted)
   fits, seen = np.zeros(len(source.records), bool), set()
   counts = dict(source.faults)
+  absent = {v for v in _listed(wanted) if isinstance(v, str)}
 
   def fit(values, missing):
     if len(seen) < 5:
-      seen.update(str(v) for v in np.unique(values[~missing])[:5].tolist())
+      seen.update(str(v) for v in np.unique(values[~missing])[:99].tolist())
+    if values.dtype.kind == "U":
+      absent.difference_update([v for v in absent if np.any(values == v)])
     return _fit(values, missing, wanted, key, source.name)
 
   column = source.caption_column(key)
-  if column is None:
-    records = source.records
-    for numbers, values, missing in _values(source, key, counts):
-      fits[numbers] = fit(values, missing)
-  else:
+  records = source.records
+  if column is not None:
     chosen = fit(column["value"], column["missing"])
     records, fits = source.with_captions(chosen)
+  elif _is_of_captions(source, key):
+    records, fits = _with_captions(source, key, fit, counts)
+  else:
+    for numbers, values, missing in _values(source, key, counts):
+      fits[numbers] = fit(values, missing)
   kept = _narrowed(source, fits)
   if not len(kept):
+    near = errors.closest(wanted, seen) if absent else ""
     raise errors.UserError(
-      f"{source.name} has no example with {key}={wanted!r}; "
+      f"{source.name} has no example with {key}={wanted!r}{near}; "
       f"there is, for instance: {', '.join(sorted(seen)[:5])}"
+    )
+  for value in sorted(absent):
+    raise errors.UserError(
+      f'{source.name} has no example with {key}="{value}"'
+      f"{errors.closest(value, seen)}; leave it out of only="
     )
   return source.replaced(records=records, members=kept, faults=counts)
 
@@ -135,6 +157,152 @@ def grouped(source: Source, key: str) -> Source:
   return source.replaced(members=[np.array(g) for g in groups.values()])
 
 
+def each_caption(source: Source) -> Source:
+  """Makes each caption an element of its own, with its image.
+
+  An example then has one caption, and its language if that is known. An epoch
+  shows each image as often as it has captions, and a batch may hold an image
+  twice, each time as a negative of its other captions.
+
+  Raises:
+    UserError: There is no feature "captions".
+  """
+  numbers, which = [], []
+
+  def count(example):
+    texts = captions.stored(example, "captions")
+    return [j for j, text in enumerate(texts) if text and text.strip()]
+
+  faults_: dict[str, int] = {}
+  read = _read_all(source, source.numbers(), count, "captions", faults_)
+  for chunk, found in read:
+    for i, places in zip(chunk.tolist(), found):
+      # One that cannot be read, or has no text, is told when a batch reads it.
+      places = places or [0]
+      numbers += [i] * len(places)
+      which += places
+  dtype = np.int32 if len(source.records) < 2**31 else np.int64
+  records = _Chosen(
+    source.records,
+    np.array(numbers, dtype),
+    np.array(which, np.int32)[:, None],
+    ("language",),
+    "each caption",
+  )
+  return source.replaced(records=records, members=None)
+
+
+class _Chosen:
+  """Records with some of their captions.
+
+  Args:
+    records: All.
+    numbers: (n,), the record of which each example is.
+    which: n arrays, the places of the captions that each example has.
+    features: Those that have a value for each caption.
+    key: What tells this choice from others; JSON-able.
+  """
+
+  def __init__(
+    self,
+    records: Records,
+    numbers: Int[np.ndarray, " n"],
+    which: Sequence[np.ndarray] | Int[np.ndarray, "n 1"],
+    features: Sequence[str],
+    key: Any,
+  ):
+    self._records, self._numbers, self._which = records, numbers, which
+    self._features, self._key = features, key
+
+  def __len__(self) -> int:
+    return len(self._numbers)
+
+  @property
+  def identity(self) -> Any:
+    inner = getattr(self._records, "identity", None)
+    return inner and {"captions": self._key, "of": inner}
+
+  def _narrow(self, example: Example, i: int) -> Example:
+    texts = captions.stored(example, "captions")
+    example = {**example, "captions": [texts[j] for j in self._which[i]]}
+    for key in self._features:
+      values = example.get(key)
+      if captions.is_several(values) and len(values) == len(texts):
+        example[key] = [values[j] for j in self._which[i]]
+    return example
+
+  def __getitem__(self, i: int) -> Example:
+    return self._narrow(self._records[int(self._numbers[i])], i)
+
+  def brief(self, i: int) -> Example:
+    read = getattr(self._records, "brief", self._records.__getitem__)
+    return self._narrow(read(int(self._numbers[i])), i)
+
+  def image_ids(self) -> Sequence[Any]:
+    inner = getattr(self._records, "image_ids", None)
+    if inner is None:
+      return self._numbers
+    ids = inner()
+    return [ids[i] for i in self._numbers]
+
+
+def _is_of_captions(source: Source, key: str) -> bool:
+  """Returns whether feature `key` has a value for each caption."""
+  for i in spread(len(source.records)):
+    try:
+      example = source.brief(i)
+    except BadExample:
+      continue
+    values, texts = example.get(key), example.get("captions")
+    return (
+      captions.is_several(values)
+      and captions.is_several(texts)
+      and len(values) == len(texts)
+    )
+  return False
+
+
+def _with_captions(
+  source: Source,
+  key: str,
+  fit: Callable[[np.ndarray, np.ndarray], np.ndarray],
+  counts: dict[str, int],
+) -> tuple[Records, Bool[np.ndarray, " n"]]:
+  """Keeps the captions whose value of feature `key` fits.
+
+  Returns:
+    Records with the same numbers, and which of them have a caption left.
+  """
+  n = len(source.records)
+  places: list[np.ndarray] = [np.array([], int)] * n
+  digest = hashlib.sha256()
+
+  def value(example):
+    count = len(captions.stored(example, "captions"))
+    values = example.get(key)
+    values = list(values) if captions.is_several(values) else [values] * count
+    if len(values) != count:
+      raise BadExample(
+        f'{len(values)} values at "{key}" for {count} captions',
+        kind="captions without a language",
+      )
+    return values
+
+  for chunk, found in _read_all(source, source.numbers(), value, key, counts):
+    found = [values or [] for values in found]
+    column = as_column([v for x in found for v in x], key, source.name)
+    chosen = fit(column["value"], column["missing"])
+    ends = np.cumsum([len(values) for values in found])
+    for i, part in zip(chunk.tolist(), np.split(chosen, ends[:-1])):
+      places[i] = np.flatnonzero(part)
+    digest.update(chosen.tobytes())
+  features = tuple(dict.fromkeys(("language", key)))
+  records = _Chosen(
+    source.records, np.arange(n), places, features, digest.hexdigest()
+  )
+  return records, np.array([len(x) > 0 for x in places], bool)
+
+
 def _narrowed(source: Source, fits: Bool[np.ndarray, " n"]) -> Members:
   """Returns the members of a source that fit, without groups that are empty."""
   if source.members is None:
@@ -163,6 +331,10 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, (bool, int, float, np.bool_, np.number))
 
 
+def _listed(wanted: Any) -> list[Any]:
+  return wanted if isinstance(wanted, list) else [wanted]
+
+
 def _check(key: str, wanted: Any) -> None:
   """Raises UserError unless it is a value, a list of values, or a range."""
   if isinstance(wanted, tuple):
@@ -172,7 +344,7 @@ def _check(key: str, wanted: Any) -> None:
       and all(v is None or _is_number(v) for v in wanted)
     )
   else:
-    values = wanted if isinstance(wanted, list) else [wanted]
+    values = _listed(wanted)
     good = values and all(_is_number(v) or isinstance(v, str) for v in values)
   if not good:
     raise errors.UserError(
@@ -200,9 +372,8 @@ def _fit(
     fits &= (low is None) | (values >= (low or 0))
     fits &= (high is None) | (values <= (high or 0))
   else:
-    wanted = wanted if isinstance(wanted, list) else [wanted]
     fits = np.zeros(values.shape, bool)
-    for value in wanted:
+    for value in _listed(wanted):
       fits |= values == value
   return np.all(fits.reshape(len(values), -1), axis=-1) & ~missing
 
@@ -310,7 +481,31 @@ def _read_values(source: Source, key: str, counts: dict[str, int]):
   """Does what _values() does, by reading records in several threads."""
   numbers = source.numbers()
   value, needs_image = _value(source, key, _features(source, numbers, key))
-  read = source.read if needs_image else source.brief
+  for chunk, values in _read_all(
+    source, numbers, value, key, counts, needs_image
+  ):
+    if any(isinstance(v, tuple) for v in values):
+      missing = np.array([v is None for v in values])
+      yield chunk, np.array([v or (0, 0) for v in values]), missing
+    else:
+      column = as_column(values, key, source.name)
+      yield chunk, column["value"], column["missing"]
+
+
+def _read_all(
+  source: Source,
+  numbers: np.ndarray,
+  value: Callable[[Example], Any],
+  key: str,
+  counts: dict[str, int],
+  with_image: bool = False,
+) -> Iterator[tuple[np.ndarray, list[Any]]]:
+  """Yields numbers of records, and value(record) of each, read by threads.
+
+  The value of a record that cannot be read is None; it is added to `counts`.
+  `key` names what is read in messages.
+  """
+  read = source.read if with_image else source.brief
 
   def value_of(i):
     try:
@@ -334,12 +529,7 @@ def _read_values(source: Source, key: str, counts: dict[str, int]):
         if isinstance(v, BadExample):
           faults.merge(found, {v.kind: (1, source.name_of(chunk[i]))})
           values[i] = None
-      if any(isinstance(v, tuple) for v in values):
-        missing = np.array([v is None for v in values])
-        yield chunk, np.array([v or (0, 0) for v in values]), missing
-      else:
-        column = as_column(values, key, source.name)
-        yield chunk, column["value"], column["missing"]
+      yield chunk, values
       bar.update(len(chunk))
   faults.report(f"reading {key} of {source.name}", found)
   for kind, (count, _) in found.items():

@@ -127,6 +127,7 @@ def open_source(
   *,
   part: Sequence[float] | None = None,
   only: Mapping[str, Any] | None = None,
+  element: str = "image",
   group_by: str | None = None,
   shuffle: str | None = None,
   **kwargs: Any,
@@ -140,13 +141,15 @@ def open_source(
     only: {feature: wanted}: a value, a list of values or a range (low, high),
       such as dict(language="en", width=(256, None), caption_length=(3, 200));
       see filter.where.
+    element: "image", so that an epoch shows each image once; or "caption": each
+      caption once, with its image; see filter.each_caption.
     group_by: The feature by which examples are grouped, such as "concept".
     shuffle: The feature that is given to the wrong examples, see `shuffled`.
     **kwargs: Arguments of that kind, such as split.
 
   Raises:
-    UserError: There is no such kind, or the kind, `part`, `only`, `group_by` or
-      `shuffle` cannot be as given.
+    UserError: There is no such kind, or the kind, `part`, `only`, `element`,
+      `group_by` or `shuffle` cannot be as given.
   """
   if not isinstance(kind, str):
     raise errors.UserError(
@@ -155,9 +158,11 @@ def open_source(
         f"kind={kind!r}" if kind else f"only: {', '.join(kwargs) or 'nothing'}"
       )
     )
+  elements = {"image": True, "caption": False}
+  by_image = errors.pick(elements, element, "element of a source,")
   opener = errors.pick(SOURCES, kind, "source")()
   source = errors.call(opener, kwargs, f'source "{kind}"')
-  if part is None and not only and not group_by and not shuffle:
+  if part is None and not only and not group_by and not shuffle and by_image:
     return source
   from sigjax.data import filter as filter_lib  # only where it is needed
 
@@ -167,6 +172,8 @@ def open_source(
     source = shuffled(source, shuffle)
   for key, wanted in (only or {}).items():
     source = filter_lib.where(source, key, wanted)
+  if not by_image:
+    source = filter_lib.each_caption(source)
   return filter_lib.grouped(source, group_by) if group_by else source
 
 

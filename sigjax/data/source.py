@@ -365,8 +365,8 @@ class Mixture(Source):
 
 def _each(what: str) -> errors.UserError:
   return errors.UserError(
-    f"{what} of a mix is not known as a whole: give only, group_by, part and "
-    "shuffle to each of its sources instead"
+    f"{what} of a mix is not known as a whole: give only, element, group_by, "
+    "part and shuffle to each of its sources instead"
   )
 
 

@@ -36,6 +36,8 @@ def of_run(
   path: str | os.PathLike[str] | None = None,
   vocab_size: int | None = None,
   captions: str = "captions",
+  character_coverage: float = 0.9995,
+  byte_fallback: bool = False,
 ) -> tuple[tokenizer.Tokenizer, dict[str, Any]]:
   """Returns the tokenizer of a run; keep() writes it into the workdir.
 
@@ -55,6 +57,7 @@ def of_run(
     path: a SentencePiece model to copy: a file, a URL, or one of NAMES; or
     vocab_size: the size of a model to train on lower-cased training captions.
     captions: the feature that holds the captions.
+    character_coverage, byte_fallback: of a model to train; see tokenizer.train.
 
   Returns:
     The tokenizer and its record: what it was made from, and "sha256".
@@ -64,10 +67,26 @@ def of_run(
       cannot be fetched, read or trained; or it is not the one that the
       checkpoint was trained with.
   """
+  # Records of older versions have neither, which means the defaults.
+  changed: dict[str, Any] = {}
+  if character_coverage != 0.9995:
+    changed["character_coverage"] = character_coverage
+  if byte_fallback:
+    changed["byte_fallback"] = byte_fallback
+  if path is not None and changed:
+    raise errors.UserError(
+      f"config.tokenizer.{next(iter(changed))} is of a tokenizer to train, but "
+      f"path={str(path)!r} is a trained one; leave it out"
+    )
   if path is not None and vocab_size is None:
     wanted = {"path": str(path)}
   elif vocab_size is not None and path is None:
-    wanted = {"vocab_size": vocab_size, "captions": captions, "source": source}
+    wanted = {
+      "vocab_size": vocab_size,
+      "captions": captions,
+      "source": source,
+      **changed,
+    }
   else:
     raise errors.UserError(
       "config.tokenizer takes either path or vocab_size (to train one)"
@@ -119,7 +138,7 @@ def _make(
   if "path" in wanted:
     made = tokenizer.Tokenizer(_local(wanted["path"]))
   else:
-    made = _train(texts(wanted["captions"]), wanted["vocab_size"])
+    made = _train(texts(wanted["captions"]), **wanted)
   if trained and digest not in (None, identity.sha256(made.model)):
     raise errors.UserError(
       f"{copy} is missing or damaged, and {_shown(wanted)} gives another "
@@ -129,10 +148,18 @@ def _make(
   return made, wanted
 
 
-def _train(texts: Iterable[str], vocab_size: int) -> tokenizer.Tokenizer:
+def _train(
+  texts: Iterable[str],
+  vocab_size: int,
+  captions: str,
+  source: str,
+  **options: Any,
+) -> tokenizer.Tokenizer:
+  """Returns a tokenizer that is trained as `wanted` of _make says."""
+  del captions, source
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "tokenizer.model"
-    tokenizer.train((text.lower() for text in texts), vocab_size, path)
+    tokenizer.train((text.lower() for text in texts), vocab_size, path, **options)
     return tokenizer.Tokenizer(path)
 
 

@@ -34,7 +34,7 @@ def example(i):
     "gap": None if i % 5 == 0 else i,
     "hole": "x" if i % 2 else None,
     "mixed": i if i % 2 else "x",
-    "lists": [1, 2],
+    "lists": [1, 2, 3],
     "captions": ["x" * i, "y" * (i + 1)],
     "text": "é" * i,
     "nested": {"text": [b"z" * i]},
@@ -89,7 +89,7 @@ def kept(source):
     ("b", True, [0, 2, 4, 6, 8, 10]),
     ("raw", "é1", [1, 5, 9]),
     ("gap", (None, 4), [1, 2, 3, 4]),
-    ("hole", ["x", "y"], [1, 3, 5, 7, 9, 11]),
+    ("hole", ["x"], [1, 3, 5, 7, 9, 11]),
     ("width", (19, None), [9, 10, 11]),
     ("height", (20, 20), list(range(12))),
     ("caption_length", (3, 7), [3, 4, 5, 6]),  # both captions
@@ -489,6 +489,59 @@ def test_captions_of_one_image_are_filtered():
   assert len(found) == 1 and found.numbers().tolist() == [1]
   with pytest.raises(errors.UserError, match="for instance: de, en, fr"):
     filter_lib.where(source, "language", "es")
+
+
+TEXTS = [
+  dict(captions=["a", "b", "c"], language=["en", "de", "en"], n=0),
+  dict(captions=["d", " "], language=["de", "sw"], n=1),
+  dict(captions=["e"], language=[b"en"], n=2),
+]
+
+
+def test_captions_are_filtered_by_their_language():
+  source = Source("s", TEXTS)
+  found = filter_lib.where(source, "language", ["en", "sw"])
+  assert found.numbers().tolist() == [0, 1, 2]
+  assert found[0] == dict(captions=["a", "c"], language=["en", "en"], n=0)
+  english = filter_lib.where(source, "language", "en")
+  assert english.numbers().tolist() == [0, 2]
+  assert english[1]["captions"] == ["e"] and english.brief(2)["n"] == 2
+  twice = filter_lib.where(
+    filter_lib.where(source, "n", (1, None)), "language", "de"
+  )
+  assert twice.numbers().tolist() == [1] and twice[0]["captions"] == ["d"]
+  for wanted in ("we", ["en", "we"]):
+    with pytest.raises(
+      errors.UserError, match='no example with .*we.*did you mean "sw"'
+    ):
+      filter_lib.where(source, "language", wanted)
+  # One whose languages are not as many as its captions is left out and told.
+  bad = Source("s", [*TEXTS, dict(captions=["f"], language=["en", "de"])])
+  found = filter_lib.where(bad, "language", "en")
+  assert len(found) == 2 and found.faults == {"captions without a language": 1}
+
+
+def test_each_caption_is_an_element(source):
+  """Counted by caption, an epoch shows a, b, c, d, e; blank ones are none."""
+  found = filter_lib.each_caption(Source("s", TEXTS))
+  assert [found[i] for i in range(len(found))] == [
+    dict(captions=["a"], language=["en"], n=0),
+    dict(captions=["b"], language=["de"], n=0),
+    dict(captions=["c"], language=["en"], n=0),
+    dict(captions=["d"], language=["de"], n=1),
+    dict(captions=["e"], language=[b"en"], n=2),
+  ]
+  assert list(found.image_ids()) == [0, 0, 0, 1, 2]
+  # Of a part, and in groups.
+  some = filter_lib.where(Source("s", TEXTS), "n", (0, 1))
+  groups = filter_lib.grouped(filter_lib.each_caption(some), "n")
+  assert [m.tolist() for m in groups.members] == [[0, 1, 2], [3]]
+  # Fields that have no value for each caption stay.
+  assert filter_lib.each_caption(source)[3]["lists"] == [1, 2, 3]
+  with pytest.raises(
+    errors.UserError, match='"texts" is not .*: caption, image'
+  ):
+    kinds.open_source("tar", shards="x", element="texts")
 
 
 def test_a_source_needs_a_kind():

@@ -8,18 +8,14 @@ families are held out is the same in all languages.
 
 from collections.abc import Mapping, Sequence
 import functools
-import hashlib
-import json
 import logging
 import pathlib
 from typing import Any
 
-from jaxtyping import Bool
 import numpy as np
 import tensorflow_datasets as tfds
 
 from sigjax import errors
-from sigjax.data import source as source_lib
 from sigjax.data.emoji import builder, packages
 from sigjax.data.faults import BadExample
 from sigjax.data.source import Example, Records, Source
@@ -71,7 +67,7 @@ class _Translated:
   @property
   def identity(self) -> Any:
     inner = getattr(self._records, "identity", None)
-    return inner and {"captions": self._key, "of": inner}
+    return inner and {"languages": self._languages, "of": inner}
 
   def _with(self, example: Example, i: int) -> Example:
     found = self._captions[i]
@@ -91,21 +87,6 @@ class _Translated:
   def brief(self, i: int) -> Example:
     read = getattr(self._records, "brief", self._records.__getitem__)
     return self._with(read(i), i)
-
-  def caption_column(self, name: str) -> np.ndarray | None:
-    if name != "language":
-      return None
-    values = [language for found in self._captions for language, _ in found]
-    return source_lib.as_column(values, name, "the emoji captions")
-
-  def with_captions(
-    self, kept: Bool[np.ndarray, " m"]
-  ) -> tuple["_Translated", Bool[np.ndarray, " n"]]:
-    keep = iter(kept.tolist())
-    captions = [[x for x in found if next(keep)] for found in self._captions]
-    digest = hashlib.sha256(json.dumps(self._key).encode() + kept.tobytes())
-    records = _Translated(self._records, captions, digest.hexdigest())
-    return records, np.array([bool(found) for found in captions], bool)
 
 
 def translated(
@@ -160,6 +141,6 @@ def translated(
       ", ".join(languages),
     )
   return source.replaced(
-    records=_Translated(source.records, found, list(languages)),
+    records=_Translated(source.records, found, languages),
     members=np.array(kept, np.int32)[:, None] if lacking else None,
   )

@@ -1,6 +1,6 @@
 """The captions of an example."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,45 @@ def caption(value: str | bytes) -> str:
   return text
 
 
+def stored(example: Mapping[str, Any], key: str) -> list[Any]:
+  """Returns the texts of one example as they are stored; some may be missing.
+
+  Args:
+    example: Features.
+    key: A feature that holds a text, several texts, or {"text": texts, ...}.
+
+  Raises:
+    UserError: There is no such feature.
+  """
+  value = errors.pick(example, key, "feature")
+  if isinstance(value, dict):
+    value = errors.pick(value, "text", f'feature of "{key}"')
+  return list(value) if is_several(value) else [value]
+
+
+def is_several(value: Any) -> bool:
+  """Returns whether a feature holds a list of values."""
+  return isinstance(value, (list, tuple)) or (
+    isinstance(value, np.ndarray) and value.ndim > 0
+  )
+
+
+def _present(example: Mapping[str, Any], key: str) -> Iterator[tuple[int, str]]:
+  """Yields (place, text) of the texts that are neither missing nor blank."""
+  found = False
+  for i, v in enumerate(stored(example, key)):
+    if v is not None and not isinstance(v, (str, bytes)):
+      raise errors.UserError(
+        f'feature "{key}" holds {type(v).__name__} where a text or several are '
+        "wanted; name a feature that holds the captions"
+      )
+    if v is not None and v.strip():
+      found = True
+      yield i, caption(v)
+  if not found:
+    raise BadExample(f'no text at "{key}"', kind="missing caption")
+
+
 def captions(example: Mapping[str, Any], key: str) -> list[str]:
   """Returns the texts of one example; at least one.
 
@@ -54,19 +93,48 @@ def captions(example: Mapping[str, Any], key: str) -> list[str]:
     BadExample: No text is left, or one is not UTF-8, holds a NUL or is too
       long.
   """
-  value = errors.pick(example, key, "feature")
-  if isinstance(value, dict):
-    value = errors.pick(value, "text", f'feature of "{key}"')
-  values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
-  texts = []
-  for v in values:
-    if v is not None and not isinstance(v, (str, bytes)):
-      raise errors.UserError(
-        f'feature "{key}" holds {type(v).__name__} where a text or several are '
-        "wanted; name a feature that holds the captions"
-      )
-    if v is not None and v.strip():
-      texts.append(caption(v))
-  if not texts:
-    raise BadExample(f'no text at "{key}"', kind="missing caption")
-  return texts
+  return [text for _, text in _present(example, key)]
+
+
+def captions_by(
+  example: Mapping[str, Any], key: str, by: str
+) -> dict[str, list[str]]:
+  """Returns {value of `by`: the texts that have it}, such as by language.
+
+  Args:
+    example: Features.
+    key: As in captions().
+    by: A feature with a value for each text, or one value for all; a missing
+      value is "".
+
+  Raises:
+    UserError: As captions(), or there is no feature `by`.
+    BadExample: As captions(), or there are not as many values as texts.
+  """
+  values = errors.pick(example, by, "feature")
+  texts = list(_present(example, key))
+  count = len(stored(example, key))
+  if not is_several(values):
+    values = [values] * count
+  if len(values) != count:
+    raise BadExample(
+      f'{len(values)} values at "{by}" for {count} texts at "{key}"',
+      kind="captions without a language",
+    )
+  found: dict[str, list[str]] = {}
+  for i, text in texts:
+    value = values[i]
+    if isinstance(value, bytes):
+      value = value.decode(errors="replace")
+    found.setdefault("" if value is None else str(value), []).append(text)
+  return found
+
+
+def of_languages(value: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
+  """Returns texts and the language of each, of {"en": text or texts, ...}."""
+  texts, languages = [], []
+  for language, several in value.items():
+    several = list(several) if is_several(several) else [several]
+    texts += several
+    languages += [language] * len(several)
+  return texts, languages

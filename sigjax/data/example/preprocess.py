@@ -14,6 +14,8 @@ Between `decode` and `value_range`, "image" is (h, w, 3) uint8. From `choice` or
 from collections.abc import Callable, Sequence
 import contextlib
 import hashlib
+import inspect
+import itertools
 from typing import Any, Protocol
 
 import numpy as np
@@ -313,17 +315,48 @@ def value_range(low: float, high: float) -> Fn:
 # Text.
 
 
-def choice(key: str, out: str = "text") -> Fn:
+def choice(
+  key: str, out: str = "text", by: str = "", weights: dict | None = None
+) -> Fn:
   """Sets `out` to a random one of the texts at `key`.
+
+  With `by`, such as "language", first a value of that feature is drawn from
+  those that the example has, then a text that has it.
 
   Args:
     key: a feature that holds a text, several texts, or {"text": several, ...}
       as in COCO.
     out: the feature to set.
+    by: a feature with a value for each text; "": all texts are equally likely.
+    weights: {value: weight} of values of `by`; others have weight 1. A value
+      of weight 0 is not drawn.
   """
+  weights = weights or {}
+  if weights and not by:
+    raise errors.UserError(
+      "choice: weights need by=, the feature whose values they weigh, such as "
+      "by='language'"
+    )
+  for value, weight in weights.items():
+    if not isinstance(weight, (int, float)):
+      raise errors.UserError(
+        f"choice: the weight of {value!r} is {weight!r}; give a number"
+      )
+    _check(f"choice: the weight of {value!r}", weight, 0, 1e9)
 
   def fn(example: Example, rng: np.random.Generator) -> Example:
-    texts = captions_lib.captions(example, key)
+    if by:
+      groups = captions_lib.captions_by(example, key, by)
+      chances = np.cumsum([weights.get(value, 1) for value in groups])
+      if not chances[-1]:
+        raise BadExample(
+          f"its texts are in {', '.join(groups)}, all of weight 0",
+          kind="missing caption",
+        )
+      drawn = np.searchsorted(chances, rng.random() * chances[-1], "right")
+      texts = list(groups.values())[drawn]
+    else:
+      texts = captions_lib.captions(example, key)
     example[out] = texts[rng.integers(len(texts))]
     return example
 
@@ -479,6 +512,44 @@ def parse(string: str, **context: Any) -> Fn:
 _TEXT_OPS = ("choice", "first", "lower", "tokenize")
 
 
+def check_weights(
+  brief: Callable[[int], Example],
+  numbers: Sequence[int] | np.ndarray,
+  pp: str,
+) -> None:
+  """Raises UserError if `choice` weighs a value that no example has.
+
+  Reads examples from all over the source until each value was seen.
+
+  Args:
+    brief, numbers, pp: as of cut_share.
+  """
+  op = inspect.signature(choice)
+  for name, args, kwargs in pipe_string.calls(pp):
+    given = op.bind(*args, **kwargs).arguments if name == "choice" else {}
+    wanted, seen = given.get("weights") or {}, set()
+    first = _spread(len(numbers), 1000)
+    for place in itertools.chain(first, range(len(numbers))):
+      if seen.issuperset(wanted):
+        break
+      with contextlib.suppress(BadExample):
+        example = brief(int(numbers[place]))
+        found = captions_lib.captions_by(example, given["key"], given["by"])
+        seen.update(found)
+    for value in wanted:
+      if value not in seen:
+        raise errors.UserError(
+          f'choice weighs {given["by"]} "{value}"'
+          f"{errors.closest(value, seen)}, but the examples have: "
+          f"{', '.join(sorted(seen))}"
+        )
+
+
+def _spread(n: int, sample: int) -> np.ndarray:
+  """Returns up to `sample` numbers below n, evenly spread."""
+  return np.linspace(0, n - 1, min(sample, n)).astype(int)
+
+
 def cut_share(
   brief: Callable[[int], Example],
   numbers: Sequence[int] | np.ndarray,
@@ -510,8 +581,7 @@ def cut_share(
   names = [name for name, _, _ in pipe_string.calls(pp)]
   fns = [fn for name, fn in zip(names, built) if name in _TEXT_OPS]
   rng = np.random.default_rng(0)
-  places = np.linspace(0, len(numbers) - 1, min(sample, len(numbers)))
-  for place in places.astype(int):
+  for place in _spread(len(numbers), sample):
     with contextlib.suppress(BadExample):
       example = dict(brief(int(numbers[place])))
       for fn in fns:

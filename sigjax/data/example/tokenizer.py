@@ -87,7 +87,11 @@ class Tokenizer:
 
 
 def train(
-  texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
+  texts: Iterable[str],
+  vocab_size: int,
+  path: str | os.PathLike[str],
+  character_coverage: float = 0.9995,
+  byte_fallback: bool = False,
 ) -> None:
   """Trains a unigram model; the same texts give the same model.
 
@@ -98,11 +102,21 @@ def train(
       which Tokenizer does not use), end (1) and unknown (2). The model has
       fewer if the texts yield fewer; that is logged.
     path: the file to write.
+    character_coverage: the share of the texts' letters whose characters become
+      pieces; others are unknown (2). 1 for several scripts: the letters of a
+      rare one may be rarer than one in 2000.
+    byte_fallback: whether characters that are no piece are encoded as bytes of
+      UTF-8, each a piece, so that nothing is unknown; takes 256 of the pieces.
 
   Raises:
-    UserError: there are no texts, or vocab_size is too small for the texts'
-      characters.
+    UserError: there are no texts, character_coverage is no share, or vocab_size
+      is too small for the texts' characters.
   """
+  if not 0.9 <= character_coverage <= 1:
+    raise errors.UserError(
+      f"character_coverage is {character_coverage!r}, but has to be a share "
+      "from 0.9 to 1, such as 0.9995"
+    )
   model = io.BytesIO()
   texts = [text for text in texts if text.strip()]
   if not texts:
@@ -116,8 +130,8 @@ def train(
       eos_id=EOS,
       unk_id=2,
       bos_id=-1,
-      character_coverage=0.9995,
-      byte_fallback=False,
+      character_coverage=character_coverage,
+      byte_fallback=byte_fallback,
       num_threads=1,
       shuffle_input_sentence=False,
       hard_vocab_limit=False,

@@ -12,7 +12,9 @@ A layout that is easy to write for other programs:
 
   embeddings.npy  (N, W) float16 or float32 (or bfloat16, as ml_dtypes saves it)
   captions.jsonl  N lines, each a JSON string (the caption), a list of strings
-      or an object of features, such as {"captions": ["a cat"], "label": 3}
+      or an object of features, such as {"captions": ["a cat"], "label": 3};
+      captions by language, {"captions": {"en": "a cat", "de": ["eine Katze"]}},
+      become two features, captions and the language of each
   info.json       optional: {"tower": any text that names the tower, "pp_image":
       its preprocessing, "label_names": {feature: [names of its classes]}}
 
@@ -31,6 +33,7 @@ import ml_dtypes
 import numpy as np
 
 from sigjax import errors
+from sigjax.data.example import captions
 from sigjax.data.faults import BadExample
 
 DTYPES = {
@@ -82,6 +85,9 @@ def _features(data: bytes, where: str) -> dict[str, Any]:
       f"{where} is neither a text, a list of texts nor an object",
       kind="JSON does not parse",
     )
+  texts = value.get("captions")
+  if isinstance(texts, dict) and "text" not in texts:
+    value["captions"], value["language"] = captions.of_languages(texts)
   return value
 
 

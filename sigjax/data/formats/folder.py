@@ -4,7 +4,7 @@ The captions are in a table (.csv, .tsv, .jsonl), in a .json (COCO's captions or
 a list of objects), or each in a .txt beside its image.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import csv
 import hashlib
 import io
@@ -521,12 +521,40 @@ class FolderRecords:
     return records, np.bincount(owners, minlength=len(self)) > 0
 
 
+def _captions_of(
+  row: _Row, caption: str | Mapping[str, str]
+) -> Iterator[tuple[str, _Row]]:
+  """Yields the captions in a row, each with the columns that belong to it.
+
+  Args:
+    row: of the table.
+    caption: the column: a text, several, or {language: text or several}; or
+      {language: its column}.
+  """
+  languages = row.get("language")
+  if isinstance(caption, str):
+    value = row.get(caption)
+    texts = value if isinstance(value, list) else [value]
+    if isinstance(value, dict):
+      texts, languages = captions_lib.of_languages(value)
+  else:
+    texts, languages = captions_lib.of_languages(
+      {language: row.get(column) for language, column in caption.items()}
+    )
+  if not isinstance(languages, list) or len(languages) != len(texts):
+    languages = [languages] * len(texts)
+  for text, language in zip(texts, languages):
+    if isinstance(text, str) and text.strip():
+      more = {} if language is None else {"language": language}
+      yield text, {**row, **more}
+
+
 def _collect(
   tree: _Tree,
   rows: list[_Row],
   table: str,
   image: str,
-  caption: str,
+  caption: str | Mapping[str, str],
   wrong: Faults,
 ) -> tuple[dict[str, int], list[list[tuple[str, _Row]]]]:
   """Returns {image: its size} and the captions of each with their rows.
@@ -535,11 +563,8 @@ def _collect(
   """
   found: dict[str, list[tuple[str, _Row]]] = {}
   for row in rows:
-    texts = row.get(caption)
     pairs = found.setdefault(_cleaned(row.get(image), tree.path), [])
-    for text in texts if isinstance(texts, list) else [texts]:
-      if isinstance(text, str) and text.strip():
-        pairs.append((text, row))
+    pairs += _captions_of(row, caption)
   base = _base(tree, list(found), table)
   if base:
     log.info("%s: the images are in %s", tree.path, base)
@@ -561,16 +586,17 @@ def folder(
   path: str,
   table: str | None = None,
   image: str | None = None,
-  captions: str | None = None,
+  captions: str | Mapping[str, str] | None = None,
 ) -> source_lib.Source:
   """Opens a folder of images with captions.
 
   The captions are in a table with a row per caption: a .csv or .tsv with a
   header, a .jsonl, a .json with a list of objects, or a .parquet. One column
   has the paths of images, relative to the folder or to the table, another one
-  the caption; in JSON it may be a list. COCO's captions_*.json are read as
-  well. Without any table, the caption of an image is the text in the .txt of
-  the same name.
+  the caption; in JSON it may be a list, or {"en": caption or list, ...}, which
+  gives a column "language", too. COCO's captions_*.json are read as well.
+  Without any table, the caption of an image is the text in the .txt of the same
+  name.
 
   All rows of an image are its captions. An example is {"image": bytes,
   "captions": [str, ...], "file": str} and the other columns. A column whose
@@ -583,8 +609,8 @@ def folder(
       other TABLES, or else the only table there is, also in subfolders.
     image: the column with the paths of images; None: file, file_name, image,
       filepath, filename or image_path.
-    captions: the column with the captions; None: caption, captions, text or
-      title.
+    captions: the column with the captions; or a column for each language,
+      {"en": "caption_en", ...}; None: caption, captions, text or title.
 
   Returns:
     A Source. Its `faults` count images that are missing or have no caption, and
@@ -594,7 +620,7 @@ def folder(
     UserError: there is no such folder, table or column, or no image with a
       caption.
   """
-  if captions and captions.endswith(_ENDINGS):
+  if isinstance(captions, str) and captions.endswith(_ENDINGS):
     raise errors.UserError(
       f"captions={captions!r} is a table, but has to be one of its columns; "
       f"give table={captions!r}"
@@ -625,17 +651,27 @@ def folder(
   pairs, others = [], []
   if rows:
     file = _column(rows, _FILE, image, place)
-    text = _column(rows, _CAPTION, captions, place)
+    if isinstance(captions, Mapping):
+      text = {k: _column(rows, (), v, place) for k, v in captions.items()}
+      texts = list(text.values())
+    else:
+      text = _column(rows, _CAPTION, captions, place)
+      texts = [text]
     log.info(
-      '%s: column "%s" has the images, "%s" the captions', place, file, text
+      '%s: column "%s" has the images, %s the captions',
+      place,
+      file,
+      ", ".join(f'"{x}"' for x in texts),
     )
-    present, pairs = _collect(tree, rows, name, file, text, wrong)
     columns = dict.fromkeys(key for row in rows for key in row)
-    ours = ("", file, text, "file", "captions", "image")
+    ours = ("", file, *texts, "file", "captions", "image")
     others = [key for key in columns if key not in ours]
     if name.endswith((".csv", ".tsv")):
       for key in others:
         _numbers(rows, key)
+    present, pairs = _collect(tree, rows, name, file, text, wrong)
+    if any("language" in row for several in pairs for _, row in several):
+      others = list(dict.fromkeys([*others, "language"]))
   faults.report(place, wrong)
   if not present:
     raise errors.UserError(

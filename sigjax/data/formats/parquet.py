@@ -8,7 +8,7 @@ from which the others are then taken.
 """
 
 import collections
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent import futures
 import hashlib
 import json
@@ -294,7 +294,7 @@ class ParquetRecords:
     self,
     shards: index_lib.Shards,
     image: str | None,
-    captions: str | None,
+    captions: str | Mapping[str, str] | None,
     columns: Sequence[str],
     cache_mb: int,
   ):
@@ -313,14 +313,19 @@ class ParquetRecords:
     for name in columns:
       errors.pick(dict.fromkeys(schema.names), name, f"column of {path}")
     self._image = _usual(schema, _IMAGE, image)
-    captions = _usual(schema, _CAPTION, captions)
+    if not isinstance(captions, Mapping):
+      captions = {"": _usual(schema, _CAPTION, captions)}
     self._read = self._image_column(schema, path)
-    self._captions, self._fields = self._caption_column(schema, captions, path)
+    # {language: (column, fields)}; language "" if there is one column for all.
+    self._captions = {
+      language: self._caption_column(schema, name, path)
+      for language, name in captions.items()
+    }
     log.info(
-      '%s: column "%s" has the images, "%s" the captions',
+      '%s: column "%s" has the images, %s the captions',
       shards.what,
       self._image,
-      captions,
+      ", ".join(f'"{name}"' for name in captions.values()),
     )
 
   def _image_column(self, schema: Any, path: str) -> str:
@@ -398,7 +403,8 @@ class ParquetRecords:
       table = decode()
       return _Table(table, table.nbytes)
 
-    names = [self._captions, *self._columns]
+    texts = [column for column, _ in self._captions.values()]
+    names = list(dict.fromkeys([*texts, *self._columns]))
     names = [self._read, *names] if with_image else names
     at = group - self._index.first(number)
     try:
@@ -433,10 +439,17 @@ class ParquetRecords:
           f"{where} has no bytes of an image", kind="missing image"
         )
       example["image"] = image
-    texts = _texts(values.get(self._captions), self._fields)
+    texts, languages = captions_lib.of_languages(
+      {
+        language: _texts(values.get(column), fields)
+        for language, (column, fields) in self._captions.items()
+      }
+    )
     if not texts:
       raise BadExample(f"{where} has no caption", kind="missing caption")
     example["captions"] = list(map(captions_lib.caption, texts))
+    if "" not in self._captions:
+      example["language"] = languages
     return example
 
   def column(self, name: str) -> Iterator[np.ndarray] | None:
@@ -489,7 +502,7 @@ class _Footer:
 def parquet(
   shards: str | Sequence[str],
   image: str | None = None,
-  captions: str | None = None,
+  captions: str | Mapping[str, str] | None = None,
   columns: Sequence[str] = (),
   cache_mb: int = 512,
 ) -> source_lib.Source:
@@ -502,8 +515,10 @@ def parquet(
     image: the column of images: bytes, or structs of bytes and path as in
       Hugging Face's datasets; None: image, jpg, img or picture.
     captions: the column of captions, each a text or a list of texts; of
-      structs, or lists of structs, the field is named, too: "sentences.raw";
-      None: caption, captions, text, sentences or title.
+      structs, or lists of structs, the field is named, too: "sentences.raw".
+      Or a column for each language, {"en": "caption_en", ...}, which gives the
+      feature "language", too. None: caption, captions, text, sentences or
+      title.
     columns: further columns that become features. Filters (`only`) may also use
       columns that are not listed here.
     cache_mb: MiB of decoded row groups that are kept in memory.

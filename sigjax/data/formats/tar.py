@@ -181,10 +181,10 @@ class TarRecords:
       fields = {}
       if json_at:
         fields = _parsed(others[-1], f"{path}: {name}")
-      if from_json:
-        example["captions"] = self._of_json(fields, f"{path}: {name}")
       for key in self._json:
         example[key] = fields.get(key)
+      if from_json:
+        example.update(self._of_json(fields, f"{path}: {name}"))
     return example
 
   def _name(self, path: str, data: bytes, lead: int, image: int) -> str:
@@ -203,10 +203,12 @@ class TarRecords:
       f"{path} changed after it was indexed", kind="unreadable shard"
     )
 
-  def _of_json(self, fields: dict[str, Any], where: str) -> list[str]:
-    """Returns the captions in a sample's .json."""
+  def _of_json(self, fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the captions in a sample's .json, by language with these."""
     key = self._captions or "caption"
-    value = fields.get(key)
+    value, more = fields.get(key), {}
+    if isinstance(value, dict):
+      value, more["language"] = captions_lib.of_languages(value)
     texts = [value] if isinstance(value, str) else value
     if (
       not isinstance(texts, list)
@@ -216,7 +218,7 @@ class TarRecords:
       raise BadExample(
         f'{where}: its .json has no text at "{key}"', kind="missing caption"
       )
-    return list(map(captions_lib.caption, texts))
+    return {"captions": list(map(captions_lib.caption, texts)), **more}
 
   def column(self, name: str) -> Iterator[np.ndarray] | None:
     """Yields the values at key `name` of all samples' .json, in order.
@@ -269,8 +271,9 @@ def tar(
   Args:
     shards: paths, local or in a bucket, with globs and brace lists:
       "data/{00000..00099}.tar", "gs://bucket/*.tar", or a list of such.
-    captions: key of the .json that holds the caption, or several; None: the
-      .txt or, for samples without a .txt, "caption" of the .json.
+    captions: key of the .json that holds the caption, or several, or {"en":
+      caption or several, ...}, which gives the feature "language", too; None:
+      the .txt or, for samples without a .txt, "caption" of the .json.
     json: keys of the .json that become features, such as ("width", "url"); the
       value is None for samples without the key. Filters (`only`) may also use
       keys that are not listed here.

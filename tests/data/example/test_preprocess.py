@@ -287,6 +287,65 @@ def test_choice_takes_any_caption(captions):
   assert apply("first('captions', 'name')", captions=captions)["name"] == "a"
 
 
+def test_choice_draws_a_language_first():
+  example = dict(
+    captions=["a", None, "b", "c", "d"],
+    language=["en", "xx", "en", b"th", "en"],
+  )
+
+  def share(op, n=2000, **features):
+    fn, rng = preprocess.parse(op), np.random.default_rng(0)
+    texts = [fn({**example, **features}, rng)["text"] for _ in range(n)]
+    return {text: texts.count(text) / n for text in set(texts)}
+
+  near = lambda want: pytest.approx(want, abs=0.04)
+  sixth = 1 / 6
+  assert share("choice('captions')") == near(dict.fromkeys("abcd", 0.25))
+  assert share("choice('captions', by='language')") == near(
+    dict(a=sixth, b=sixth, d=sixth, c=0.5)
+  )
+  # Those that are not named have weight 1.
+  assert share("choice('captions',by='language',weights={'en':3})") == near(
+    dict(a=0.25, b=0.25, d=0.25, c=0.25)
+  )
+  none = "choice('captions',by='language',weights={'en':0})"
+  assert share(none, 50) == {"c": 1}
+  # One value for all texts.
+  one = share("choice('captions',by='language')", language="en")
+  assert one == near(dict.fromkeys("abcd", 0.25))
+  with pytest.raises(errors.UserError, match="all of weight 0"):
+    share(none, 1, language="en")
+  with pytest.raises(errors.UserError, match='2 values at "language" for 5'):
+    share(none, 1, language=["en", "th"])
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    ("weights={'en':1}", "weights need by="),
+    ("by='language',weights={'en':'x'}", "weight of 'en' is 'x'; give"),
+    ("by='language',weights={'en':-1}", "has to be from 0"),
+    ("by='language',weights=('en',1)", "weights cannot be"),
+  ],
+)
+def test_weights_that_cannot_be(args, message):
+  with pytest.raises(errors.UserError, match=message):
+    preprocess.parse(f"choice('captions',{args})")
+
+
+def test_a_language_that_no_example_has_is_told_at_the_start():
+  examples = [
+    dict(captions=["a"], language=["sw" if i else "en"]) for i in (1, 0, 1)
+  ]
+  check = lambda op: preprocess.check_weights(
+    examples.__getitem__, range(3), f"decode|{op}|tokenize(4)"
+  )
+  check("choice('captions', by='language', weights={'en': 2, 'sw': 0})")
+  check("choice('captions')")
+  with pytest.raises(errors.UserError, match=r'"sv" .*mean "sw".*have: en, sw'):
+    check("choice('captions', 'text', 'language', {'sv': 2})")
+
+
 @pytest.mark.parametrize("op", ["choice", "first"])
 def test_one_caption(op):
   assert apply(f"{op}('c')", c=b"one")["text"] == "one"

@@ -54,6 +54,13 @@ def test_rows_of_any_program(tmp_path, dtype, end):
   ]
 
 
+def test_captions_by_language(tmp_path):
+  lines = [{"captions": {"en": "a cat", "de": ["Katze", "Kater"]}}] * 5
+  source = kinds.open_source("embeddings", path=write(tmp_path, Z, lines))
+  assert source[4]["captions"] == ["a cat", "Katze", "Kater"]
+  assert source[4]["language"] == ["en", "de", "de"]
+
+
 def test_rows_make_batches(tmp_path):
   source = kinds.open_source("embeddings", path=write(tmp_path, Z))
   pp = preprocess.parse("keep('image')")

@@ -46,6 +46,58 @@ def opened(path, **kwargs):
   return kinds.open_source("folder", path=str(path), **kwargs)
 
 
+@pytest.mark.parametrize("layout", ["long", "columns", "parallel", "nested"])
+def test_captions_with_a_language_each(folder, layout):
+  """The same examples, however the table is laid out."""
+  want = [(0, "a", "en"), (0, "b", "en"), (0, "c", "th"), (2, "d", "th")]
+  captions, end = None, "jsonl"
+  if layout == "long":
+    end = "csv"
+    rows = ["file,caption,language", *(f"{i}.jpg,{t},{k}" for i, t, k in want)]
+  elif layout == "columns":
+    captions = {"en": "english", "th": "thai"}
+    rows = [
+      {"file": "0.jpg", "english": ["a", "b"], "thai": "c"},
+      {"file": "2.jpg", "english": None, "thai": "d"},
+    ]
+  elif layout == "parallel":
+    rows = [
+      {
+        "file": "0.jpg",
+        "caption": ["a", "b", "c"],
+        "language": ["en", "en", "th"],
+      },
+      {"file": "2.jpg", "caption": ["d"], "language": ["th"]},
+    ]
+  else:
+    rows = [
+      {"file": "0.jpg", "caption": {"en": ["a", "b"], "th": "c"}},
+      {"file": "2.jpg", "caption": {"th": ["d", ""]}},
+    ]
+  rows = [x if isinstance(x, str) else json.dumps(x) for x in rows]
+  (folder / f"captions.{end}").write_text("\n".join(rows))
+  found = opened(folder, captions=captions)
+  assert [source["file"] for source in found] == ["0.jpg", "2.jpg"]
+  assert found[0]["captions"] == ["a", "b", "c"]
+  assert found[0]["language"] == ["en", "en", "th"]
+  assert found[1]["captions"] == ["d"] and found[1]["language"] == ["th"]
+  assert set(found[0]) - {"english", "thai"} == {
+    "image",
+    "file",
+    "captions",
+    "language",
+  }
+  thai = opened(folder, captions=captions, only=dict(language="th"))
+  assert [x["captions"] for x in thai] == [["c"], ["d"]]
+  each = opened(folder, captions=captions, element="caption")
+  assert [(x["file"], x["captions"], x["language"]) for x in each] == [
+    (f"{i}.jpg", [text], [language]) for i, text, language in want
+  ]
+  if layout == "columns":
+    with pytest.raises(errors.UserError, match='"thia" is not .*mean "thai"'):
+      opened(folder, captions={"th": "thia"})
+
+
 def test_csv(folder):
   (folder / "captions.csv").write_bytes(CSV.encode())
   source = opened(folder)

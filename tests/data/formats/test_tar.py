@@ -75,6 +75,19 @@ def opened(path, **kwargs):
   return kinds.open_source("tar", shards=str(path), **kwargs)
 
 
+def test_captions_by_language(tmp_path):
+  several = {"en": "a cat", "sw": ["paka", "nyau"]}
+  write(tmp_path / "a.tar", sample(1, caption=several) + sample(2))
+  for captions in ("caption", None):  # the .txt comes first
+    source = opened(tmp_path / "a.tar", captions=captions, json=("language",))
+    assert source[1]["captions"] == ["né 2"] and source[1]["language"] == "de"
+    if captions:
+      assert source[0]["captions"] == ["a cat", "paka", "nyau"]
+      assert source[0]["language"] == ["en", "sw", "sw"]
+      swahili = filter_lib.where(source, "language", "sw")
+      assert swahili[0]["captions"] == ["paka", "nyau"] and len(swahili) == 1
+
+
 def keys(source):
   return [source[i]["key"] for i in range(len(source))]
 
