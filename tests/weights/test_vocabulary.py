@@ -122,3 +122,16 @@ def test_a_damaged_copy_is_made_anew(
       with pytest.raises(errors.UserError, match="put a copy of the old one"):
         of_run(copy, other, trained, vocab_size=26)
       assert copy.read_bytes() == b""
+
+
+def test_options_of_training(tmp_path, path):
+  """Bytes are pieces, too; records of defaults are those of older versions."""
+  copy = tmp_path / "tokenizer.model"
+  of_run(copy, upper(), vocab_size=26)
+  assert "byte" not in copy.with_suffix(".json").read_text()
+  tok = of_run(copy, upper(), vocab_size=300, byte_fallback=True)
+  assert 256 < tok.vocab_size <= 300 and 2 not in tok("ก", 6)
+  with pytest.raises(errors.UserError, match="byte_fallback=True.*need that"):
+    of_run(copy, upper(), trained=True, vocab_size=300)
+  with pytest.raises(errors.UserError, match="character_coverage is of a tok"):
+    of_run(copy, path=path, character_coverage=1.0)

@@ -58,8 +58,14 @@ def read(
 class _Translated:
   """Records of emoji with other captions; see translated()."""
 
-  def __init__(self, records: Records, captions: Sequence[Captions], key: Any):
-    self._records, self._captions, self._key = records, captions, key
+  def __init__(
+    self,
+    records: Records,
+    captions: Sequence[Captions],
+    languages: Sequence[str],
+  ):
+    self._records, self._captions = records, captions
+    self._languages = list(languages)
 
   def __len__(self) -> int:
     return len(self._captions)

@@ -1,6 +1,10 @@
 """The tokenizer, against SentencePiece itself and by construction."""
 
+import gzip
+import json
 import os
+import pathlib
+import unicodedata
 
 from corpus import TEXTS
 import numpy as np
@@ -148,3 +152,47 @@ def test_the_share_of_cut_texts_is_that_of_an_even_sample(spm_path):
   assert share(n - 1) == 1
   keep = "decode|keep('image')"
   assert preprocess.cut_share(brief, np.arange(9), keep, tok) == 0
+
+
+# ---- Other scripts ----
+
+
+@pytest.fixture(scope="module")
+def names():
+  """All names of emoji in Thai and Amharic: Unicode CLDR 48.2, Unicode-3.0."""
+  path = pathlib.Path(__file__).parents[2] / "golden/cldr_names.json.gz"
+  return json.loads(gzip.decompress(path.read_bytes()))
+
+
+def unknown(path, texts):
+  """Returns how many texts a model does not give back as they were.
+
+  SentencePiece reads texts in Unicode's form NFKC.
+  """
+  model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  same = lambda text: " ".join(unicodedata.normalize("NFKC", text).split())
+  lost = 0
+  for text in texts:
+    ids = model.encode(text)
+    lost += model.unk_id() in ids or model.decode(ids) != same(text)
+  return lost
+
+
+def test_rare_scripts_are_not_lost(names, tmp_path):
+  path = tmp_path / "t.model"
+  th, am = names["th"], names["am"]
+  assert len(th) == 2293 and len(am) == 2274
+  english = ["a name in letters that are known to all of us"] * 20_000
+  some = [*english, *th[::2], *am[::2]]
+  tokenizer.train(some, 800, path)
+  assert unknown(path, th + am) > 100
+  tokenizer.train(some, 800, path, byte_fallback=True)
+  assert unknown(path, th + am) == 0
+  tokenizer.train([*english, *th, *am], 800, path, character_coverage=1.0)
+  assert unknown(path, th + am) == 0
+
+
+def test_a_coverage_that_is_no_share(tmp_path):
+  for share in (0.5, 1.1, 99.95):
+    with pytest.raises(errors.UserError, match="has to be a share"):
+      tokenizer.train(["a"], 9, tmp_path / "m", character_coverage=share)
