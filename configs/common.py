@@ -97,7 +97,7 @@ def precompute(config: Config, folder: str) -> None:
   def embedded(section: Config, pp_image: str) -> Section:
     filters = {
       k: section[k]
-      for k in ("part", "only", "element", "group_by", "shuffle")
+      for k in ("part", "only", "element", "group_by", "shuffle", "mismatch")
       if k in section
     }
     name = section.get("split", section["kind"])

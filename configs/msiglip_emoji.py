@@ -25,11 +25,10 @@ Arguments (defaults in brackets):
 
 from ml_collections import ConfigDict
 
-from configs import common
 from sigjax import config as config_lib
 from sigjax import errors
 
-WIDTH, LENGTH, VOCAB = 1280, 24, 16_384
+WIDTH, LENGTH, VOCAB = 1280, 16, 16_384
 LANGUAGES = (
   "am+ar+bn+de+el+en+es+fi+fr+he+hi+hu+id+ja+ka+ko+nl+pl+ru+sw+th+tr+vi+zh"
 )
@@ -81,7 +80,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model = dict(
     image=dict(kind="precomputed", width=WIDTH),
     text=dict(
-      width=256,
+      width=128,
       depth=2,
       num_heads=4,
       mlp_dim=512,

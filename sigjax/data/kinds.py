@@ -130,6 +130,7 @@ def open_source(
   element: str = "image",
   group_by: str | None = None,
   shuffle: str | None = None,
+  mismatch: float = 0.0,
   **kwargs: Any,
 ) -> Source:
   """Opens a source, narrowed and grouped as asked.
@@ -145,11 +146,13 @@ def open_source(
       caption once, with its image; see filter.each_caption.
     group_by: The feature by which examples are grouped, such as "concept".
     shuffle: The feature that is given to the wrong examples, see `shuffled`.
+    mismatch: The share of the images of each training batch that are given the
+      text of another one (SigLIP, section 4.10); see pipeline.train_batches.
     **kwargs: Arguments of that kind, such as split.
 
   Raises:
-    UserError: There is no such kind, or the kind, `part`, `only`, `element`,
-      `group_by` or `shuffle` cannot be as given.
+    UserError: There is no such kind, or the kind or one of the others cannot be
+      as given.
   """
   if not isinstance(kind, str):
     raise errors.UserError(
@@ -161,7 +164,13 @@ def open_source(
   elements = {"image": True, "caption": False}
   by_image = errors.pick(elements, element, "element of a source,")
   opener = errors.pick(SOURCES, kind, "source")()
+  if not isinstance(mismatch, (int, float)) or not 0 <= mismatch <= 1:
+    raise errors.UserError(
+      f"mismatch is {mismatch!r}, but has to be a share of the pairs, from 0 "
+      "to 1"
+    )
   source = errors.call(opener, kwargs, f'source "{kind}"')
+  source.mismatch = float(mismatch)
   if part is None and not only and not group_by and not shuffle and by_image:
     return source
   from sigjax.data import filter as filter_lib  # only where it is needed
@@ -194,6 +203,11 @@ def mix(
     if section.get("kind") == "mix":
       raise errors.UserError(
         "a source of a mix is itself a mix; list all sources in one"
+      )
+    if section.get("mismatch"):
+      raise errors.UserError(
+        f"source {i} of the mix has mismatch, which is of whole batches; give "
+        "it to the mix"
       )
     if section in sources[:i]:
       raise errors.UserError(

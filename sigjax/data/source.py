@@ -63,6 +63,8 @@ class Source:
     faults: {kind: count} of what was left out when the source was opened, such
       as "missing caption" or "truncated shard".
     tower: Of embeddings, the image tower that computed them; otherwise None.
+    mismatch: The share of a training batch's images that are given the text of
+      another one; see pipeline.train_batches.
   """
 
   name: str
@@ -71,6 +73,7 @@ class Source:
   label_names: dict[str, list[str]]
   faults: dict[str, int]
   tower: str | None
+  mismatch: float = 0.0
 
   def __init__(
     self,
@@ -185,7 +188,11 @@ class Source:
       "data": getattr(self.records, "identity", None) or self.name,
       "records": len(self.records),
       "members": _digest(self.members),
+      **self._noise(),
     }
+
+  def _noise(self) -> dict[str, Any]:
+    return {"mismatch": self.mismatch} if self.mismatch else {}
 
   def parts(self) -> tuple[list["Source"], list[float]]:
     """Returns the sources this one consists of, and their weights."""
@@ -193,6 +200,11 @@ class Source:
 
   def check_evaluable(self) -> None:
     """Raises UserError unless it makes sense to evaluate on this source."""
+    if self.mismatch:
+      raise errors.UserError(
+        f"{self.name} has mismatch={self.mismatch}, which is noise for "
+        "training; leave it out of data of evaluations"
+      )
     if not len(self):
       raise errors.UserError(f"{self.name} has no elements")
 
@@ -351,7 +363,10 @@ class Mixture(Source):
     return self._parts, self._weights
 
   def identity(self) -> dict[str, Any]:
-    return {"parts": [part.identity() for part in self._parts]}
+    return {
+      "parts": [part.identity() for part in self._parts],
+      **self._noise(),
+    }
 
   def check_evaluable(self) -> None:
     raise errors.UserError(

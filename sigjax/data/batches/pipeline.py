@@ -164,6 +164,12 @@ def train_batches(
   is not in the batch, which that epoch then shows twice. The choice depends on
   the position alone.
 
+  If the source has a share `mismatch`, each row of a batch is chosen with that
+  probability, and the chosen ones, in random order, pass everything but "image"
+  on to the next of them, the last to the first (noise of SigLIP, section 4.10).
+  Which these are depends on the seed and the step alone. One chosen by itself
+  stays as it is.
+
   Args:
     source: A Source or a Mixture. Of a group, a random member is shown.
     preprocess: fn(example, rng) -> dict of arrays of the same shapes.
@@ -196,8 +202,13 @@ def train_batches(
       shuffle,
       version,
     )
+    load = functools.partial(
+      _load_good, source, sequence, preprocess, seed, tally
+    )
+    if source.mismatch:
+      load = _Mismatched(load, source.mismatch, batch_size, seed)
     return Loader(
-      functools.partial(_load_good, source, sequence, preprocess, seed, tally),
+      load,
       batch_size=batch_size,
       process_index=process_index,
       process_count=process_count,
@@ -391,6 +402,46 @@ def _load_good(
       else "the batch holds all there are; lower batch_size"
     )
   )
+
+
+class _Mismatched:
+  """Loads the example of a position with the text of another, if chosen.
+
+  Args:
+    load: fn(position) -> (example, its name).
+    share: The probability that a row is chosen.
+    batch_size: B.
+    seed: Of the run.
+  """
+
+  def __init__(
+    self,
+    load: Callable[[int], tuple[Example, str]],
+    share: float,
+    batch_size: int,
+    seed: int,
+  ):
+    self._load, self._share = load, share
+    self._batch_size, self._seed = batch_size, seed
+    # Threads work on few batches at a time.
+    self._others = functools.lru_cache(16)(self._make_others)
+
+  def _make_others(self, step: int) -> dict[int, int]:
+    """Returns {row: the row whose text it gets} of the chosen rows."""
+    # Four numbers, because an example's are seeded with three.
+    rng = np.random.default_rng([self._seed, 1, step, 1])
+    chosen = np.flatnonzero(rng.random(self._batch_size) < self._share)
+    chosen = rng.permutation(chosen)
+    return dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist()))
+
+  def __call__(self, position: int) -> tuple[Example, str]:
+    example, where = self._load(position)
+    step, row = divmod(position, self._batch_size)
+    other = self._others(step).get(row, row)
+    if other == row:
+      return example, where
+    given, _ = self._load(step * self._batch_size + other)
+    return {**given, "image": errors.pick(example, "image", "feature")}, where
 
 
 def _candidates(

@@ -32,7 +32,9 @@ Fn = Callable[[Example, np.random.Generator], Example]
 
 
 class Tokenize(Protocol):
-  """A tokenizer as `tokenize` calls it; see tokenizer.Tokenizer."""
+  """A tokenizer as the ops call it; see tokenizer.Tokenizer."""
+
+  vocab_size: int
 
   def __call__(self, text: str, length: int, pad: int = ...) -> np.ndarray: ...
 
@@ -450,6 +452,70 @@ def group(*features: str) -> Fn:
   return fn
 
 
+# Noise (SigLIP, section 4.10).
+
+
+def noise_image(p: float) -> Fn:
+  """Replaces the image by noise with probability p.
+
+  Pixels become uniform in 0..255, as in the paper. A precomputed embedding
+  becomes a Gaussian vector of its norm. This is not what the locked tower makes
+  of noisy pixels: embeddings of noise would be alike, these are far apart.
+  """
+  _check("noise_image: p", p, 0, 1)
+
+  def fn(image: Any, rng: np.random.Generator) -> np.ndarray:
+    if rng.random() >= p:
+      return image
+    return rng.integers(0, 256, image.shape, np.uint8)
+
+  pixels = _on_image(fn)
+
+  def apply(example: Example, rng: np.random.Generator) -> Example:
+    image = errors.pick(example, "image", "feature")
+    if getattr(image, "ndim", None) != 1:
+      return pixels(example, rng)
+    if rng.random() < p:
+      noise = rng.normal(size=image.shape)
+      norm = np.linalg.norm(image.astype(np.float64))
+      example["image"] = (noise * (norm / np.linalg.norm(noise))).astype(
+        image.dtype
+      )
+    return example
+
+  return apply
+
+
+def noise_text(p: float, pad: int = 1, *, tokenizer: Tokenize) -> Fn:
+  """Replaces the ids of "text" by random ones with probability p.
+
+  Comes after `tokenize`. Of L places, 1 to L - 1 hold ids, and as many as that
+  is drawn uniformly, as is each id; then come the end and the padding. The ids
+  of padding (0), end (1) and unknown (2) are not drawn.
+
+  Args:
+    p: the probability.
+    pad: as of `tokenize`.
+    tokenizer: given by parse().
+  """
+  _check("noise_text: p", p, 0, 1)
+  _check("noise_text: pad", pad, 0, 2**31 - 1)
+
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    row = errors.pick(example, "text", "feature")
+    if getattr(row, "dtype", None) != np.int32:
+      raise errors.UserError("noise_text has to come after tokenize")
+    if rng.random() < p:
+      row = np.full_like(row, pad)
+      n = rng.integers(1, len(row)) if len(row) > 1 else 0
+      row[:n] = rng.integers(3, tokenizer.vocab_size, n)
+      row[n] = 1
+      example["text"] = row
+    return example
+
+  return fn
+
+
 def keep(*names: str) -> Fn:
   """Drops all other features; the order of the names is that of the result."""
   return lambda example, _: {
@@ -478,6 +544,8 @@ OPS: dict[str, Callable[..., Fn]] = {
     lower,
     tokenize,
     group,
+    noise_image,
+    noise_text,
     keep,
   )
 }

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 
 from sigjax import errors
 from sigjax.data import filter as filter_lib
+from sigjax.data import kinds
 from sigjax.data.batches import order, pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.formats import tfds as tfds_lib
@@ -414,3 +415,93 @@ def test_from_array_record_to_batches(tmp_path):
     list(pipeline.eval_batches(bad, fn, batch_size=8, bad_fraction=0))
   assert str(e.value).startswith("1 of ")
   assert f"(pipeline_test_images[bad][{where[0]}]: image cannot" in str(e.value)
+
+
+# ---- Mismatched pairs ----
+
+
+def pairs(share, n=40):
+  """Example i has image i and text i."""
+  rows = [{"image": np.int32(i), "text": np.int32(i)} for i in range(n)]
+  return Source("pairs", rows).replaced(mismatch=share)
+
+
+def same(example, rng):
+  del rng
+  return example
+
+
+def test_mismatched_pairs_pass_their_texts_on():
+  found = take(batches(pairs(0.3), 20, fn=same), 200)
+  clean = take(batches(pairs(0.0), 20, fn=same), 200)
+  np.testing.assert_array_equal(found["image"], clean["image"])
+  np.testing.assert_array_equal(clean["image"], clean["text"])
+  wrong = found["image"] != found["text"]
+  # One chosen row in a batch by itself stays as it is: 20 * .3 * .7 ** 19.
+  want = 0.3 - 0.3 * 0.7**19
+  assert wrong.mean() == pytest.approx(want, abs=4 * (0.21 / 4000) ** 0.5)
+  for image, text, bad in zip(found["image"], found["text"], wrong):
+    assert sorted(text) == sorted(image)  # no text is lost or there twice
+    assert sorted(text[bad]) == sorted(image[bad]) and bad.sum() != 1
+    given, seen, start = dict(zip(image[bad], text[bad])), [], None
+    for _ in range(bad.sum()):  # one circle through all of them
+      start = given[start if seen else image[bad][0]]
+      seen.append(start)
+    assert sorted(seen) == sorted(image[bad])
+  # Which rows they are differs from step to step, and with the seed.
+  assert len({tuple(row) for row in wrong}) > 190
+  other = take(batches(pairs(0.3), 20, seed=1, fn=same), 3)
+  assert ((other["image"] != other["text"]) != wrong[:3]).any()
+  all_wrong = take(batches(pairs(1.0), 20, fn=same), 5)
+  assert (all_wrong["image"] != all_wrong["text"]).all()
+
+
+def test_mismatched_pairs_on_any_processes_and_after_a_resume():
+  whole = take(batches(pairs(0.4), 8, fn=same), 12)
+  for count in (2, 4):
+    parts = [
+      take(
+        batches(
+          pairs(0.4),
+          8,
+          fn=same,
+          process_index=i,
+          process_count=count,
+          num_threads=threads,
+        ),
+        12,
+      )
+      for i, threads in zip(range(count), (0, 3, 1, 2))
+    ]
+    for key, want in whole.items():
+      got = np.concatenate([part[key] for part in parts], axis=1)
+      np.testing.assert_array_equal(got, want)
+  first = batches(pairs(0.4), 8, fn=same)
+  take(first, 5)
+  resumed = batches(pairs(0.4), 8, fn=same)
+  resumed.set_state(json.loads(json.dumps(first.get_state())))
+  later = {key: x[5:] for key, x in whole.items()}
+  assert_same(take(resumed, 7), later)
+  for share in (0.0, 0.3):
+    with pytest.raises(errors.UserError, match="mismatch was 0.4"):
+      batches(pairs(share), 8, fn=same).set_state(first.get_state())
+
+
+def test_what_mismatch_refuses(shapes_dir):
+  with pytest.raises(errors.UserError, match="mismatch=0.1, which is noise"):
+    pipeline.eval_batches(pairs(0.1), same, batch_size=4)
+  data = dict(kind="tfds", name="shapes", data_dir=str(shapes_dir))
+  train = dict(data, split="train")
+  assert kinds.open_source(**train, mismatch=0.25).mismatch == 0.25
+  noisy = dict(train, mismatch=0.1)
+  for wrong, message in (
+    (dict(train, mismatch=1.5), "has to be a share"),
+    (dict(train, mismatch="a"), "has to be a share"),
+    (dict(kind="mix", sources=[noisy], weights=[1]), "give it to the mix"),
+  ):
+    with pytest.raises(errors.UserError, match=message):
+      kinds.open_source(**wrong)
+  tests = dict(data, split="test")
+  mix = dict(kind="mix", sources=[train, tests], weights=[1, 1])
+  plain, noisy = (kinds.open_source(**mix, mismatch=m) for m in (0.0, 0.1))
+  assert noisy.identity() == {**plain.identity(), "mismatch": 0.1}

@@ -367,6 +367,84 @@ def test_lower_tokenize_keep():
   assert out["text"].tolist() == [ord(c) for c in "xyz"]
 
 
+# Noise.
+
+
+def test_noise_on_pixels():
+  image = np.full((9, 7, 3), 77, np.uint8)
+  fn, rng = preprocess.parse("noise_image(0.3)"), np.random.default_rng(0)
+  found = [fn({"image": image}, rng)["image"] for _ in range(1000)]
+  noisy = np.stack([x for x in found if (x != image).any()])
+  assert len(noisy) / 1000 == pytest.approx(0.3, abs=0.05)
+  assert noisy.dtype == np.uint8 and noisy.shape[1:] == image.shape
+  counts = np.bincount(noisy.ravel(), minlength=256)
+  assert counts.min() > 0.7 * noisy.size / 256  # uniform in 0..255
+  assert (image == 77).all()
+  for wrong in (b"encoded", image / np.float32(255)):
+    with pytest.raises(errors.UserError, match="needs uint8 pixels"):
+      apply("noise_image(1.0)", image=wrong)
+  with pytest.raises(errors.UserError, match="has to be from 0 to 1"):
+    preprocess.parse("noise_image(1.5)")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_noise_on_embeddings(dtype):
+  z = np.linspace(0, 1, 400).astype(dtype)
+  fn, rng = preprocess.parse("noise_image(0.5)"), np.random.default_rng(1)
+  found = [fn({"image": z}, rng)["image"] for _ in range(400)]
+  noisy = [x for x in found if (x != z).any()]
+  assert len(noisy) / 400 == pytest.approx(0.5, abs=0.1)
+  for x in noisy:
+    assert x.dtype == dtype and x.shape == z.shape
+    norms = [np.linalg.norm(v.astype(np.float64)) for v in (x, z)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+  unit = np.stack(noisy).astype(np.float64) / norms[1]
+  assert abs(unit[0] @ unit[1]) < 0.2 and abs(unit.mean()) < 1e-3
+
+
+class Words:
+  """A tokenizer of 20 ids."""
+
+  vocab_size = 20
+
+  def __call__(self, text, length, pad=1):
+    row = np.full(length, pad, np.int32)
+    row[:2] = 9, 1
+    return row
+
+
+@pytest.mark.parametrize("pad", [1, 0])
+def test_noise_on_texts(pad):
+  fn = preprocess.parse(
+    f"tokenize(6, {pad})|noise_text(0.4, {pad})", tokenizer=Words()
+  )
+  rng = np.random.default_rng(0)
+  rows = np.stack([fn({"text": "x"}, rng)["text"] for _ in range(4000)])
+  assert rows.dtype == np.int32
+  same = (rows == Words()("x", 6, pad)).all(1)
+  # One in 5 * 17 noisy ones is the text itself.
+  assert np.mean(~same) == pytest.approx(0.4 * (1 - 1 / 85), abs=0.03)
+  lengths, ids = [], []
+  for row in rows[~same]:
+    n = list(row).index(1)  # the end
+    lengths.append(n)
+    ids.extend(row[:n])
+    assert (row[n + 1 :] == pad).all()
+  # Uniform: 1 to 5 ids, each from 3 to 19; those of length 1 lack the text's 9.
+  assert np.bincount(lengths)[2:] / len(lengths) == pytest.approx(
+    [0.2] * 4, abs=0.04
+  )
+  assert np.bincount(lengths)[:1] == [0]
+  assert set(ids) == set(range(3, 20))
+  assert np.bincount(ids)[3:].min() > 0.6 * len(ids) / 17
+  with pytest.raises(errors.UserError, match="after tokenize"):
+    preprocess.parse("noise_text(1.0)|tokenize(6)", tokenizer=Words())(
+      {"text": "x"}, rng
+    )
+  one = preprocess.parse("tokenize(2)|noise_text(1.0)", tokenizer=Words())
+  assert one({"text": "x"}, rng)["text"][1] == 1
+
+
 # Pipe strings.
 
 ALL = (
