@@ -36,6 +36,8 @@ class CountingTokenizer:
   + [
     ("siglip_b16", "pretrained=augreg/B_16"),
     ("siglit_l16", "embeddings=x"),
+    ("msiglip_b16", "bottleneck=0,language=language"),
+    ("msiglip_emoji", "bottleneck=0,shuffle_captions"),
     ("siglit_l16", "smoke,embeddings=x"),
   ],
 )
@@ -52,7 +54,9 @@ def test_config(name, arg):
   image, precomputed = data.getvalue(), config["model"]["image"].get("kind")
   if precomputed:
     image = np.zeros(config["model"]["image"]["width"], np.float16)
-  example = parse(config["pp"])(dict(image=image, captions=["A cat"]), rng)
+  example = parse(config["pp"])(
+    dict(image=image, captions=["A cat"], language="en"), rng
+  )
   assert set(example) == {"image", "text"}
   for key, value in (("image", image), ("text", "A cat")):
     alone = parse(config[f"pp_{key}"])({key: value}, rng)[key]
@@ -78,6 +82,8 @@ def test_config(name, arg):
   size = sum(x.size for x in jax.tree.leaves(run.state.params))
   if arg is None and name == "siglip_b16":
     assert size == pytest.approx(203.2e6, rel=0.01)  # the released B/16's
+  if arg is None and name == "msiglip_b16":
+    assert size == pytest.approx(202.7e6, rel=0.001)  # 370.7 M without
   if arg and "smoke" in arg:
     assert size < 1e6
   if arg and "embeddings" in arg:
@@ -112,6 +118,28 @@ def test_arguments():
   assert config.data.shuffle == "captions"
   with pytest.raises(errors.UserError, match='did you mean "dataset"'):
     get("siglip_b16", "datset=x")
+
+
+def test_languages_are_trained_on_or_held_out():
+  config = get("msiglip_emoji")
+  trained = config.data.languages
+  assert len(trained) == len(set(trained)) == 24
+  assert {"th", "am", "hi", "ar", "he", "ja", "ko", "zh", "el", "ru"} < set(
+    trained
+  )
+  held = {
+    name: section.data.languages
+    for name, section in config.evals.items()
+    if "language" in name
+  }
+  assert set(held.values()) == {("af", "uk")}
+  assert len(held) == 2 and not {"af", "uk"} & set(trained)
+  config = get("msiglip_emoji", "languages=en+sw,held=,shuffle_captions")
+  assert config.data.languages == ("en", "sw")
+  assert config.data.shuffle == "captions"
+  assert len(config.evals) == 3
+  with pytest.raises(errors.UserError, match='"sw" is in languages='):
+    get("msiglip_emoji", "held=sw+af")
 
 
 def test_the_tokenizer_comes_along_with_the_weights():
