@@ -41,7 +41,9 @@ def own_data(kind: str, path: str, part: tuple[float, float]) -> Section:
   }
 
 
-def large(config: Config, args: Section, res: int, length: int) -> None:
+def large(
+  config: Config, args: Section, res: int, length: int, language: str = ""
+) -> None:
   """Sets data, preprocessing, loss, checkpoints and evaluation of a config.
 
   Args:
@@ -49,6 +51,8 @@ def large(config: Config, args: Section, res: int, length: int) -> None:
     args: a value for each key of LARGE_ARGS.
     res: height and width of an image, in pixels.
     length: number of tokens of a text.
+    language: the feature with the language of each caption; "" if there is
+      none.
   """
   config.batch_size = args["batch_size"]
   config.microbatches, config.feed = args["microbatches"], "device"
@@ -64,10 +68,9 @@ def large(config: Config, args: Section, res: int, length: int) -> None:
   config.tokenizer = dict(path=args["tokenizer"])
   # Images stay uint8 until the model maps them to [-1, 1] on the device.
   image = f"decode|resize({res})"
-  config.pp = (
-    f"{image}|choice('{args['captions']}')|tokenize({length})"
-    "|keep('image','text')"
-  )
+  choice = f"choice('{args['captions']}'"
+  choice += f", by='{language}')" if language else ")"
+  config.pp = f"{image}|{choice}|tokenize({length})|keep('image','text')"
   config.pp_image = f"{image}|keep('image')"
   config.pp_text = f"tokenize({length})|keep('text')"
   config.loss = dict(
@@ -80,6 +83,7 @@ def large(config: Config, args: Section, res: int, length: int) -> None:
       captions=args["captions"],
       every_steps=5000,
       data=data(args["val"]),
+      **(dict(by=language) if language else {}),
     )
   )
   if not args["val"]:

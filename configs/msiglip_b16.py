@@ -39,15 +39,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg, **large, examples=3e9, bottleneck=96, language=""
   )
   config = ConfigDict()
-  common.large(config, args, RES, LENGTH)
+  common.large(config, args, RES, LENGTH, args["language"])
   config.total_examples = args["examples"]
-  if args["language"]:
-    config.pp = config.pp.replace(
-      f"choice('{args['captions']}')",
-      f"choice('{args['captions']}', by='{args['language']}')",
-    )
-    for section in config.get("evals", {}).values():
-      section.by = args["language"]
 
   config.model = dict(
     image=dict(variant="B/16", pool_type="map", scan=True, remat="dots"),

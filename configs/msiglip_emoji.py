@@ -63,9 +63,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     path = f"{args['embeddings']}/{name}"
     return dict(kind="embeddings", path=path, languages=tuple(languages))
 
-  config.data = dict(split("train"), group_by="concept")
+  data = dict(split("train"), group_by="concept")
   if args["shuffle_captions"]:
-    config.data.shuffle = "captions"
+    data["shuffle"] = "captions"
+  config.data = data
   # Each character is a piece: one of a rare script may be one of thousands.
   config.tokenizer = dict(
     vocab_size=VOCAB, captions="captions", character_coverage=1.0

@@ -241,7 +241,7 @@ class _Chosen:
   def image_ids(self) -> Sequence[Any]:
     inner = getattr(self._records, "image_ids", None)
     if inner is None:
-      return self._numbers
+      return self._numbers.tolist()
     ids = inner()
     return [ids[i] for i in self._numbers]
 

@@ -13,7 +13,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
 
 from sigjax import errors
 from sigjax.data.emoji import builder, packages
@@ -43,7 +43,7 @@ def read(
   Raises:
     UserError: a language is not known, or a package could not be downloaded.
   """
-  root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+  root = pathlib.Path(data_dir or constants.DATA_DIR).expanduser()
   folder = root / "downloads" / builder.SigjaxEmoji.name
   folder.mkdir(parents=True, exist_ok=True)
   paths = [packages.fetch(p, folder) for p in fetched if p.style is None]

@@ -1,7 +1,7 @@
 """The captions of an example."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def stored(example: Mapping[str, Any], key: str) -> list[Any]:
   return list(value) if is_several(value) else [value]
 
 
-def is_several(value: Any) -> bool:
+def is_several(value: Any) -> TypeGuard[Sequence[Any]]:
   """Returns whether a feature holds a list of values."""
   return isinstance(value, (list, tuple)) or (
     isinstance(value, np.ndarray) and value.ndim > 0
