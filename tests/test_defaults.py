@@ -33,6 +33,10 @@ def test_a_default_is_overridden(monkeypatch):
     "--config.loss.name=softmax",
     "--config.init.path=siglip/b16_256",
     "--config.data.part=(0, 0.5)",
+    "--config.data.element=caption",
+    "--config.data.languages=('en', 'th')",
+    "--config.data.mismatch=0.1",
+    "--config.tokenizer.byte_fallback=true",
     "--config.optim.options.b1=0.8",
     "--config.model.text.bottleneck=96",
     "--config.evals.held_style_zeroshot.templates=photo",
@@ -41,7 +45,9 @@ def test_a_default_is_overridden(monkeypatch):
   )
   assert config.seed == 3 and config.loss.name == "softmax"
   assert config.init.path == "siglip/b16_256"
-  assert config.data.part == (0, 0.5)
+  assert config.data.part == (0, 0.5) and config.data.element == "caption"
+  assert config.data.languages == ("en", "th") and config.data.mismatch == 0.1
+  assert config.tokenizer.byte_fallback is True
   assert config.optim.options.b1 == 0.8
   assert config.model.text.bottleneck == 96
   assert config.evals.held_style_zeroshot.templates == "photo"
