@@ -284,7 +284,7 @@ def _with_captions(
     if len(values) != count:
       raise BadExample(
         f'{len(values)} values at "{key}" for {count} captions',
-        kind="captions without a language",
+        kind="values unlike captions",
       )
     return values
 

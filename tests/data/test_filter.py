@@ -518,7 +518,7 @@ def test_captions_are_filtered_by_their_language():
   # One whose languages are not as many as its captions is left out and told.
   bad = Source("s", [*TEXTS, dict(captions=["f"], language=["en", "de"])])
   found = filter_lib.where(bad, "language", "en")
-  assert len(found) == 2 and found.faults == {"captions without a language": 1}
+  assert len(found) == 2 and found.faults == {"values unlike captions": 1}
 
 
 def test_each_caption_is_an_element(source):

@@ -119,7 +119,7 @@ def captions_by(
   if len(values) != count:
     raise BadExample(
       f'{len(values)} values at "{by}" for {count} texts at "{key}"',
-      kind="captions without a language",
+      kind="values unlike captions",
     )
   found: dict[str, list[str]] = {}
   for i, text in texts:
