@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     held=HELD,
     bottleneck=96,
     shuffle_captions=False,
-    steps=1500,
+    steps=1000,
     batch_size=256,
   )
   languages = args["languages"].split("+")
