@@ -159,7 +159,9 @@ def _train(
   del captions, source
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "tokenizer.model"
-    tokenizer.train((text.lower() for text in texts), vocab_size, path, **options)
+    tokenizer.train(
+      (text.lower() for text in texts), vocab_size, path, **options
+    )
     return tokenizer.Tokenizer(path)
 
 

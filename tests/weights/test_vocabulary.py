@@ -124,7 +124,7 @@ def test_a_damaged_copy_is_made_anew(
       assert copy.read_bytes() == b""
 
 
-def test_options_of_training(tmp_path, path):
+def test_options_of_training(tmp_path, spm_path):
   """Bytes are pieces, too; records of defaults are those of older versions."""
   copy = tmp_path / "tokenizer.model"
   of_run(copy, upper(), vocab_size=26)
@@ -134,4 +134,4 @@ def test_options_of_training(tmp_path, path):
   with pytest.raises(errors.UserError, match="byte_fallback=True.*need that"):
     of_run(copy, upper(), trained=True, vocab_size=300)
   with pytest.raises(errors.UserError, match="character_coverage is of a tok"):
-    of_run(copy, path=path, character_coverage=1.0)
+    of_run(copy, path=spm_path, character_coverage=1.0)
