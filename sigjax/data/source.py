@@ -188,11 +188,7 @@ class Source:
       "data": getattr(self.records, "identity", None) or self.name,
       "records": len(self.records),
       "members": _digest(self.members),
-      **self._noise(),
     }
-
-  def _noise(self) -> dict[str, Any]:
-    return {"mismatch": self.mismatch} if self.mismatch else {}
 
   def parts(self) -> tuple[list["Source"], list[float]]:
     """Returns the sources this one consists of, and their weights."""
@@ -363,10 +359,7 @@ class Mixture(Source):
     return self._parts, self._weights
 
   def identity(self) -> dict[str, Any]:
-    return {
-      "parts": [part.identity() for part in self._parts],
-      **self._noise(),
-    }
+    return {"parts": [part.identity() for part in self._parts]}
 
   def check_evaluable(self) -> None:
     raise errors.UserError(

@@ -90,7 +90,7 @@ class TrainBatches:
     Raises:
       UserError: The position is of another sequence of batches.
     """
-    state = {"order": 1, **state}
+    state = {"order": 1, "mismatch": 0.0, **state}
     for key, value in self._identity.items():
       if state.get(key) != value:
         raise errors.UserError(
@@ -223,6 +223,7 @@ def train_batches(
     "elements": sizes,
     "weights": weights,
     "shuffle": shuffle,
+    "mismatch": source.mismatch,
   }
   return TrainBatches(make_loader, identity, tally)
 
