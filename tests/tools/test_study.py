@@ -17,11 +17,12 @@ from tools.grid.plan import Study
 
 STUDY = """
 import json
+import pathlib
 from ml_collections import ConfigDict
 from tools.grid.plan import Study, grid
 
 def make(loss):
-  config = json.load(open({path!r}))
+  config = json.loads(pathlib.Path({path!r}).read_text())
   config["loss"] = dict(name=loss)
   config["init"] = dict(path="{{start}}")
   return ConfigDict(config)
@@ -30,9 +31,9 @@ def get_study():
   return Study(
     question="Which?", paper="Both.",
     runs=grid(make, loss=("sigmoid", "softmax", "sigmiod")),
-    metrics={{"top-1 %": "zeroshot/*top-1", "b": "b", "loss": "loss"}},
+    metrics={{"top-1 %": "zeroshot/*top-1", "b": "b"}},
     x="loss", line="loss", versus=("sigmoid", "softmax"), seeds=(0, 1),
-    prepare=dict(start=ConfigDict(json.load(open({path!r})))),
+    prepare=dict(start=ConfigDict(json.loads(pathlib.Path({path!r}).read_text()))),
     curves=("grad_norm",),
   )
 """
@@ -85,7 +86,8 @@ def test_goes_on_after_failures_and_runs_nothing_twice(path, tmp_path):
     if job.labels == dict(loss="softmax") and job.seed == 1
   ]
   errors.call(train.main, job.config, "config", tmp_path / "alone")
-  last = json.loads((tmp_path / "alone/metrics.jsonl").open().readlines()[1])
+  lines = (tmp_path / "alone/metrics.jsonl").read_text().splitlines()
+  last = json.loads(lines[1])
   with open(out / "which.csv") as f:
     [row] = [
       row
@@ -139,10 +141,13 @@ WRONG = {
     f'def get_study(): return Study("", "", [{RUN}, {RUN}], {{"a": "a"}}, "a")'
   ),
   "has no label b": (
-    f'def get_study(): return Study("", "", [{RUN}], {{"a": "a"}}, "b")'
+    f'def get_study(): return Study("", "", [{RUN}], {{"m": "a"}}, "b")'
+  ),
+  "a is a label and a metric": (
+    f'def get_study(): return Study("", "", [{RUN}], {{"a": "a"}}, "a")'
   ),
   "versus has 3": (
-    f'def get_study(): return Study("", "", [{RUN}], {{"a": "a"}}, "a", "a",'
+    f'def get_study(): return Study("", "", [{RUN}], {{"m": "a"}}, "a", "a",'
     " (1, 3))"
   ),
 }

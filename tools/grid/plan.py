@@ -194,6 +194,9 @@ def _check(study: Any, path: pathlib.Path) -> None:
   for name in names:
     if names.count(name) > 1:
       refuse(f"two runs have the labels {name}; their labels have to differ")
+  for name in study.metrics:
+    if any(name in run.labels for run in study.runs):
+      refuse(f"{name} is a label and a metric; rename one")
   for label in (study.x, study.line):
     for run in study.runs if label else ():
       if label not in run.labels:
