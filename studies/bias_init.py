@@ -20,8 +20,8 @@ STARTS = {
 def config(start: str) -> common.Config:
   """Returns the config of a run."""
   config = common.siglit(examples=51_200)
-  config.model.bias_init = None
-  config.model.update(dict(bias_init=-10.0), **STARTS[start])
+  with config.model.ignore_type():  # "auto" is no number
+    config.model.update(STARTS[start])
   config.log_every_steps = 2
   return config
 

@@ -5,8 +5,6 @@ All need the embedded drawings, which one command makes once:
   python examples/efficientnet_lite0.py --out embeddings/emoji
 """
 
-import math
-
 from configs import siglip_emoji, siglit_emoji
 from configs.common import Config
 
@@ -51,10 +49,6 @@ def _short(config: Config) -> Config:
   config.evals = dict(held_style_zeroshot=held)
   config.checkpoints = dict(every_percent=100)
   config.log_every_steps = max(config.total_steps // 50, 1)
-  config.model.bias_init = calibrated(config.batch_size)
+  with config.model.ignore_type():
+    config.model.bias_init = "auto"  # right on average at the start
   return config
-
-
-def calibrated(batch_size: int) -> float:
-  """Returns logit(1 / B), the b that is right on average at the start."""
-  return -math.log(batch_size - 1)

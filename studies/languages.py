@@ -16,7 +16,8 @@ def config(bottleneck: int, batch_size: int) -> common.Config:
   for name in list(config.evals):
     if not name.startswith("held_style"):
       del config.evals[name]
-  config.model.bias_init = common.calibrated(batch_size)
+  with config.model.ignore_type():
+    config.model.bias_init = "auto"
   config.checkpoints = dict(every_percent=100)
   return config
 
