@@ -32,7 +32,7 @@ def siglit(batch_size: int = 256, examples: int = 102_400) -> Config:
   return _short(config)
 
 
-def scratch(batch_size: int = 256, examples: int = 51_200) -> Config:
+def scratch(batch_size: int = 256, examples: int = 30_720) -> Config:
   """Returns a SigLIP run: both towers from scratch, on 64 pixels."""
   steps = examples // batch_size
   config: Config = siglip_emoji.get_config(

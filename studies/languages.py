@@ -4,7 +4,7 @@ from configs import msiglip_emoji
 from studies import common
 from tools.grid.plan import Study, grid
 
-EXAMPLES = 153_600
+EXAMPLES = 51_200
 
 
 def config(bottleneck: int, batch_size: int) -> common.Config:
@@ -18,6 +18,7 @@ def config(bottleneck: int, batch_size: int) -> common.Config:
       del config.evals[name]
   with config.model.ignore_type():
     config.model.bias_init = "auto"
+  config.model.text.update(width=64, mlp_dim=256)
   config.checkpoints = dict(every_percent=100)
   return config
 

@@ -26,14 +26,8 @@ def get_study() -> Study:
     for which in ("random", "hardest", "easiest")
     for share in SHARES
   ]
-  runs += [
-    Run(dict(which="hardest, matched", share=share), config(which, share))
-    for which, share in (
-      ("hardest, matched", 1 / 4),
-      ("hardest, matched", 1 / 16),
-    )
-  ]
-  runs += [Run(dict(which="all", share=1), config("all", 1))]
+  for which, share in (("hardest, matched", 1 / 4), ("all", 1)):
+    runs.append(Run(dict(which=which, share=share), config(which, share)))
   return Study(
     question="A share of the negative pairs, SigLiT, batch 256",
     paper=(

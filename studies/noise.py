@@ -26,7 +26,7 @@ def get_study() -> Study:
   """Returns the study."""
   places = [("none", 0.0)]
   for kind in KINDS:
-    places += [(kind, p) for p in ((0.1, 0.2) if "+" in kind else (0.2, 0.4))]
+    places += [(kind, p) for p in ((0.2,) if "+" in kind else (0.2, 0.4))]
   runs = [
     Run(dict(loss=loss, noise=f"{kind} {p}"), config(loss, kind, p))
     for kind, p in places

@@ -30,5 +30,5 @@ def get_study() -> Study:
     runs=grid(config, tower=towers),
     metrics=common.METRICS,
     x="tower",
-    prepare=dict(tower=common.scratch(examples=153_600)),
+    prepare=dict(tower=common.scratch(examples=102_400)),
   )

@@ -115,7 +115,8 @@ def _serve(pipe: Any, cores: list[int] | None, cache: str) -> None:
     os.sched_setaffinity(0, cores)  # before JAX counts them
   import jax
 
-  if not jax.config.jax_compilation_cache_dir:
+  settings: Any = jax.config
+  if not settings.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   while True:
