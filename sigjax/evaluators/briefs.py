@@ -105,38 +105,6 @@ def values(
   return [_scalar(v) for v in found]
 
 
-def of_captions(
-  example: dict[str, Any], key: str, captions: str
-) -> list[str | float | None]:
-  """Returns the value of a feature for each text of captions.captions().
-
-  Args:
-    example: dict of features.
-    key: the feature: one value for all captions, or a list with one for each.
-    captions: the feature that holds the captions.
-
-  Raises:
-    UserError: there is no such feature.
-    BadExample: there are not as many values as captions.
-  """
-  texts = example[captions]
-  texts = texts["text"] if isinstance(texts, dict) else texts
-  texts = [texts] if isinstance(texts, (str, bytes)) else texts
-  found = values(example, key, "by")
-  if _is_scalar(example[key]):
-    found = (found or [None]) * len(texts)
-  if len(found) != len(texts):
-    raise BadExample(
-      f'{len(found)} values of "{key}" for {len(texts)} captions',
-      kind="values unlike captions",
-    )
-  return [
-    None if value == "" else value
-    for value, text in zip(found, texts)
-    if text is not None and text.strip()
-  ]
-
-
 def _is_scalar(value: Any) -> bool:
   return value is None or isinstance(value, (str, bytes)) or np.isscalar(value)
 

@@ -68,11 +68,11 @@ class Retrieval:
 
     def keep(example: dict[str, Any]) -> tuple[Any, list[tuple[Any, str]]]:
       label = group and briefs.value(example, group, "group of the evaluation")
-      texts = captions_lib.captions(example, captions)
-      values = [""] * len(texts)
-      if by is not None:
-        values = briefs.of_captions(example, by, captions)
-      pairs = [(v, t) for v, t in zip(values, texts) if v is not None]
+      if by is None:
+        texts = captions_lib.captions(example, captions)
+        return label, [("", text) for text in texts]
+      texts_of = captions_lib.captions_by(example, captions, by)
+      pairs = [(v, t) for v, texts in texts_of.items() if v for t in texts]
       return label, pairs
 
     found = briefs.read(self.source, keep, bad_fraction)
