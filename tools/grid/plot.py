@@ -55,22 +55,23 @@ def _draw_metric(
   """Draws means with 95 % intervals, and each seed as a faint dot."""
   scale = 100 if metric.endswith("%") else 1
   places = list(dict.fromkeys(out.labels[study.x] for out in found))
-  numeric = all(
-    isinstance(x, (int, float)) and not isinstance(x, bool) for x in places
+  # Numbers of several orders of magnitude; others are put side by side.
+  log = all(
+    isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
+    for x in places
   )
-  log = numeric and min(places) > 0
-  position = {x: x if numeric else i for i, x in enumerate(places)}
+  log = log and max(places) >= 4 * min(places)
+  position = {x: x if log else i for i, x in enumerate(places)}
   for i, (line, outs) in enumerate(_lines(study, found).items()):
     color = f"C{i}"
     outs = [out for out in outs if out.values[metric]]
-    if numeric:
+    if log:
       outs = sorted(outs, key=lambda out: out.labels[study.x])
     stats = [
       results.interval(list(out.values[metric].values())) for out in outs
     ]
     xs = [position[out.labels[study.x]] for out in outs]
-    shift = 1.03 ** (i - 0.5) if log else 1  # bars that would hide each other
-    xs = [x * shift if log else x + 0.08 * i * (not numeric) for x in xs]
+    xs = [x * 1.03**i if log else x + 0.08 * i for x in xs]  # no bar hidden
     ax.errorbar(
       xs,
       [scale * mean for mean, _ in stats],
@@ -78,7 +79,7 @@ def _draw_metric(
       label=str(line) or None,
       color=color,
       marker="os^vD*"[i % 6],
-      linestyle="-" if numeric else "none",
+      linestyle="-" if log else "none",
       capsize=3,
     )
     for x, out in zip(xs, outs):
@@ -87,7 +88,6 @@ def _draw_metric(
   if log:
     ax.set_xscale("log", base=2)
     ax.minorticks_off()
-  if numeric:
     ax.set_xticks(sorted(places), [f"{x:,}" for x in sorted(places)])
   else:
     ax.set_xticks(range(len(places)), [str(x) for x in places])
