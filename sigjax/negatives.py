@@ -1,10 +1,11 @@
 """Keeps a share of a batch's negative pairs (SigLIP, section 4.8 and figure 6).
 
-Each pair has a key, a uint32, and the n negatives with the largest keys are
-kept, n of all devices together. Finding the n-th largest key takes as many
-trips round the ring as a key has digits of 4 bits: each trip counts the keys
-that reach 16 thresholds, so nothing is sorted or gathered. Keys equal to the
-n-th share what is left of n, so neither order nor devices matter.
+Each pair has a key, a uint32. The n negatives of the whole batch with the
+largest keys are kept. The n-th largest key is found without sorting, digit by
+digit from the top: it has 8 digits of 4 bits, and for each the texts go once
+round the ring, while every device counts the keys that reach 16 thresholds.
+Keys equal to the n-th get equal weights that add up to what is left of n, so
+the result depends neither on the order nor on the devices.
 """
 
 from collections.abc import Callable, Mapping

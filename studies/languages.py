@@ -13,14 +13,8 @@ def config(bottleneck: int, batch_size: int) -> common.Config:
     f"bottleneck={bottleneck},batch_size={batch_size},"
     f"steps={EXAMPLES // batch_size}"
   )
-  for name in list(config.evals):
-    if not name.startswith("held_style"):
-      del config.evals[name]
-  with config.model.ignore_type():
-    config.model.bias_init = "auto"
   config.model.text.update(width=64, mlp_dim=256)
-  config.checkpoints = dict(every_percent=100)
-  return config
+  return common.short(config, "held_style", "held_style_held_language")
 
 
 def get_study() -> Study:

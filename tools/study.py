@@ -12,7 +12,6 @@ files in studies/.
 """
 
 from collections.abc import Sequence
-import importlib.util
 import logging
 import os
 import pathlib
@@ -24,6 +23,7 @@ import tqdm
 
 from sigjax import errors
 from sigjax.runtime import files, program
+from tools.bench import report as bench_report
 from tools.grid import plan, results, worker
 from tools.grid.plan import Job, Study
 
@@ -37,7 +37,7 @@ def run(
   parallel: int = 1,
   seeds: Sequence[int] | None = None,
 ) -> list[results.Outcome]:
-  """Runs what is not yet finished of a study, and writes its results.
+  """Runs what is not yet finished of a study; writes and prints its results.
 
   Args:
     path: the study's file.
@@ -49,10 +49,7 @@ def run(
   Raises:
     UserError: the study is none, or a run that others start from has failed.
   """
-  if importlib.util.find_spec("matplotlib") is None:
-    raise errors.UserError(
-      "the plot of a study needs matplotlib: pip install 'sigjax[bench]'"
-    )
+  bench_report.check_matplotlib("the plot of a study")
   study = plan.read(path)
   if seeds is not None:
     study = plan.with_seeds(study, seeds)
@@ -89,7 +86,9 @@ def run(
           "the others start from a run that failed: "
           + "; ".join(failed.values())
         )
-  return report(out, name, study, jobs, failed)
+  found = report(out, name, study, jobs, failed)
+  print(results.text(study, found))
+  return found
 
 
 def report(
@@ -132,8 +131,6 @@ def main(argv: list[str]) -> None:
     found = run(argv[1], **options)
   except KeyboardInterrupt:
     sys.exit("interrupted; the same command goes on with what is left")
-  study = plan.read(argv[1])
-  print(results.text(study, found))
   if any(o.errors for o in found):
     sys.exit("error: some runs failed, see above; the same command tries again")
 

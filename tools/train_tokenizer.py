@@ -68,7 +68,7 @@ if __name__ == "__main__":
   )
   flags.DEFINE_float(
     "character_coverage",
-    0.9995,
+    tokenizer.CHARACTER_COVERAGE,
     "The share of letters whose characters become pieces; 1 for many scripts.",
   )
   flags.DEFINE_boolean(

@@ -30,7 +30,7 @@ class Checkpoints:
       is deleted when the next save begins, or at the end.
     keep_every_steps: checkpoints of steps that this number divides are never
       deleted; None for none.
-    read_only: nor is anything after it, and save() must not be called.
+    read_only: open() does nothing either, and save() must not be called.
 
   Attributes:
     dir: WORKDIR/checkpoints.

@@ -24,6 +24,8 @@ from sigjax.data.source import (
   Records,
   Source,
   as_column,
+  brief_of,
+  identity_of,
   spread,
 )
 
@@ -219,8 +221,7 @@ class _Chosen:
 
   @property
   def identity(self) -> Any:
-    inner = getattr(self._records, "identity", None)
-    return inner and {"captions": self._key, "of": inner}
+    return identity_of(self._records, captions=self._key)
 
   def _narrow(self, example: Example, i: int) -> Example:
     texts = captions.stored(example, "captions")
@@ -235,8 +236,7 @@ class _Chosen:
     return self._narrow(self._records[int(self._numbers[i])], i)
 
   def brief(self, i: int) -> Example:
-    read = getattr(self._records, "brief", self._records.__getitem__)
-    return self._narrow(read(int(self._numbers[i])), i)
+    return self._narrow(brief_of(self._records)(int(self._numbers[i])), i)
 
   def image_ids(self) -> Sequence[Any]:
     inner = getattr(self._records, "image_ids", None)
@@ -279,14 +279,7 @@ def _with_captions(
 
   def value(example):
     count = len(captions.stored(example, "captions"))
-    values = example.get(key)
-    values = list(values) if captions.is_several(values) else [values] * count
-    if len(values) != count:
-      raise BadExample(
-        f'{len(values)} values at "{key}" for {count} captions',
-        kind="values unlike captions",
-      )
-    return values
+    return captions.one_each(example.get(key), count, key, "captions")
 
   for chunk, found in _read_all(source, source.numbers(), value, key, counts):
     found = [values or [] for values in found]

@@ -15,7 +15,14 @@ from sigjax import errors
 from sigjax.data import faults
 from sigjax.data.example import captions
 from sigjax.data.faults import BadExample
-from sigjax.data.source import Example, Mixture, Records, Source
+from sigjax.data.source import (
+  Example,
+  Mixture,
+  Records,
+  Source,
+  brief_of,
+  identity_of,
+)
 
 # ---- Kinds: functions that import a format and return what opens it ----
 
@@ -232,7 +239,7 @@ class _Shuffled:
   def __init__(self, records: Records, key: str):
     self._records, self._key = records, key
     self._moved = (key, "language") if key == "captions" else (key,)
-    self._brief = getattr(records, "brief", records.__getitem__)
+    self._brief = brief_of(records)
     self._other = np.random.default_rng(0).permutation(len(records))
 
   def __len__(self):
@@ -240,8 +247,7 @@ class _Shuffled:
 
   @property
   def identity(self):
-    inner = getattr(self._records, "identity", None)
-    return inner and {"shuffled": self._key, "of": inner}
+    return identity_of(self._records, shuffled=self._key)
 
   def brief(self, i) -> Example:
     """Returns an example without its image, if the records can do that."""

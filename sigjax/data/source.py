@@ -146,8 +146,7 @@ class Source:
     Raises:
       BadExample: The record cannot be read.
     """
-    read = getattr(self.records, "brief", self.records.__getitem__)
-    return _readable(read, int(record))
+    return _readable(brief_of(self.records), int(record))
 
   def column(self, name: str) -> Iterable[np.ndarray] | None:
     """Returns arrays that hold feature `name` of all records in order.
@@ -217,6 +216,25 @@ class Source:
         f"{what} has embeddings of tower {other}, the training data has "
         f"{self.tower}: all have to be of the same one"
       )
+
+
+def brief_of(records: Records) -> Callable[[int], Example]:
+  """Returns the function that reads a record without its image.
+
+  It is __getitem__ of records that have no cheaper way.
+  """
+  return getattr(records, "brief", records.__getitem__)
+
+
+def identity_of(records: Records, **made: Any) -> dict[str, Any] | None:
+  """Returns the identity of records that are made from others.
+
+  Args:
+    records: the others; without an identity of theirs the result is None.
+    **made: what was made of them, JSON-able.
+  """
+  inner = getattr(records, "identity", None)
+  return inner and {**made, "of": inner}
 
 
 def _readable(read: Callable[[int], Example], record: int) -> Example:

@@ -244,6 +244,12 @@ class Clock:
     return rates
 
 
+def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the objects of a workdir's metrics.jsonl, in order."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
 def table(rows: Sequence[Sequence], header: Sequence) -> list[str]:
   """Returns lines of text with aligned columns, the first one to the left."""
   cells = [list(map(str, row)) for row in [header, *rows]]

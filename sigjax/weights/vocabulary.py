@@ -36,7 +36,7 @@ def of_run(
   path: str | os.PathLike[str] | None = None,
   vocab_size: int | None = None,
   captions: str = "captions",
-  character_coverage: float = 0.9995,
+  character_coverage: float = tokenizer.CHARACTER_COVERAGE,
   byte_fallback: bool = False,
 ) -> tuple[tokenizer.Tokenizer, dict[str, Any]]:
   """Returns the tokenizer of a run; keep() writes it into the workdir.
@@ -69,7 +69,7 @@ def of_run(
   """
   # Records of older versions have neither, which means the defaults.
   changed: dict[str, Any] = {}
-  if character_coverage != 0.9995:
+  if character_coverage != tokenizer.CHARACTER_COVERAGE:
     changed["character_coverage"] = character_coverage
   if byte_fallback:
     changed["byte_fallback"] = byte_fallback

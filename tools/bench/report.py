@@ -104,9 +104,14 @@ def check_out(out: str | os.PathLike[str] | None, plot: bool) -> None:
     return
   if not out:
     raise errors.UserError("--plot needs a folder to draw into: give --out DIR")
+  check_matplotlib("--plot")
+
+
+def check_matplotlib(what: str) -> None:
+  """Raises UserError, with `what` needs it, unless matplotlib is installed."""
   if importlib.util.find_spec("matplotlib") is None:
     raise errors.UserError(
-      "--plot needs matplotlib: pip install 'sigjax[bench]'"
+      f"{what} needs matplotlib: pip install 'sigjax[bench]'"
     )
 
 

@@ -1,6 +1,5 @@
 """Compares a disturbed run with an undisturbed one."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from sigjax import errors, trees
 from sigjax.checkpoints import restore
+from sigjax.runtime import metrics as metrics_lib
 from tools.chaos import run
 
 # The largest difference between parameters whose sums were rounded differently,
@@ -98,5 +98,4 @@ def _params(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _steps(workdir: pathlib.Path) -> list[int]:
   """Returns the steps of metrics.jsonl, in order."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [json.loads(line)["step"] for line in lines]
+  return [row["step"] for row in metrics_lib.read(workdir)]

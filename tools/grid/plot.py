@@ -1,13 +1,13 @@
 """Draws a study: its metrics over a label, and curves over the steps."""
 
 from collections.abc import Sequence
-import json
 import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from sigjax.runtime import metrics
 from tools.grid import results
 from tools.grid.plan import Study
 
@@ -124,6 +124,6 @@ def read_curve(
   workdir: pathlib.Path, key: str
 ) -> tuple[list[int], list[float]]:
   """Returns the steps and values of a metric in a workdir's metrics.jsonl."""
-  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  rows = metrics.read(workdir)
   found = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
   return [step for step, _ in found], [value for _, value in found]

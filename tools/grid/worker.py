@@ -17,7 +17,7 @@ import time
 import traceback
 from typing import Any
 
-from sigjax.runtime import files
+from sigjax.runtime import files, metrics
 from tools.grid.plan import Job
 
 
@@ -162,6 +162,6 @@ def _train(workdir: pathlib.Path, config: dict[str, Any]) -> str | None:
 def last_values(workdir: pathlib.Path) -> dict[str, float]:
   """Returns the last value of each metric in a workdir's metrics.jsonl."""
   found = {}
-  for line in (workdir / "metrics.jsonl").read_text().splitlines():
-    found.update(json.loads(line))
+  for row in metrics.read(workdir):
+    found.update(row)
   return found

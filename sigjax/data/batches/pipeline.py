@@ -83,7 +83,7 @@ class TrainBatches:
   def set_state(self, state: dict[str, Any]) -> None:
     """Moves to a position from get_state(), in constant time.
 
-    Whether the data is the same, the identity in the checkpoint tells.
+    The data is not compared here: the identity in the checkpoint covers it.
     Positions saved by older versions of sigjax are read, too: such a run goes
     on with the order that it began with.
 
@@ -165,10 +165,10 @@ def train_batches(
   the position alone.
 
   If the source has a share `mismatch`, each row of a batch is chosen with that
-  probability, and the chosen ones, in random order, pass everything but "image"
-  on to the next of them, the last to the first (noise of SigLIP, section 4.10).
-  Which these are depends on the seed and the step alone. One chosen by itself
-  stays as it is.
+  probability (noise of SigLIP, section 4.10). The chosen rows are put in a
+  random ring, and each takes the features of its neighbour, all but "image".
+  The choice depends on the seed and the step alone. A single chosen row keeps
+  its own.
 
   Args:
     source: A Source or a Mixture. Of a group, a random member is shown.

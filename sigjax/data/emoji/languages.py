@@ -18,7 +18,7 @@ from tensorflow_datasets.core import constants
 from sigjax import errors
 from sigjax.data.emoji import builder, packages
 from sigjax.data.faults import BadExample
-from sigjax.data.source import Example, Records, Source
+from sigjax.data.source import Example, Records, Source, brief_of, identity_of
 
 log = logging.getLogger("sigjax")
 
@@ -72,8 +72,7 @@ class _Translated:
 
   @property
   def identity(self) -> Any:
-    inner = getattr(self._records, "identity", None)
-    return inner and {"languages": self._languages, "of": inner}
+    return identity_of(self._records, languages=self._languages)
 
   def _with(self, example: Example, i: int) -> Example:
     found = self._captions[i]
@@ -91,8 +90,7 @@ class _Translated:
     return self._with(self._records[i], i)
 
   def brief(self, i: int) -> Example:
-    read = getattr(self._records, "brief", self._records.__getitem__)
-    return self._with(read(i), i)
+    return self._with(brief_of(self._records)(i), i)
 
 
 def translated(

@@ -96,6 +96,26 @@ def captions(example: Mapping[str, Any], key: str) -> list[str]:
   return [text for _, text in _present(example, key)]
 
 
+def one_each(values: Any, count: int, by: str, key: str) -> list[Any]:
+  """Returns `count` values, one for each text of an example.
+
+  Args:
+    values: At feature `by`: as many values, or one for all texts.
+    count: The number of texts at feature `key`.
+    by, key: For the error.
+
+  Raises:
+    BadExample: There are not as many values as texts.
+  """
+  values = list(values) if is_several(values) else [values] * count
+  if len(values) != count:
+    raise BadExample(
+      f'{len(values)} values at "{by}" for {count} texts at "{key}"',
+      kind="values unlike captions",
+    )
+  return values
+
+
 def captions_by(
   example: Mapping[str, Any], key: str, by: str
 ) -> dict[str, list[str]]:
@@ -113,14 +133,7 @@ def captions_by(
   """
   values = errors.pick(example, by, "feature")
   texts = list(_present(example, key))
-  count = len(stored(example, key))
-  if not is_several(values):
-    values = [values] * count
-  if len(values) != count:
-    raise BadExample(
-      f'{len(values)} values at "{by}" for {count} texts at "{key}"',
-      kind="values unlike captions",
-    )
+  values = one_each(values, len(stored(example, key)), by, key)
   found: dict[str, list[str]] = {}
   for i, text in texts:
     value = values[i]

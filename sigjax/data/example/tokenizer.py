@@ -21,6 +21,7 @@ from sigjax.runtime import files
 log = logging.getLogger("sigjax")
 
 EOS = 1
+CHARACTER_COVERAGE = 0.9995  # SentencePiece's own default
 
 
 class Tokenizer:
@@ -90,7 +91,7 @@ def train(
   texts: Iterable[str],
   vocab_size: int,
   path: str | os.PathLike[str],
-  character_coverage: float = 0.9995,
+  character_coverage: float = CHARACTER_COVERAGE,
   byte_fallback: bool = False,
 ) -> None:
   """Trains a unigram model; the same texts give the same model.
