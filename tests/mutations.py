@@ -1,4 +1,4 @@
-"""Counts which of 44 deliberate mistakes in the code the tests notice.
+"""Counts which of 57 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word
@@ -323,6 +323,85 @@ MUTATIONS = [
     "heads /= np.linalg.norm(heads, axis=1, keepdims=True) + 1e-8",
     "heads /= np.bincount(self._text_classes)[:, None]",
     EVALUATORS,
+  ),
+  # ---- What a user or a hostile file can bring ----
+  Mutation(
+    "data/formats/tfds.py",
+    "except Exception as e:  # array_record's and TFDS's have no common base",
+    "except OSError as e:",
+    "data/test_faults.py::test_a_damaged_record_of_an_array_record_file",
+  ),
+  Mutation(
+    "data/formats/parquet.py",
+    "return _texts(value.get(fields[0]), fields[1:]) if fields else []",
+    "return list(value)",
+    "data/formats/test_parquet.py",
+  ),
+  Mutation(
+    "data/formats/parquet.py",
+    "      if field not in inner:",
+    "      if False:",
+    "data/formats/test_parquet.py",
+  ),
+  Mutation(
+    "losses.py",
+    'errors.check(fn, options, "config.loss", *[None] * 4, **given)',
+    "del given",
+    LOSSES,
+  ),
+  Mutation(
+    "data/kinds.py",
+    "if not isinstance(kind, str):",
+    "if False:",
+    "data/test_filter.py",
+  ),
+  Mutation(
+    "defaults.py",
+    "    _add(section, losses.make)",
+    "    pass",
+    "test_defaults.py",
+  ),
+  Mutation(
+    "defaults.py",
+    '_add(config, main, skip=("eval_only",))',
+    "pass",
+    "test_defaults.py",
+  ),
+  Mutation(
+    "weights/fetch.py",
+    'if {".", "..", ""} & set(names) or re.search',
+    "if re.search",
+    "weights/test_fetch.py",
+  ),
+  Mutation(
+    "weights/fetch.py",
+    "if e.code == 416 and headers:",
+    "if e.code == 416:",
+    "weights/test_fetch.py",
+  ),
+  Mutation(
+    "train.py",
+    "  if cut > 0:",
+    "  if cut > 1:",
+    "test_train.py::test_where_to_start",
+  ),
+  Mutation(
+    "data/example/images.py",
+    "    8: np.rot90,",
+    "    8: lambda x: np.rot90(x, -1),",
+    "data/example/test_images.py",
+  ),
+  Mutation(
+    "data/example/preprocess.py",
+    "top, left = (side - h) // 2, (side - w) // 2",
+    "top, left = 0, 0",
+    "data/example/test_preprocess.py",
+  ),
+  Mutation(
+    "data/formats/folder.py",
+    "return tree.read(pair[1]) if pair[1] in texts else None",
+    "return pair[1]",
+    "data/formats/test_folder.py",
   ),
 ]
 

@@ -1,5 +1,6 @@
 """The program: learns, stops, goes on, and names mistakes in one line."""
 
+import re
 import resource
 import signal
 import time
@@ -147,8 +148,14 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
   run(b, dict(config, total_steps=6), resume=str(a))
   assert f"starting from resume={a}" in caplog.text
   assert [x["step"] for x in lines(b) if "loss" in x] == [5, 6]
-  run(c, dict(config, total_steps=6))
-  # ... but the schedule is that of six steps, so only the batch is the same.
+  short = {
+    key: config[key].replace("tokenize(8)", "tokenize(3)")
+    for key in ("pp", "pp_text")
+  }
+  run(c, dict(config, total_steps=1, **short))
+  cut = re.findall(r"([\d.]+) % of the captions are longer", caplog.text)
+  assert 0 < float(cut[0]) < float(cut[-1])
+
   # init takes the parameters alone, and counts from 0.
   npz = tmp_path / "a.npz"
   npz_lib.save_params(npz, trees.unflatten(params(a)))

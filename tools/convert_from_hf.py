@@ -21,7 +21,7 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import numpy as np
@@ -59,20 +59,25 @@ PIXEL_DEFAULTS = dict(
 )
 
 
-def convert(
-  source: str | os.PathLike[str],
-  out: str | os.PathLike[str],
-  scan: bool = False,
-) -> list[str]:
-  """Writes the folder `out`, all of it or nothing.
+class Folder(NamedTuple):
+  """What a folder of Hugging Face holds.
 
-  Args:
-    source: a folder that SiglipModel.from_pretrained loads.
-    out: the folder to make, see above; it must not exist yet.
-    scan: whether blocks are stacked.
+  Attributes:
+    config: `model`, unrolled; `pp_image` and `pp_text`, if the folder says
+      enough about them.
+    arrays: {name: array} in the layout of the released files, unrolled.
+    tokenizer: the SentencePiece model; None if there is none.
+    notes: about what the folder does not say, or cannot be expressed exactly.
+  """
 
-  Returns:
-    Notes about what the folder does not say, or cannot be expressed exactly.
+  config: dict[str, Any]
+  arrays: dict[str, Any]
+  tokenizer: pathlib.Path | None
+  notes: list[str]
+
+
+def read(source: str | os.PathLike[str]) -> Folder:
+  """Reads a folder that SiglipModel.from_pretrained loads.
 
   Raises:
     UserError: something is missing or cannot be expressed. If arrays do not fit
@@ -82,8 +87,6 @@ def convert(
   model, size, length = config_lib.read_config(source / "config.json")
   _, like = config_lib.describe(two_towers.TwoTowers(**model), size, length)
   arrays = names_lib.to_ours(read_arrays(source), like, source)
-  if scan:
-    model["image"]["scan"] = model["text"]["scan"] = True
   config: dict[str, Any] = dict(model=model)
   notes = []
   for key, (value, note) in {
@@ -109,7 +112,30 @@ def convert(
       "tokenizer.model: the folder has no SentencePiece model "
       "(tokenizer.model or spiece.model)"
     )
+  return Folder(config, arrays, pieces, notes)
 
+
+def convert(
+  source: str | os.PathLike[str],
+  out: str | os.PathLike[str],
+  scan: bool = False,
+) -> list[str]:
+  """Writes the folder `out`, all of it or nothing.
+
+  Args:
+    source: a folder that SiglipModel.from_pretrained loads.
+    out: the folder to make, see above; it must not exist yet.
+    scan: whether blocks are stacked.
+
+  Returns:
+    The notes of read().
+
+  Raises:
+    UserError: as read() does; or the folder cannot be made.
+  """
+  config, arrays, pieces, notes = read(source)
+  if scan:
+    config["model"]["image"]["scan"] = config["model"]["text"]["scan"] = True
   with config_lib.new_folder(out) as folder:
     npz.save_params(folder / "params.npz", trees.unflatten(arrays), scan)
     config_lib.write_json(folder / "config.json", config)

@@ -1,7 +1,12 @@
-"""Prints how well texts fit images, according to a trained run.
+"""Prints how well texts fit images, according to a trained model.
 
-  python -m tools.predict --workdir DIR --image cat.png --texts "a cat,a dog"
-  python -m tools.predict --workdir DIR --image 'photos,more/*.jpg' --texts ...
+  python -m tools.predict --weights siglip2/b16_256 --image cat.png \
+    --texts "a cat,a dog"
+  python -m tools.predict --weights WORKDIR --image 'photos,more/*.jpg' \
+    --texts ...
+
+--weights is the name of a released model, a workdir, a folder of Hugging Face
+or a file; see tools/opened.py.
 
 For each image, the texts are listed from the best to the worst, with the cosine
 s of both embeddings and the probability sigmoid(t * s + b). Each pair is judged
@@ -19,6 +24,7 @@ names the config that tools.embed was given, such as configs/siglit_l16.py.
 from collections.abc import Mapping, Sequence
 import glob
 import io
+import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -31,20 +37,17 @@ from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
-from sigjax import errors, sharding
-from sigjax.checkpoints import layout, restore
+from sigjax import errors
 from sigjax.data.example import preprocess
-from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.data.faults import BadExample
 from sigjax.data.formats import embeddings
+from sigjax.data.shards import files as files_lib
 from sigjax.models import two_towers
-from sigjax.runtime import identity, metrics, program
+from sigjax.runtime import metrics, program
+from tools import opened
 from tools.embedding.tower import Tower
 
 FLAGS = flags.FLAGS
-
-# The files of a folder that are taken for images.
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Scores(NamedTuple):
@@ -60,33 +63,34 @@ class Scores(NamedTuple):
 
 
 class Predictor:
-  """The model of a run, on one device.
+  """A trained model, on one device.
 
   Args:
-    path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
+    weights: what names it, see tools/opened.py.
     tower: for a run on precomputed embeddings, the config of the tower that
       computed them, as plain dicts.
 
+  Attributes:
+    name: the model's, for people.
+
   Raises:
-    UserError: there is no run, no complete checkpoint, or no such tower; or the
-      checkpoint is damaged.
+    UserError: there is no such model, or no such tower; or it is damaged.
   """
 
-  def __init__(self, path: str, tower: Mapping[str, Any] | None = None):
-    workdir = pathlib.Path(layout.find(path)[0])
-    # That of the checkpoint: a later command may have changed config.json.
-    about = restore.read_about(path)
-    config = about["config"]
-    tokenizer = tokenizer_lib.Tokenizer(workdir / "tokenizer.model")
-    identity.check_tokenizer(workdir / "tokenizer.model", about)
+  name: str
+
+  def __init__(
+    self,
+    weights: str | os.PathLike[str],
+    tower: Mapping[str, Any] | None = None,
+  ):
+    found = opened.open_model(weights)
+    self.name, config, self._params = found.name, found.config, found.params
     self._pp = {
-      key: preprocess.parse(config[f"pp_{key}"], tokenizer=tokenizer)
+      key: preprocess.parse(config[f"pp_{key}"], tokenizer=found.tokenizer)
       for key in ("image", "text")
     }
-    self._model = two_towers.of_config(config["model"])
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    self._params = restore.read_params(path, sharding.batch_sharding(mesh))
-    self._apply = jax.jit(self._model.apply)
+    self._apply = jax.jit(two_towers.of_config(config["model"]).apply)
     self._tower = None
     if config["model"]["image"].get("kind") == "precomputed":
       self._open_tower(tower, config["data"])
@@ -150,7 +154,7 @@ def _rng() -> np.random.Generator:
 def image_files(names: Sequence[str]) -> list[pathlib.Path]:
   """Returns the files that names, globs and folders stand for, each once.
 
-  Of a folder, these are the files directly in it with a name in IMAGES.
+  Of a folder, these are the image files directly in it.
 
   Raises:
     UserError: a file does not exist, or there is none for a glob or a folder.
@@ -160,7 +164,9 @@ def image_files(names: Sequence[str]) -> list[pathlib.Path]:
     path = pathlib.Path(name)
     if path.is_dir():
       files = sorted(
-        file for file in path.iterdir() if file.suffix.lower() in IMAGES
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in files_lib.IMAGES
       )
     elif path.exists():  # brackets may be part of its name
       files = [path]
@@ -170,7 +176,11 @@ def image_files(names: Sequence[str]) -> list[pathlib.Path]:
     if not files:
       raise errors.UserError(
         f"--image {name}: there is no "
-        + (f"file *{', *'.join(IMAGES)}" if path.is_dir() else "such file")
+        + (
+          f"file *{', *'.join(files_lib.IMAGES)}"
+          if path.is_dir()
+          else "such file"
+        )
       )
     found.update(dict.fromkeys(files))
   return list(found)
@@ -181,8 +191,8 @@ def main(argv: list[str]) -> None:
   del argv
   files = image_files(FLAGS.image)
   tower = FLAGS.tower.to_dict() if FLAGS.tower else None
-  predictor = Predictor(FLAGS.workdir, tower)
-  print(f"model: {restore.checkpoint_of(FLAGS.workdir)}")
+  predictor = Predictor(FLAGS.weights, tower)
+  print(f"model: {predictor.name}")
   zimg: dict[pathlib.Path, Array] = {}
   for file in files:
     try:
@@ -215,11 +225,16 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "A run's workdir or a checkpoint of it.")
+  flags.DEFINE_string(
+    "weights",
+    None,
+    "A released model's name, a workdir, a checkpoint, a folder or a file.",
+  )
+  flags.DEFINE_alias("workdir", "weights")
   flags.DEFINE_list("image", None, "Image files, globs and folders.")
   flags.DEFINE_list("texts", None, "Texts.")
   config_flags.DEFINE_config_file(
     "tower", None, "The config of the tower, if images were precomputed."
   )
-  flags.mark_flags_as_required(["workdir", "image", "texts"])
+  flags.mark_flags_as_required(["weights", "image", "texts"])
   program.run(main)

@@ -204,7 +204,7 @@ def read_init(
   like = shapes if into is None else shapes[into]
   if tokenizer_sha is not None and _reads_tokens(shapes, into, dont_load):
     _check_tokenizer(path, into, tokenizer_sha)
-  if _is_run(path):
+  if is_run(path):
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     loaded = npz.fit(
       trees.flatten(read_params(path, one_device)), like, dont_load, path
@@ -219,7 +219,7 @@ def read_init(
   }
 
 
-def _is_run(path: AnyPath) -> bool:
+def is_run(path: AnyPath) -> bool:
   """Returns whether a path names a run's checkpoint, not a file of weights."""
   # A URL of a file is not looked up: that may need libraries or credentials.
   if re.match(r"https?://|.*\.npz(:|$)", str(path)):
@@ -242,7 +242,7 @@ def _reads_tokens(
 
 def _check_tokenizer(path: AnyPath, into: str | None, sha256: str) -> None:
   """Refuses a run's embeddings of another tokenizer, warns of released ones."""
-  if _is_run(path):
+  if is_run(path):
     workdir = layout.find(path)[0]
     file = workdir / "tokenizer.model"
     theirs = _about(checkpoint_of(path)).get("identity", {}).get("tokenizer")

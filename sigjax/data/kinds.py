@@ -89,6 +89,12 @@ def _folder():
   return folder.folder
 
 
+def _classes():
+  from sigjax.data.formats import classes
+
+  return classes.classes
+
+
 def _embeddings():
   from sigjax.data.formats import embeddings as embeddings_lib
 
@@ -124,6 +130,7 @@ SOURCES: dict[str, Callable[[], Callable[..., Source]]] = {
   "tar": _tar,
   "parquet": _parquet,
   "folder": _folder,
+  "classes": _classes,
   "embeddings": _embeddings,
   "mix": _mix,
 }

@@ -27,6 +27,16 @@ NAMES = {
 }
 
 
+def released(name: str) -> tokenizer.Tokenizer:
+  """Returns the tokenizer of a name in NAMES, fetched if need be.
+
+  Raises:
+    UserError: there is no such name, or it cannot be fetched.
+  """
+  errors.pick(NAMES, name, "tokenizer")
+  return tokenizer.Tokenizer(_local(name))
+
+
 def of_run(
   copy: pathlib.Path,
   texts: Callable[[str], Iterable[str]],

@@ -18,7 +18,7 @@ from sigjax.checkpoints import restore
 from sigjax.data import faults
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
-from tools import predict
+from tools import evaluate, predict
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TEXTS = ["red disc", "blue bar", "a cross, that is green"]
@@ -115,6 +115,35 @@ def test_command(trained, tmp_path):
     probability = float(percent.removesuffix("%")) / 100
     assert probability == pytest.approx(float(want.probability[0, j]), rel=0.06)
     assert probability > 0
+
+
+def test_a_run_is_evaluated_and_stays_as_it_is(trained, tmp_path):
+  """Without its training data, with its own preprocessing; same as by hand."""
+  before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+  colours = ["red", "blue", "green"]
+  for colour in colours:
+    file = tmp_path / f"{colour} disc/1.png"
+    file.parent.mkdir()
+    file.write_bytes(png(colour, (20, 16)))
+  got = evaluate.evaluate(trained, [("classes", str(tmp_path))], batch_size=8)
+  prompts = [
+    prompt.format(f"{colour} disc")
+    for colour in sorted(colours)
+    for prompt in ("itap of a {}", "a bad photo of the {}", "a origami {}")
+    + ("a photo of the large {}", "a {} in a video game", "art of the {}")
+    + ("a photo of the small {}",)
+  ]
+  images = [png(colour, (20, 16)) for colour in sorted(colours)]
+  cosine = np.asarray(scores(trained, images, prompts).cosine)
+  # The mean of unit rows, but for its length.
+  mean = cosine.reshape(3, 3, 7).mean(axis=2)
+  model = predict.Predictor(trained)
+  ztxt = np.stack([model.text(p) for p in prompts]).reshape(3, 7, -1)
+  mean /= np.linalg.norm(ztxt.mean(axis=1), axis=1)
+  right = np.mean(mean.argmax(axis=1) == np.arange(3))
+  assert got[0].row.metric == "3-way top-1"
+  assert got[0].row.value == pytest.approx(right)
+  assert {p: p.stat().st_mtime_ns for p in trained.rglob("*")} == before
 
 
 def test_another_tokenizer_is_refused(trained, tmp_path):

@@ -33,7 +33,6 @@ TABLES = (
   *(stem + ending for stem in ("captions", "metadata") for ending in _ENDINGS),
   "metadata.parquet",
 )
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Usual names of the two columns: ours, Hugging Face's, open_clip's and others.
 _FILE = ("file", "file_name", "image", "filepath", "filename", "image_path")
 _CAPTION = ("caption", "captions", "text", "title")
@@ -250,8 +249,10 @@ def _object(value: Any, where: str) -> _Row:
 
 
 def _coco_rows(found: _Row, place: str) -> list[_Row]:
-  """Returns a row per caption of COCO's captions_*.json."""
+  """Returns a row per caption of COCO's captions_*.json, or of Karpathy's."""
   images, notes = found.get("images"), found.get("annotations")
+  if isinstance(images, list) and notes is None:
+    return _karpathy_rows(images, place)
   if not isinstance(images, list) or not isinstance(notes, list):
     raise errors.UserError(
       f'{place} has no lists "images" and "annotations", as COCO\'s captions '
@@ -268,6 +269,24 @@ def _coco_rows(found: _Row, place: str) -> list[_Row]:
     name = image.get("file_name", f"image {note.get('image_id')}")
     size = {key: image.get(key) for key in ("width", "height")}
     rows.append({"file": name, "caption": note.get("caption"), **size})
+  return rows
+
+
+def _karpathy_rows(images: list[Any], place: str) -> list[_Row]:
+  """Returns a row per caption of Karpathy's dataset_coco.json and the like."""
+  rows = []
+  for image in images:
+    image = _object(image, f'{place}: each of "images"')
+    texts, file = image.get("sentences"), image.get("filename")
+    if not isinstance(texts, list) or not isinstance(file, str):
+      raise errors.UserError(
+        f'{place}: an image has no "filename" or "sentences", as those of '
+        "Karpathy's splits have; nor are there COCO's \"annotations\""
+      )
+    name = os.path.join(image.get("filepath") or "", file)
+    for text in texts:
+      text = _object(text, f'{place}: each of "sentences"').get("raw")
+      rows.append({"file": name, "caption": text, "split": image.get("split")})
   return rows
 
 
@@ -315,7 +334,7 @@ def _rows_of_texts(tree: _Tree, wrong: Faults) -> list[_Row]:
   pairs = [
     (name, os.path.splitext(name)[0] + ".txt")
     for name in names
-    if name.lower().endswith(IMAGES)
+    if name.lower().endswith(files.IMAGES)
   ]
   if not any(text in texts for _, text in pairs):
     raise errors.UserError(
@@ -587,6 +606,7 @@ def folder(
   table: str | None = None,
   image: str | None = None,
   captions: str | Mapping[str, str] | None = None,
+  split: str | None = None,
 ) -> source_lib.Source:
   """Opens a folder of images with captions.
 
@@ -594,7 +614,8 @@ def folder(
   header, a .jsonl, a .json with a list of objects, or a .parquet. One column
   has the paths of images, relative to the folder or to the table, another one
   the caption; in JSON it may be a list, or {"en": caption or list, ...}, which
-  gives a column "language", too. COCO's captions_*.json are read as well.
+  gives a column "language", too. COCO's captions_*.json and Karpathy's splits,
+  dataset_coco.json, are read as well.
   Without any table, the caption of an image is the text in the .txt of the same
   name.
 
@@ -611,6 +632,8 @@ def folder(
       filepath, filename or image_path.
     captions: the column with the captions; or a column for each language,
       {"en": "caption_en", ...}; None: caption, captions, text or title.
+    split: only the rows with this value in the column "split" count, such as
+      "test" of Karpathy's; None: all.
 
   Returns:
     A Source. Its `faults` count images that are missing or have no caption, and
@@ -647,6 +670,10 @@ def folder(
         f"({e.strerror or e}); check table="
       ) from e
     rows, digest = _rows(tree, name, data, wrong), hashlib.sha256(data)
+  if split is not None:
+    named = dict.fromkeys(str(row.get("split")) for row in rows)
+    errors.pick(named, split, f"split of {place}")
+    rows = [row for row in rows if str(row.get("split")) == split]
   present: dict[str, int] = {}
   pairs, others = [], []
   if rows:

@@ -19,6 +19,8 @@ from typing import Any
 from sigjax import errors
 from sigjax.data.faults import BadExample
 
+# Endings of files that are taken for images, in lower case.
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 INDEX_ENDING = ".index.npz"  # of the index files that index_files.py writes
 Stamp = tuple[int, str]  # size in bytes, and a mark that changes with the file
 

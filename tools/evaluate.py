@@ -1,0 +1,380 @@
+"""Evaluates a trained model on what others publish, or on data of your own.
+
+  python -m tools.evaluate --weights siglip2/b16_256 --task imagenet \\
+    --data imagenet/val --task coco --data coco
+
+--weights is the name of a released model, a workdir, a folder of Hugging Face
+or a file; see tools/opened.py. A workdir needs no training data and stays as it
+is. Each --task has its --data; docs/evaluate.md lists the tasks and the layouts
+of data.
+
+--data is a folder, tfds:NAME:SPLIT, or tar or Parquet files.
+
+The table has the published values of released models beside the measured ones.
+--out FILE.json writes it as JSON, too. Images are prepared as the tasks'
+protocols say: in classification of a released model they are cropped to the
+central 7/8. A run's own preprocessing is kept.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+
+from sigjax import embed, errors, evaluators, sharding
+from sigjax.data.example import pipe_string
+from sigjax.data.faults import BAD_FRACTION
+from sigjax.evaluators import Row
+from sigjax.evaluators.embedder import Embedder
+from sigjax.models import two_towers
+from sigjax.runtime import files, metrics, program
+from sigjax.weights import known
+from tools import opened
+from tools.opened import Opened
+
+FLAGS = flags.FLAGS
+
+CROP = 0.875  # the share of the side that classification keeps
+IMAGENET = 1000
+# XM3600, mean over languages, recall@1 in percent: text->image of mSigLIP in
+# the SigLIP paper (arXiv 2303.15343), both ways in SigLIP 2's (2502.14786).
+XM3600 = {
+  "siglip/b16_256_i18n": dict(t2i=34.9),
+  "siglip/so400m16_256_i18n": dict(i2t=62.8, t2i=50.0),
+  "siglip2/b16_224": dict(i2t=50.7, t2i=40.3),
+}
+
+
+class Result(NamedTuple):
+  """A row of a task, and the published value in percent if there is one."""
+
+  task: str
+  row: Row
+  published: float | None
+
+
+class Task(NamedTuple):
+  """A task of --task.
+
+  Attributes:
+    section: fn(data) -> an evaluator's section, of what --data names.
+    crop: whether a released model sees the central part of images.
+    published: {metric: its key in Known.scores or XM3600}.
+    needs: what the data is, and where it comes from.
+  """
+
+  section: Callable[[str], dict[str, Any]]
+  crop: bool
+  published: Mapping[str, str]
+  needs: str
+
+
+# ---- Tasks ----
+
+
+def _classes(spec: str) -> dict[str, Any]:
+  return dict(
+    type="zeroshot",
+    data=opened.data_of(spec, "classes"),
+    templates="clip_7",
+    canonical=True,
+  )
+
+
+def _imagenet(spec: str) -> dict[str, Any]:
+  return dict(_classes(spec), classes="imagenet")
+
+
+def _imagenet_real(spec: str) -> dict[str, Any]:
+  data = opened.data_of(spec, "classes")
+  if data["kind"] == "classes":
+    data["labels"] = os.path.join(spec, "real.json")
+    return dict(_imagenet(spec), data=data)
+  return dict(_imagenet(spec), label="real_label")  # as TFDS calls it
+
+
+def _retrieval(spec: str) -> dict[str, Any]:
+  return dict(
+    type="retrieval", data=opened.data_of(spec, "folder"), equal_captions=False
+  )
+
+
+def _karpathy(name: str, spec: str) -> dict[str, Any]:
+  section = _retrieval(spec)
+  if os.path.isfile(os.path.join(spec, name)):
+    section["data"].update(table=name, split="test")
+  return section
+
+
+def _xm3600(spec: str) -> dict[str, Any]:
+  return dict(
+    type="xm3600",
+    path=os.path.join(spec, "captions.jsonl"),
+    images=os.path.join(spec, "images"),
+  )
+
+
+def _fewshot(spec: str) -> dict[str, Any]:
+  train, _, test = spec.partition(",")
+  if not test:
+    raise errors.UserError(
+      f"--data {spec}: fewshot needs two, for training and test, joined by a "
+      "comma: DIR/train,DIR/val"
+    )
+  return dict(
+    type="fewshot",
+    data=opened.data_of(train, "classes"),
+    data_test=opened.data_of(test, "classes"),
+  )
+
+
+_TOP1 = {"1000-way top-1": "imagenet"}
+_RECALL = {"image->text recall@1": "i2t", "text->image recall@1": "t2i"}
+
+TASKS = dict(
+  imagenet=Task(
+    _imagenet,
+    True,
+    _TOP1,
+    "the validation images of ImageNet (image-net.org, ILSVRC 2012), a folder "
+    "for each of the 1,000 WordNet ids",
+  ),
+  imagenet_v2=Task(
+    _imagenet,
+    True,
+    {},
+    "ImageNetV2, matched-frequency (arXiv 1902.10811), a folder for each of "
+    "the classes 0 to 999",
+  ),
+  imagenet_real=Task(
+    _imagenet_real,
+    True,
+    {},
+    "ImageNet's validation images as for imagenet, and beside the folders "
+    "real.json of ReaL (arXiv 2006.07159)",
+  ),
+  classes=Task(
+    _classes, True, {}, "images in a folder for each class, named after it"
+  ),
+  coco=Task(
+    functools.partial(_karpathy, "dataset_coco.json"),
+    False,
+    _RECALL,
+    "COCO's val2014 images (cocodataset.org) in val2014/, and beside it "
+    "dataset_coco.json with Karpathy's splits (arXiv 1412.2306)",
+  ),
+  flickr30k=Task(
+    functools.partial(_karpathy, "dataset_flickr30k.json"),
+    False,
+    {},
+    "Flickr30k's images, and beside them dataset_flickr30k.json with "
+    "Karpathy's splits (arXiv 1412.2306)",
+  ),
+  xm3600=Task(
+    _xm3600,
+    False,
+    {f"mean {k}": v for k, v in _RECALL.items()},
+    "captions.jsonl of Crossmodal-3600 (arXiv 2205.12522), and beside it its "
+    "images in images/",
+  ),
+  fewshot=Task(
+    _fewshot, True, {}, "two folders of class folders, for training and test"
+  ),
+  retrieval=Task(
+    _retrieval, False, {}, "captioned images in a form of docs/data.md"
+  ),
+)
+
+
+# ---- Evaluating ----
+
+
+def evaluate(
+  weights: str | os.PathLike[str] | Opened,
+  tasks: Sequence[tuple[str, str]],
+  *,
+  batch_size: int = 128,
+  resolution: int | None = None,
+) -> list[Result]:
+  """Evaluates a model.
+
+  Args:
+    weights: what names it, or the model.
+    tasks: (name in TASKS, what --data names) of each task.
+    batch_size: B of the embedding, over all devices.
+    resolution: H and W of images in pixels, of a released model; None: those
+      that it was trained with.
+
+  Raises:
+    UserError: there is no such model or task, or the data is not there.
+  """
+  for name, spec in tasks:
+    task = errors.pick(TASKS, name, "--task")
+    for path in spec.split(",") if name == "fewshot" else [spec]:
+      is_folder = opened.data_of(path, "folder")["kind"] == "folder"
+      if is_folder and not os.path.isdir(path):
+        raise errors.UserError(
+          f"--task {name}: there is no folder {path}; it needs {task.needs}"
+        )
+  model = (
+    weights
+    if isinstance(weights, Opened)
+    else opened.open_model(weights, resolution)
+  )
+  config = model.config
+  if config["model"]["image"].get("kind") == "precomputed":
+    raise errors.UserError(
+      f"{model.name} was trained on embeddings and has no image tower, so it "
+      "cannot be shown images"
+    )
+  mesh = sharding.make_mesh()
+  sharding.check_batch_size(batch_size, mesh)
+  params = jax.device_put(
+    model.params, jax.sharding.NamedSharding(mesh, jax.P())
+  )
+  towers = two_towers.of_config(config["model"])
+  embedder = Embedder(
+    functools.partial(embed.make_embed(towers, mesh), params), model.tokenizer
+  )
+  results = []
+  for name, spec in tasks:
+    task = TASKS[name]
+    image = config["pp_image"]
+    crops = task.crop and not model.is_run
+    shared = dict(
+      pp_image=cropped(image) if crops else image,
+      pp_text=config["pp_text"],
+      bad_fraction=config.get("bad_fraction", BAD_FRACTION),
+      batch_size=batch_size,
+    )
+    evaluator = evaluators.make(
+      f"--task {name}", pathlib.Path(), task.section(spec), shared
+    )
+    labels = evaluator.source.label_names.get("label", ())
+    _check_classes(name, spec, labels)
+    found = published(model.name, name)
+    results += [
+      Result(name, row, found.get(task.published.get(row.metric, "")))
+      for row in evaluator.run(embedder, mesh)
+    ]
+  return results
+
+
+def cropped(pp_image: str) -> str:
+  """Returns a preprocessing string that keeps the central 7/8 of the sides.
+
+  The image is resized to size / 0.875 and its centre cut out.
+
+  Args:
+    pp_image: a string with resize(size).
+  """
+  calls = pipe_string.calls(pp_image)
+  ops = pp_image.split("|")
+  for i, (name, args, _) in enumerate(calls):
+    if name == "resize" and len(args) == 1 and len(calls) == len(ops):
+      size = args[0]
+      ops[i] = ops[i].replace(str(size), str(round(size / CROP)), 1)
+      return "|".join([*ops[: i + 1], f"central_crop({size})", *ops[i + 1 :]])
+  return pp_image
+
+
+def published(model: str, task: str) -> dict[str, float]:
+  """Returns {key: percent} that is published of a released model."""
+  if task == "xm3600":
+    return XM3600.get(model, {})
+  it = known.KNOWN.get(model)
+  return (it.scores if it else None) or {}
+
+
+def _check_classes(task: str, spec: str, names: Sequence[str]) -> None:
+  """Raises UserError for class folders that are not what the task needs."""
+  if task.startswith("imagenet") and len(names) not in (0, IMAGENET):
+    raise errors.UserError(
+      f"--task {task}: {spec} has {len(names)} classes, not {IMAGENET}; it "
+      f"needs {TASKS[task].needs}"
+    )
+  ids = [
+    n for n in names if n.isdecimal() or (n[:1] == "n" and n[1:].isdigit())
+  ]
+  if task == "classes" and ids:
+    raise errors.UserError(
+      f'--task classes: nothing says what "{ids[0]}" in {spec} is; write '
+      f'classes.txt there, with lines such as "{ids[0]} tench"'
+    )
+
+
+def table(results: Sequence[Result]) -> list[str]:
+  """Returns lines for people."""
+  percent = lambda x: "" if x is None else f"{x:.1f}"
+  return metrics.table(
+    [
+      (
+        f"{task} {row.metric}",
+        percent(100 * row.value),
+        percent(given),
+        f"{100 * row.chance:.2f}",
+        row.count(),
+      )
+      for task, row, given in results
+    ],
+    ("", "%", "published", "chance", "n"),
+  )
+
+
+def as_json(
+  weights: str, tasks: Sequence[tuple[str, str]], results: Sequence[Result]
+) -> str:
+  """Returns the results, with what they are of, as JSON."""
+  return json.dumps(
+    dict(
+      weights=weights,
+      data=[dict(task=task, data=spec) for task, spec in tasks],
+      results=[
+        dict(task=x.task, **x.row._asdict(), published=x.published)
+        for x in results
+      ],
+    ),
+    indent=1,
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Runs the program."""
+  del argv
+  names = [name for x in FLAGS.task for name in x.split(",")]
+  if len(names) != len(FLAGS.data):
+    raise errors.UserError(
+      f"there are {len(names)} tasks, but {len(FLAGS.data)} --data: each "
+      "--task needs its own"
+    )
+  tasks = list(zip(names, FLAGS.data))
+  results = evaluate(
+    FLAGS.weights,
+    tasks,
+    batch_size=FLAGS.batch_size,
+    resolution=FLAGS.resolution,
+  )
+  print("\n".join(table(results)))
+  if FLAGS.out:
+    text = as_json(FLAGS.weights, tasks, results)
+    files.write(pathlib.Path(FLAGS.out), text)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string(
+    "weights", None, "A released model's name, a workdir, a folder or a file."
+  )
+  flags.DEFINE_multi_string("task", None, f"One of {', '.join(TASKS)}.")
+  flags.DEFINE_multi_string("data", None, "The data of each task.")
+  flags.DEFINE_string("out", None, "A JSON file to write.")
+  flags.DEFINE_integer("batch_size", 128, "Images per batch.", lower_bound=1)
+  flags.DEFINE_integer(
+    "resolution", None, "H and W of images, of a released model.", lower_bound=8
+  )
+  flags.mark_flags_as_required(["weights", "task", "data"])
+  program.run(main)

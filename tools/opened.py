@@ -1,0 +1,213 @@
+"""What a command line names: a trained model, and data.
+
+The programs take --weights, which is one of these:
+
+  a name of docs/checkpoints.md, such as siglip2/b16_256. The file and the
+      tokenizer are fetched once
+  a workdir, or WORKDIR/checkpoints/STEP
+  a folder of Hugging Face with a SigLIP model
+  a folder that tools.convert_from_hf wrote, or the .npz file in it; or a .npz
+      file (or its URL) that is called as a released one
+
+--data is a folder; or tfds:NAME:SPLIT for a dataset of TensorFlow Datasets; or
+tar or Parquet files, whose names may contain globs and braces.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sigjax import errors, sharding, trees
+from sigjax.checkpoints import layout, restore
+from sigjax.data.example.tokenizer import Tokenizer
+from sigjax.models import two_towers
+from sigjax.runtime import identity
+from sigjax.weights import known, npz, vocabulary
+from tools.hf import config as hf_config
+
+log = logging.getLogger("sigjax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A trained model, on one device.
+
+  Attributes:
+    name: what was opened, for people: of a run its checkpoint.
+    config: "model", "pp_image" and "pp_text"; of a run the whole config.
+    params: the parameters of two_towers.of_config(config["model"]).
+    tokenizer: of its texts.
+    is_run: whether it is of a run of sigjax.train.
+  """
+
+  name: str
+  config: Mapping[str, Any]
+  params: Any
+  tokenizer: Tokenizer
+  is_run: bool = False
+
+
+def open_model(
+  weights: str | os.PathLike[str], resolution: int | None = None
+) -> Opened:
+  """Opens what --weights names, see above.
+
+  Args:
+    weights: the same.
+    resolution: H and W of images in pixels, of a released model: its positions
+      are resampled. None: those that it was trained with.
+
+  Raises:
+    UserError: there is no such model, it is damaged, it has no text tower, or
+      nothing says how its images and texts are prepared.
+  """
+  weights = str(weights)
+  by_file = {os.path.basename(k.url): n for n, k in known.KNOWN.items()}
+  name = weights if weights in known.KNOWN else ""
+  if not os.path.exists(os.path.join(os.path.dirname(weights), "config.json")):
+    name = name or by_file.get(os.path.basename(weights), "")
+  if name:
+    return _released(name, weights, resolution)
+  if resolution is not None:
+    raise errors.UserError(
+      f"--resolution is of released models alone; {weights} has its own"
+    )
+  path = pathlib.Path(weights)
+  if restore.is_run(weights):
+    return _run(weights)
+  if (path / "params.npz").is_file():
+    path = path / "params.npz"
+  if path.name.endswith(".npz"):
+    if (path.parent / "config.json").is_file():
+      return _file(path)
+    if path.is_file():
+      raise errors.UserError(
+        f"{path} has no config.json beside it, which says what model it is of; "
+        "tools.convert_from_hf writes one"
+      )
+  elif (path / "config.json").is_file():
+    return _hugging_face(path)
+  elif path.is_dir():
+    raise errors.UserError(
+      f"{path} is no workdir and no folder of Hugging Face: it has neither "
+      "checkpoints nor config.json"
+    )
+  raise errors.UserError(known.no_file(weights))
+
+
+def _released(name: str, weights: str, resolution: int | None) -> Opened:
+  it = known.get(name)
+  if it.tokenizer is None:
+    raise errors.UserError(
+      f"{name} is an image tower alone: there is nothing that reads texts"
+    )
+  # Gemma's padding, in SigLIP 2, is 0; the others pad with the end of text, 1.
+  pad = ",pad=0" if it.tokenizer == "gemma" else ""
+  res = resolution or it.resolution
+  if res != it.resolution:
+    log.info(
+      "%s was trained with images of %d pixels; its positions are resampled "
+      "for %d",
+      name,
+      it.resolution,
+      res,
+    )
+    name = f"{name} at {res} pixels"
+  config: dict[str, Any] = dict(
+    model=it.model,
+    pp_image=f"decode|resize({res})|keep('image')",
+    pp_text=f"lower|tokenize({it.text_length}{pad})|keep('text')",
+  )
+  model = two_towers.of_config(config["model"])
+  shapes = jax.eval_shape(
+    model.init,
+    jax.random.key(0),
+    jnp.zeros((1, res, res, 3)),
+    jnp.zeros((1, it.text_length), jnp.int32),
+  )["params"]
+  params = npz.load_params(weights, shapes)
+  return Opened(
+    name,
+    config,
+    jax.device_put(params, jax.devices()[0]),
+    vocabulary.released(it.tokenizer),
+  )
+
+
+def _run(path: str) -> Opened:
+  workdir = pathlib.Path(layout.find(path)[0])
+  # That of the checkpoint: a later command may have changed config.json.
+  about = restore.read_about(path)
+  tokenizer = Tokenizer(workdir / "tokenizer.model")
+  identity.check_tokenizer(workdir / "tokenizer.model", about)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  return Opened(
+    str(restore.checkpoint_of(path)),
+    about["config"],
+    restore.read_params(path, sharding.batch_sharding(mesh)),
+    tokenizer,
+    is_run=True,
+  )
+
+
+def _file(path: pathlib.Path) -> Opened:
+  config = hf_config.read_json(path.parent / "config.json")
+  _check(config, path.parent / "config.json", "")
+  params = npz.load_params(path)
+  return Opened(
+    str(path),
+    config,
+    jax.device_put(params, jax.devices()[0]),
+    Tokenizer(path.parent / "tokenizer.model"),
+  )
+
+
+def _hugging_face(path: pathlib.Path) -> Opened:
+  from tools import convert_from_hf  # needs the extra "hf"
+
+  folder = convert_from_hf.read(path)
+  _check(folder.config, path, "; ".join(folder.notes))
+  if folder.tokenizer is None:
+    raise errors.UserError(f"{path}: {'; '.join(folder.notes)}")
+  return Opened(
+    str(path),
+    folder.config,
+    jax.device_put(trees.unflatten(folder.arrays), jax.devices()[0]),
+    Tokenizer(folder.tokenizer),
+  )
+
+
+def _check(config: Mapping[str, Any], path: pathlib.Path, notes: str) -> None:
+  """Raises UserError if a config lacks what a model cannot do without."""
+  for key in "model", "pp_image", "pp_text":
+    if key not in config:
+      raise errors.UserError(
+        f'{path}: nothing says "{key}"' + (f": {notes}" if notes else "")
+      )
+
+
+def data_of(spec: str, kind: str) -> dict[str, Any]:
+  """Returns the data section of what --data names.
+
+  Args:
+    spec: see the top of this file.
+    kind: how a folder is read, "classes" or "folder".
+  """
+  if spec.startswith("tfds:"):
+    name, _, split = spec.removeprefix("tfds:").rpartition(":")
+    if not name or not split:
+      raise errors.UserError(
+        f"--data {spec}: a dataset is tfds:NAME:SPLIT, such as "
+        "tfds:coco_captions:test"
+      )
+    return dict(kind="tfds", name=name, split=split)
+  for ending, of_files in ((".tar", "tar"), (".parquet", "parquet")):
+    if spec.endswith(ending):
+      return dict(kind=of_files, shards=spec)
+  return dict(kind=kind, path=spec)
