@@ -1,7 +1,12 @@
 """Arguments and sections that several configs share."""
 
 from collections.abc import Callable
+import json
+import pathlib
 from typing import Any
+
+from sigjax import errors
+from sigjax.data.formats import embeddings
 
 # A config section, before it is put into a ConfigDict.
 Section = dict[str, Any]
@@ -39,6 +44,31 @@ def own_data(kind: str, path: str, part: tuple[float, float]) -> Section:
     "part": part,
     "path" if kind == "folder" else "shards": path,
   }
+
+
+def config_of_run(workdir: str) -> Section:
+  """Returns the config of a run, from WORKDIR/config.json.
+
+  Raises:
+    UserError: there is none.
+  """
+  try:
+    return json.loads(pathlib.Path(workdir, "config.json").read_text())
+  except (OSError, ValueError) as e:
+    raise errors.UserError(
+      f"init={workdir} is no workdir of sigjax.train: its config.json cannot "
+      f"be read ({e})"
+    ) from None
+
+
+def width_of_embeddings(path: str) -> int:
+  """Returns W of a folder of embeddings.
+
+  Raises:
+    UserError: there is no such folder.
+  """
+  records, _, _ = embeddings.open_folder(path)
+  return len(records[0]["image"])
 
 
 def large(

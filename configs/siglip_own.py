@@ -18,8 +18,16 @@ Arguments (defaults in brackets):
   epochs, batch_size: (30, 64). The data must have at least three batches of
     pictures, or a whole number of batches.
   res: height and width of the model's images, in pixels (64).
-  init: the workdir of a run of this config to start from, with its tokenizer;
-    "" starts from scratch ("").
+  init: the workdir of a run to start from; its model, tokenizer and length of
+    texts come along. "" starts from scratch ("").
+  embeddings: the --out folder of tools.embed for the same pictures. The image
+    tower is then the one that embedded them, locked: the best choice for up to
+    a few thousand pictures. "" trains one ("").
+
+  python -m tools.embed --weights siglip2/b16_256 --data pictures \
+    --out embeddings/pictures
+  python -m sigjax.train \
+    --config configs/siglip_own.py:path=pictures,embeddings=embeddings/pictures
 """
 
 from ml_collections import ConfigDict
@@ -40,28 +48,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
     batch_size=64,
     res=64,
     init="",
+    embeddings="",
   )
   config = ConfigDict()
   config.batch_size = args["batch_size"]
   config.total_epochs = args["epochs"]
 
-  config.data = common.own_data(args["kind"], args["path"], (0, 0.9))
-  config.tokenizer = dict(vocab_size=VOCAB)
-  if args["init"]:
-    # A token embedding belongs to a piece of the tokenizer.
-    config.init = dict(path=args["init"])
-    config.tokenizer = dict(path=f"{args['init']}/tokenizer.model")
-  res = args["res"]
-  config.pp = (
-    f"decode_small({res * 9 // 8})|random_crop({res})"
-    f"|choice('captions')|lower|tokenize({LENGTH})"
-    "|keep('image','text')"
-  )
-  config.pp_image = (
-    f"decode|resize_small({res})|central_crop({res})|keep('image')"
-  )
-  config.pp_text = f"lower|tokenize({LENGTH})|keep('text')"
+  def data(part, raw=False):
+    if args["embeddings"] and not raw:
+      folder = f"{args['embeddings']}/{args['kind']}"
+      return dict(kind="embeddings", path=folder, part=part)
+    return common.own_data(args["kind"], args["path"], part)
 
+  config.data = data((0, 0.9))
+  config.tokenizer = dict(vocab_size=VOCAB)
+  config.pp_text = f"lower|tokenize({LENGTH})|keep('text')"
   config.model = dict(
     image=dict(width=128, depth=4, num_heads=4, patch_size=16, pool_type="gap"),
     text=dict(
@@ -71,6 +72,26 @@ def get_config(arg: str | None = None) -> ConfigDict:
     temperature_init=10.0,
     bias_init=-4.0,
   )
+  if args["init"]:
+    old = common.config_of_run(args["init"])
+    config.init = dict(path=args["init"])
+    config.model, config.pp_text = old["model"], old["pp_text"]
+    # A token embedding belongs to a piece of the tokenizer.
+    config.tokenizer = dict(path=f"{args['init']}/tokenizer.model")
+  elif args["embeddings"]:
+    width = common.width_of_embeddings(config.data.path)
+    config.model.image = dict(kind="precomputed", width=width)
+
+  res = args["res"]
+  image = f"decode_small({res * 9 // 8})|random_crop({res})|"
+  config.pp_image = (
+    f"decode|resize_small({res})|central_crop({res})|keep('image')"
+  )
+  if args["embeddings"]:
+    image, config.pp_image = "", "keep('image')"
+  text = config.pp_text.removesuffix("|keep('text')")
+  config.pp = f"{image}choice('captions')|{text}|keep('image','text')"
+
   config.optim = dict(
     name="adamw",
     lr=2e-3,
@@ -83,13 +104,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.log_every_steps = 20
   config.checkpoints = dict(every_percent=10)
   config.evals = dict(
-    retrieval=dict(
-      type="retrieval",
-      every_percent=25,
-      data=common.own_data(args["kind"], args["path"], (0.9, 1)),
-    ),
-    picture=dict(
-      type="picture", data=common.own_data(args["kind"], args["path"], (0.9, 1))
-    ),
+    retrieval=dict(type="retrieval", every_percent=25, data=data((0.9, 1))),
+    picture=dict(type="picture", data=data((0.9, 1))),
   )
+  if args["embeddings"]:
+    config.evals.picture.shown = data((0.9, 1), raw=True)
   return config

@@ -206,7 +206,7 @@ def embed(
   apply: Callable[..., Array],
   pp: str,
   path: pathlib.Path,
-  info: Mapping[str, str],
+  info: Mapping[str, Any],
 ) -> None:
   """Writes the embeddings of a source to a folder, unless it exists.
 
@@ -235,6 +235,22 @@ def embed(
     (folder / "info.json").write_text(json.dumps(info))
 
 
+def get_tower() -> tuple[Callable[..., Array], None, str, str]:
+  """Returns the network for tools.embed and tools.predict.
+
+  Returns:
+    fn(None, images (B, 224, 224, 3)) -> embeddings (B, 1280); its params, None;
+    the preprocessing of images; and a text that names the tower.
+  """
+  apply, pp = network(read_pth(find_weights())), PP.format(res=224)
+  return lambda _, images: apply(images), None, pp, name_of(pp)
+
+
+def name_of(pp: str) -> str:
+  """Returns a text that names the tower, with its preprocessing."""
+  return f"EfficientNet-Lite0 {SHA256[:16]} {pp}"
+
+
 def main() -> None:
   """Runs the program."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -250,7 +266,8 @@ def main() -> None:
   try:
     weights = find_weights()
     pp = PP.format(res=args.resolution)
-    info = dict(tower=f"EfficientNet-Lite0 {SHA256[:16]} {pp}")
+    program = str(pathlib.Path(__file__).absolute())
+    info = dict(tower=name_of(pp), pp_image=pp, made_by=dict(weights=program))
     apply = network(read_pth(weights))
     for split in SPLITS:
       source = kinds.open_source(

@@ -142,10 +142,33 @@ def test_languages_are_trained_on_or_held_out():
     get("msiglip_emoji", "held=sw+af")
 
 
-def test_the_tokenizer_comes_along_with_the_weights():
-  config = get("siglip_own", "init=workdirs/old")
-  assert config.init.path == "workdirs/old"
-  assert config.tokenizer.to_dict() == dict(path="workdirs/old/tokenizer.model")
+def test_what_comes_along_with_the_weights(tmp_path):
+  """Model, length of texts and tokenizer are those of the run."""
+  old = get("siglip_emoji")
+  (tmp_path / "config.json").write_text(old.to_json())
+  config = get("siglip_own", f"init={tmp_path}")
+  assert config.init.path == str(tmp_path)
+  assert config.tokenizer.to_dict() == dict(path=f"{tmp_path}/tokenizer.model")
+  assert config.model.to_json() == old.model.to_json()  # tuples are lists
+  assert config.pp_text == old.pp_text
+  assert config.pp.endswith("|lower|tokenize(12)|keep('image','text')")
+  with pytest.raises(errors.UserError, match="is no workdir of sigjax.train"):
+    get("siglip_own", f"init={tmp_path}/none")
+
+
+def test_own_pictures_embedded_before(tmp_path):
+  folder = tmp_path / "folder"
+  folder.mkdir()
+  np.save(folder / "embeddings.npy", np.zeros((4, 7), np.float16))
+  (folder / "captions.jsonl").write_text('"a"\n' * 4)
+  config = get("siglip_own", f"path=pictures,embeddings={tmp_path}")
+  assert config.model.image.to_dict() == dict(kind="precomputed", width=7)
+  assert config.data.path == str(folder)
+  assert config.evals.picture.shown.path == "pictures"
+  assert config.evals.picture.shown.part == config.evals.picture.data.part
+  assert config.pp.startswith("choice('captions')|")
+  with pytest.raises(errors.UserError, match="neither index.json"):
+    get("siglip_own", f"embeddings={tmp_path}/none")
 
 
 def test_shuffling_reaches_the_data(tiny_config):

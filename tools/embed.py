@@ -8,6 +8,16 @@ folder in --out, named after its split; sigjax/data/formats/embeddings.py
 describes the files. With embeddings=embeddings/coco, the same config trains on
 them.
 
+Pictures of your own by any tower, without a config:
+
+  python -m tools.embed --weights siglip2/b16_256 --data pictures \
+    --out embeddings/pictures
+
+--weights is a released model's name, a workdir, a file, or a Python program
+with a tower of its own, such as examples/efficientnet_lite0.py (see
+tools/embedding/tower.py). --data is as in tools/opened.py; the folder in --out
+is called as the kind of the data, "folder" here.
+
 The examples are embedded in parts of --part_size. If the program is killed, the
 same command continues: complete parts are not computed again. Several processes
 can share the work, each on its own devices. They do not communicate: give each
@@ -26,11 +36,11 @@ import tqdm
 
 from sigjax import errors, sharding
 from sigjax.data import kinds
-from sigjax.data.batches import pipeline
-from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
 from sigjax.data.formats import embeddings
 from sigjax.runtime import program
+from tools import opened
+from tools.embedding import tower as tower_lib
 from tools.embedding.job import Job
 from tools.embedding.tower import Tower
 
@@ -68,6 +78,7 @@ def embed(
   config: Mapping[str, Any],
   out: str | os.PathLike[str],
   *,
+  tower: Tower | None = None,
   dtype: str = "float16",
   part_size: int = 16_384,
   batch_size: int = 256,
@@ -77,8 +88,10 @@ def embed(
   """Embeds the data of a config, as described at the top of this file.
 
   Args:
-    config: data, evals, model, init, pp_image and bad_fraction are read.
+    config: data, evals and bad_fraction are read; model, init and pp_image if
+      there is no tower.
     out: the folder that holds the folders.
+    tower: the tower; None: that of the config.
     dtype: in which embeddings are stored, a name in embeddings.DTYPES.
     part_size: examples per part.
     batch_size: images per batch, over all devices.
@@ -93,24 +106,22 @@ def embed(
     raise errors.UserError(
       f"--process_id {process_id} is not below --num_processes {num_processes}"
     )
-  tower = None
+  if tower is not None:
+    config = dict(config, pp_image=tower.pp_image)
   for folder, (section, pp_image) in sections(config).items():
     source = kinds.open_source(**section)
-    if tower is None:
-      # Not simply record 0, which may be unusable.
-      image = pipeline.first_example(source, preprocess.parse(pp_image))
+    if tower is None or tower.pp_image != pp_image:
       tower = errors.call(
-        Tower,
+        tower_lib.of_config,
         {k: config[k] for k in ("model", "init") if k in config},
         "config",
-        image["image"],
+        pp_image,
       )
-      sharding.check_batch_size(batch_size, tower.mesh)
+    sharding.check_batch_size(batch_size, tower.mesh)
     job = Job(
       pathlib.Path(out) / folder,
       source,
       tower,
-      pp_image,
       dtype,
       part_size,
       config.get("bad_fraction", BAD_FRACTION),
@@ -143,9 +154,16 @@ def embed(
 def main(argv: list[str]) -> None:
   """Runs the program."""
   del argv
+  tower = None
+  if FLAGS.weights:
+    config = dict(data=opened.data_of(FLAGS.data, "folder"))
+    tower = tower_lib.open_tower(FLAGS.weights)
+  else:
+    config = FLAGS.config.to_dict()
   embed(
-    FLAGS.config.to_dict(),
+    config,
     FLAGS.out,
+    tower=tower,
     dtype=FLAGS.dtype,
     part_size=FLAGS.part_size,
     batch_size=FLAGS.batch_size,
@@ -154,10 +172,23 @@ def main(argv: list[str]) -> None:
   )
 
 
+def _check_flags(rest: list[str]) -> None:
+  """Raises UserError unless there is a config, or weights and data."""
+  if FLAGS.weights is None and FLAGS.data is None:
+    program.config_given(rest)
+  program.flags_alone(rest)
+  if (FLAGS.weights is None) != (FLAGS.data is None) or (
+    FLAGS.weights and FLAGS.config is not None
+  ):
+    raise errors.UserError("give --weights and --data, or --config")
+
+
 if __name__ == "__main__":
   config_flags.DEFINE_config_file(
     "config", None, "Config file, as for sigjax.train.", lock_config=True
   )
+  flags.DEFINE_string("weights", None, "The tower, without a config.")
+  flags.DEFINE_string("data", None, "The data, without a config.")
   flags.DEFINE_string("out", None, "Output folder.")
   flags.DEFINE_enum(
     "dtype", "float16", list(embeddings.DTYPES), "How embeddings are stored."
@@ -169,4 +200,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("process_id", 0, "Which of the processes this is.")
   flags.DEFINE_integer("num_processes", 1, "How many processes share the work.")
   flags.mark_flag_as_required("out")
-  program.run(main, program.config_given)
+  program.run(main, _check_flags)

@@ -17,13 +17,13 @@ texts still says something.
 Images are files, globs or folders, separated by commas. Texts are separated by
 commas, too; a text that contains a comma stands in double quotes.
 
-A run on precomputed embeddings has no image tower. For such a run, --tower
-names the config that tools.embed was given, such as configs/siglit_l16.py.
+A run on precomputed embeddings has no image tower. Their folder says which one
+computed them. If it does not, or that tower has moved, --tower names the config
+that tools.embed was given, such as configs/siglit_l16.py.
 """
 
 from collections.abc import Mapping, Sequence
 import glob
-import io
 import os
 import pathlib
 import sys
@@ -35,7 +35,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import config_flags
 import numpy as np
-from PIL import Image
 
 from sigjax import errors
 from sigjax.data.example import preprocess
@@ -45,7 +44,7 @@ from sigjax.data.shards import files as files_lib
 from sigjax.models import two_towers
 from sigjax.runtime import metrics, program
 from tools import opened
-from tools.embedding.tower import Tower
+from tools.embedding import tower as tower_lib
 
 FLAGS = flags.FLAGS
 
@@ -97,29 +96,32 @@ class Predictor:
 
   def _open_tower(self, config, data) -> None:
     """Loads the tower that computed the embeddings of the run's data."""
-    index = embeddings.read_index(data["path"])
-    if config is None or index is None:
+    about = embeddings.read_about(data["path"])
+    made_by = dict(config=config) if config else about.get("made_by")
+    if not about or not isinstance(made_by, dict):
       raise errors.UserError(
         "this run has precomputed images: give --tower, the config with "
         f"which tools.embed wrote {data['path']}"
-        + ("" if index else "; that folder is gone, or not written by it")
+        + ("" if about else "; that folder is gone, or not written by it")
       )
-    self._pp["image"] = preprocess.parse(index["pp_image"])
-    blank = io.BytesIO()
-    Image.new("RGB", (512, 512)).save(blank, "PNG")
-    image = self._pp["image"]({"image": blank.getvalue()}, _rng())["image"]
-    self._tower = errors.call(
-      Tower,
-      {k: config[k] for k in ("model", "init") if k in config},
-      "the config of --tower",
-      image,
-      devices=jax.devices()[:1],
-    )
-    if self._tower.checksum != index["tower"]:
+    devices = jax.devices()[:1]
+    if "weights" in made_by:
+      self._tower = tower_lib.open_tower(made_by["weights"], devices)
+    else:
+      sections = made_by["config"]
+      self._tower = errors.call(
+        tower_lib.of_config,
+        {k: sections[k] for k in ("model", "init") if k in sections},
+        "the config of --tower",
+        about["pp_image"],
+        devices=devices,
+      )
+    if self._tower.checksum != about["tower"]:
       raise errors.UserError(
         f"--tower is not the one of {data['path']}: other weights, another "
         "architecture or another dtype"
       )
+    self._pp["image"] = preprocess.parse(self._tower.pp_image)
 
   def image(self, data: bytes) -> Float[Array, " E"]:
     """Returns the embedding of an encoded image.

@@ -11,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from sigjax import embed as embed_lib
@@ -20,6 +21,7 @@ from sigjax.data.example import captions, preprocess
 from sigjax.models import two_towers
 from sigjax.weights import npz
 from tools import embed, predict
+from tools.embedding import tower as tower_lib
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -111,12 +113,17 @@ def test_training_on_embeddings_is_training_on_the_tower(config, tmp_path):
     p.scores([p.image(x) for x in images], [p.text(x) for x in texts])
     for p in (
       predict.Predictor(tmp_path / "a"),
-      predict.Predictor(tmp_path / "b", config),
+      predict.Predictor(tmp_path / "b"),  # the folder says which tower
     )
   )
   np.testing.assert_allclose(got.probability, want.probability, rtol=1e-4)
+  index = out / "train/index.json"
+  text = index.read_text()
+  index.write_text(text.replace("made_by", "made"))  # of an older version
   with pytest.raises(errors.UserError, match="give --tower"):
     predict.Predictor(tmp_path / "b")
+  predict.Predictor(tmp_path / "b", config)
+  index.write_text(text)
   npz.save_params(
     config["init"]["path"],
     jax.tree.map(lambda x: x + 1, npz.load_params(config["init"]["path"])),
@@ -129,6 +136,70 @@ def test_training_on_embeddings_is_training_on_the_tower(config, tmp_path):
   embed.embed(other, tmp_path / "other", dtype="float32")
   with pytest.raises(errors.UserError, match="another identity"):
     train.main(tmp_path / "b", **precomputed(other, tmp_path / "other"))
+
+
+def test_any_folder_by_any_tower(config, tmp_path, capsys):
+  """Of a file and of a program: the same numbers as by hand."""
+  pictures = tmp_path / "pictures"
+  pictures.mkdir()
+  for i in range(3):
+    image = Image.fromarray(np.full((20, 30, 3), 80 * i, np.uint8))
+    image.save(pictures / f"{i}.png")
+    (pictures / f"{i}.txt").write_text(f"grey {i}")
+  (tmp_path / "config.json").write_text(
+    json.dumps({k: config[k] for k in ("model", "pp_image")})
+  )
+  model = two_towers.TwoTowers(**config["model"])
+  params = npz.load_params(tmp_path / "tower.npz")
+  npz.save_params(tmp_path / "both.npz", dict(img=params, t=np.zeros(1)))
+  x = np.stack([np.full((16, 16, 3), 80 * i / 127.5 - 1) for i in range(3)])
+  want = model.apply(
+    {"params": dict(img=params, t=np.zeros(1), b=np.zeros(1))},
+    x.astype(np.float32),
+    None,
+  )[0]
+  tower = tower_lib.open_tower(tmp_path / "both.npz")
+  data = dict(kind="folder", path=str(pictures))
+  embed.embed(dict(data=data), tmp_path / "out", tower=tower, dtype="float32")
+  found = kinds.open_source("embeddings", path=str(tmp_path / "out/folder"))
+  for i in range(3):
+    np.testing.assert_allclose(found[i]["image"], want[i], atol=1e-5)
+    assert found[i]["captions"] == [f"grey {i}"]
+
+  program = tmp_path / "tower.py"
+  program.write_text(
+    "import jax.numpy as jnp\n"
+    "def get_tower():\n"
+    "  mean = lambda params, x: params * jnp.mean(x, axis=(1, 2))\n"
+    "  pp = \"decode|resize(4)|value_range(0,1)|keep('image')\"\n"
+    "  return mean, jnp.full((1, 3), 2.0), pp, 'the mean'\n"
+  )
+  command = ["tools.embed", f"--weights={program}", f"--data={pictures}"]
+  done = subprocess.run(
+    [sys.executable, "-m", *command, f"--out={tmp_path}/mean"],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "3 embeddings of 3 float16" in done.stdout
+  found = kinds.open_source("embeddings", path=f"{tmp_path}/mean/folder")
+  assert found.tower == "the mean"
+  for i in range(3):
+    np.testing.assert_allclose(found[i]["image"], 160 * i / 255, atol=1e-3)
+  assert tower_lib.open_tower(program).made_by == dict(weights=str(program))
+
+
+def test_what_names_no_tower(tmp_path):
+  with pytest.raises(errors.UserError, match="names no image tower"):
+    tower_lib.open_tower(tmp_path)
+  with pytest.raises(errors.UserError, match="there is no file"):
+    tower_lib.open_tower(tmp_path / "no.py")
+  (tmp_path / "no.py").write_text("")
+  with pytest.raises(errors.UserError, match="has no function get_tower"):
+    tower_lib.open_tower(tmp_path / "no.py")
 
 
 def test_a_killed_run_goes_on(config, tmp_path):

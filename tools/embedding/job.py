@@ -28,7 +28,6 @@ class Job:
     path: the folder.
     source: the examples to embed.
     tower: the image tower.
-    pp_image: the preprocessing of its images.
     dtype: a name in embeddings.DTYPES, in which embeddings are stored.
     part_size: examples per part.
     bad_fraction: the largest fraction of examples that may be unusable.
@@ -53,7 +52,6 @@ class Job:
     path: pathlib.Path,
     source: Source,
     tower: Tower,
-    pp_image: str,
     dtype: str,
     part_size: int,
     bad_fraction: float,
@@ -62,7 +60,7 @@ class Job:
     self._dtype, self._part_size = embeddings.DTYPES[dtype], part_size
     self._count = len(source)
     self.parts = -(-self._count // part_size)
-    self._pp = preprocess.parse(pp_image)
+    self._pp = preprocess.parse(tower.pp_image)
     self.tally, self.bad = Tally(bad_fraction, source), set()
     self._about = dict(
       source=source.name,
@@ -70,7 +68,7 @@ class Job:
       width=tower.width,
       dtype=dtype,
       tower=tower.checksum,
-      pp_image=pp_image,
+      pp_image=tower.pp_image,
       part_size=part_size,
       label_names=source.label_names,
     )
@@ -184,7 +182,12 @@ class Job:
       )
       for i, count in enumerate(counts)
     ]
-    index = dict(self._about, count=sum(counts), shards=shards)
+    index = dict(
+      self._about,
+      count=sum(counts),
+      shards=shards,
+      made_by=self._tower.made_by,
+    )
     files.write(self.path / embeddings.INDEX, json.dumps(index, indent=1))
     return sum(counts)
 

@@ -16,7 +16,8 @@ A layout that is easy to write for other programs:
       captions by language, {"captions": {"en": "a cat", "de": ["eine Katze"]}},
       become two features, captions and the language of each
   info.json       optional: {"tower": any text that names the tower, "pp_image":
-      its preprocessing, "label_names": {feature: [names of its classes]}}
+      its preprocessing, "label_names": {feature: [names of its classes]},
+      "made_by": {"weights": what tools.predict opens the tower with}}
 
 In both, an example has these features, and "image", the embedding (W,).
 """
@@ -242,10 +243,13 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def read_index(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """Returns the index.json of a folder, or None if there is none."""
-  file = pathlib.Path(path) / INDEX
-  return _read_json(file) if file.exists() else None
+def read_about(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns the index.json or info.json of a folder; {} if it has neither."""
+  for name in (INDEX, "info.json"):
+    file = pathlib.Path(path) / name
+    if file.exists():
+      return _read_json(file)
+  return {}
 
 
 def open_folder(
@@ -268,13 +272,11 @@ def open_folder(
       another tower or preprocessing.
   """
   path = pathlib.Path(path)
-  index = read_index(path)
-  if index is None:
-    info = path / "info.json"
-    about = _read_json(info) if info.exists() else {}
-    records = NpyEmbeddings(path)
+  about = read_about(path)
+  if (path / INDEX).exists():
+    records = ArrayRecordEmbeddings(path, about)
   else:
-    about, records = index, ArrayRecordEmbeddings(path, index)
+    records = NpyEmbeddings(path)
   found, label_names = about.get("tower"), about.get("label_names", {})
   if not isinstance(found, str | None) or not isinstance(label_names, dict):
     raise errors.UserError(
