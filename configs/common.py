@@ -56,8 +56,8 @@ def config_of_run(workdir: str) -> Section:
     return json.loads(pathlib.Path(workdir, "config.json").read_text())
   except (OSError, ValueError) as e:
     raise errors.UserError(
-      f"init={workdir} is no workdir of sigjax.train: its config.json cannot "
-      f"be read ({e})"
+      f"{workdir} is no workdir of sigjax.train: its config.json cannot be "
+      f"read ({e})"
     ) from None
 
 

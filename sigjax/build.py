@@ -28,6 +28,7 @@ class Built(NamedTuple):
   tx: optax.GradientTransformation  # of what is trained
   train_step: step_lib.TrainStep
   state: state_lib.TrainState  # abstract, see state.abstract_state
+  lock: Sequence[str]  # config.lock, and what config.lora locks
 
 
 def build(
@@ -41,6 +42,7 @@ def build(
   loss: Mapping[str, Any] | None = None,
   sharding: Sequence = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
+  lora: Mapping[str, Any] | None = None,
   microbatches: int = 1,
   feed: str = "device",
   seed: int = 0,
@@ -52,8 +54,8 @@ def build(
     example: dict(image=, text=) and, for a loss with positives, group=: one
       preprocessed example, for its shapes.
     total_steps: the length of the training.
-    batch_size, model, optim, loss, sharding, lock, microbatches, feed, seed:
-      see train.main; durations in optim are in steps.
+    batch_size, model, optim, loss, sharding, lock, lora, microbatches, feed,
+      seed: see train.main; durations in optim are in steps.
 
   Raises:
     UserError: a section that its function refuses, a batch size that does not
@@ -66,7 +68,14 @@ def build(
       raise errors.UserError(
         f"config.model.{section} has dropout, but it is locked: set it to 0"
       )
+  if lora:
+    lock = _locked_by_lora(lock, **lora)
   shapes = state_lib.param_shapes(towers, example, lock)
+  if lora:
+    from sigjax import lora as lora_lib  # few runs have adapters
+
+    adapters = errors.call(lora_lib.shapes, lora, "config.lora", shapes)
+    shapes = {**shapes, **adapters}
   trained, _ = state_lib.split_params(shapes, lock)
   tx, lr_fn = errors.call(
     optim_lib.make_optimizer, optim, "config.optim", trained, total_steps
@@ -77,7 +86,23 @@ def build(
   make_step = step_lib.make_train_step
   train_step = make_step(towers, tx, lr_fn, loss_fn, mesh, **options)
   state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock)
-  return Built(towers, tx, train_step, state)
+  return Built(towers, tx, train_step, state, lock)
+
+
+def _locked_by_lora(
+  lock: Sequence[str],
+  towers: Sequence[str] = ("img", "txt"),
+  **others: Any,
+) -> Sequence[str]:
+  """Returns what is locked if these towers are adapted."""
+  del others
+  for tower in towers:
+    if named := [name for name in lock if name.split("/")[0] == tower]:
+      raise errors.UserError(
+        f'config.lora adapts "{tower}", but config.lock locks "{named[0]}"; '
+        "take it out of one"
+      )
+  return (*lock, *towers)
 
 
 def _check_loss(

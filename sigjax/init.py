@@ -31,11 +31,16 @@ def init_state(
     lock: see split_params.
   """
   given = given or {}
-  want = trees.flatten(abstract.params)
+  want = trees.flatten(abstract.stored)
   scratch = {k: x.sharding for k, x in want.items() if k not in given}
 
   def from_scratch():
-    params = state_lib.init_params(model, jax.random.key(seed), example)
+    key = jax.random.key(seed)
+    params = state_lib.init_params(model, key, example)
+    if "lora" in abstract.trained:
+      from sigjax import lora  # few runs have adapters
+
+      params |= lora.init(key, {"lora": abstract.trained["lora"]})
     flat = trees.flatten(params)
     return {name: flat[name].astype(want[name].dtype) for name in scratch}
 

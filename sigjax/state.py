@@ -27,9 +27,19 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: optax.OptState  # over `trained`
 
   @property
-  def params(self) -> dict:
-    """All parameters, the tree that the model takes."""
+  def stored(self) -> dict:
+    """All parameters as they are kept: low-rank adapters by themselves."""
     return trees.join(self.trained, self.locked)
+
+  @property
+  def params(self) -> dict:
+    """The parameters that the model takes: adapters are merged."""
+    stored = self.stored
+    if "lora" not in stored:
+      return stored
+    from sigjax import lora  # few runs have adapters
+
+    return jax.jit(lora.merge)(stored)
 
   def restored(
     self, params: dict, step: Any, opt_state: optax.OptState

@@ -57,6 +57,7 @@ def main(
   mesh: Mapping[str, Any] | None = None,
   sharding: Sequence = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
+  lora: Mapping[str, Any] | None = None,
   microbatches: int = 1,
   feed: str = "device",
   bad_fraction: float = BAD_FRACTION,
@@ -65,6 +66,7 @@ def main(
   checkpoints: Mapping[str, Any] | None = None,
   log_every_steps: int = 50,
   evals: Mapping[str, Mapping[str, Any]] | None = None,
+  eval_first: bool = False,
   eval_only: bool = False,
 ) -> list[tuple[str, "evaluators.Row"]]:
   """Runs a config; its top-level keys are these arguments.
@@ -88,6 +90,8 @@ def main(
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
     lock: parts of the parameters that are not trained, such as ("img",); see
       state.py.
+    lora: adapts attention and MLPs by matrices of low rank, while the rest of
+      the towers is locked: arguments of lora.shapes, such as dict(rank=8).
     microbatches: the number of pieces in which the towers see the batch.
     feed: "device" or "host": where the batch waits; see step.make_train_step.
     bad_fraction: the largest fraction of examples that may be unusable; other
@@ -99,6 +103,8 @@ def main(
     log_every_steps: how often metrics are written.
     evals: {name: {"type": one of EVALUATORS, "every_steps", its arguments}}.
       All run at the end, those with every_steps also during training.
+    eval_first: evaluate before the first step, too: what weights to start from
+      are worth.
     eval_only: only evaluate the newest checkpoint.
 
   Returns:
@@ -167,15 +173,17 @@ def main(
     loss=loss,
     sharding=sharding,
     lock=lock,
+    lora=lora,
     microbatches=microbatches,
     feed=feed,
     seed=seed,
   )
+  lock = run.lock
   _check_vocabulary(run.model.text, tokens.vocab_size)
   flops = flops_lib.training(run.model, example, run.state.trained)
   log.info(
     "%.1f M parameters (parameters.txt), %.2f GFLOP per example",
-    parameter_overview.count_parameters(run.state.params) / 1e6,
+    parameter_overview.count_parameters(run.state.stored) / 1e6,
     flops / 1e9,
   )
 
@@ -222,7 +230,7 @@ def main(
     log.info("at step %d of %d: only evaluating", first_step, total)
     total = first_step
   elif hosts.is_primary():
-    _write_settings(workdir, config, run.state.params)
+    _write_settings(workdir, config, run.state.stored)
   agree = hosts.Agreement(mesh_)
   due = functools.partial(_due, total=total)
 
@@ -234,6 +242,13 @@ def main(
       report = _Reports(
         log_every_steps, total, clock, writer, progress, batches, saver
       )
+      if eval_first and first_step == 0:
+        rows = evaluations.run(
+          list(evaluations.by_name), state.params, 0, writer
+        )
+        for name, row in rows:
+          progress.write(f"before training: {name} {row}")
+        clock.start()  # evaluation is no training time
       running = None  # (step, metrics) of a step that is not yet reported
       for step in range(first_step + 1, total + 1):
         state, metrics = run.train_step(state, next(batches))
@@ -319,11 +334,14 @@ def _initial(run, seed, example, init, lock, tokenizer_sha):
   from sigjax import init as init_lib  # a resumed run needs none
 
   log.info("starting from %s", _shown(init) or "scratch")
+  init = init or {}
+  if "lora" in run.state.trained:  # no weights hold adapters
+    init = dict(init, dont_load=(*init.get("dont_load", ()), "lora/.*"))
   given = errors.call(
     restore.read_init,
-    init or {},
+    init,
     "config.init",
-    run.state.params,
+    run.state.stored,
     tokenizer_sha=tokenizer_sha,
   )
   return init_lib.init_state(

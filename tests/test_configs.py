@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from sigjax import build, errors, optim, sharding, train
+from sigjax import build, errors, optim, sharding, train, trees
 from sigjax import config as config_lib
 from sigjax.data.example import captions, preprocess
 
@@ -154,6 +154,64 @@ def test_what_comes_along_with_the_weights(tmp_path):
   assert config.pp.endswith("|lower|tokenize(12)|keep('image','text')")
   with pytest.raises(errors.UserError, match="is no workdir of sigjax.train"):
     get("siglip_own", f"init={tmp_path}/none")
+
+
+def built(config):
+  """Returns the parts of a run of a config, on 64 pixels and 12 tokens."""
+  config = config.to_dict()
+  keys = inspect.signature(build.build).parameters
+  config["optim"]["schedule"] = {}
+  example = dict(image=np.zeros((64, 64, 3), np.uint8), text=np.zeros(12, int))
+  return build.build(
+    sharding.make_mesh(),
+    example,
+    10,
+    **{k: config[k] for k in keys if k in config and k != "total_steps"},
+  )
+
+
+@pytest.mark.parametrize(
+  "arg, learns",
+  [
+    ("train=all", {"img", "txt", "t", "b"}),
+    ("train=img", {"img", "t", "b"}),
+    ("train=txt", {"txt", "t", "b"}),
+    ("train=head", {"img/head", "txt/head", "t", "b"}),
+    ("train=calibrate", {"t", "b"}),
+    ("lora=4", {"lora/img", "lora/txt", "t", "b"}),
+    ("lora=4,train=txt", {"lora/txt", "t", "b"}),
+  ],
+)
+def test_fine_tuning_a_run(tmp_path, arg, learns):
+  """What learns; all else comes from the run, and is read from its weights."""
+  old = get("siglip_emoji")
+  (tmp_path / "config.json").write_text(old.to_json())
+  config = get("finetune", f"weights={tmp_path},{arg}")
+  assert config.pp_image == old.pp_image and config.pp_text == old.pp_text
+  run = built(config)
+  depth = 2 if "head" in str(learns) or "lora" in str(learns) else 1
+  names = trees.flatten(run.state.trained)
+  assert {"/".join(name.split("/")[:depth]) for name in names} == learns
+  all_names = set(trees.flatten(built(old).state.stored))
+  stored = {n for n in trees.flatten(run.state.stored) if n[:5] != "lora/"}
+  assert stored == all_names
+
+
+def test_fine_tuning_a_released_model():
+  config = get("finetune", "weights=siglip2/b16_256,lora=8")
+  assert config.tokenizer.path == "gemma"
+  assert config.pp_text == "lower|tokenize(64,pad=0)|keep('text')"
+  assert config.pp == (
+    "decode|resize(256)|choice('captions')|lower|tokenize(64,pad=0)"
+    "|keep('image','text')"
+  )
+  assert config.model.image.remat == "full" and config.optim.lr == 2e-4
+  with pytest.raises(errors.UserError, match="adapts whole towers"):
+    get("finetune", "lora=8,train=head")
+  with pytest.raises(errors.UserError, match="is an image tower alone"):
+    get("finetune", "weights=augreg/B_16")
+  with pytest.raises(errors.UserError, match="is no workdir of sigjax.train"):
+    get("finetune", "weights=siglip2/b16_25")
 
 
 def test_own_pictures_embedded_before(tmp_path):

@@ -107,8 +107,6 @@ def _released(name: str, weights: str, resolution: int | None) -> Opened:
     raise errors.UserError(
       f"{name} is an image tower alone: there is nothing that reads texts"
     )
-  # Gemma's padding, in SigLIP 2, is 0; the others pad with the end of text, 1.
-  pad = ",pad=0" if it.tokenizer == "gemma" else ""
   res = resolution or it.resolution
   if res != it.resolution:
     log.info(
@@ -118,11 +116,10 @@ def _released(name: str, weights: str, resolution: int | None) -> Opened:
       it.resolution,
       res,
     )
-    name = f"{name} at {res} pixels"
   config: dict[str, Any] = dict(
     model=it.model,
-    pp_image=f"decode|resize({res})|keep('image')",
-    pp_text=f"lower|tokenize({it.text_length}{pad})|keep('text')",
+    pp_image=known.pp_image(name, res),
+    pp_text=known.pp_text(name),
   )
   model = two_towers.of_config(config["model"])
   shapes = jax.eval_shape(
@@ -133,7 +130,7 @@ def _released(name: str, weights: str, resolution: int | None) -> Opened:
   )["params"]
   params = npz.load_params(weights, shapes)
   return Opened(
-    name,
+    name if res == it.resolution else f"{name} at {res} pixels",
     config,
     jax.device_put(params, jax.devices()[0]),
     vocabulary.released(it.tokenizer),

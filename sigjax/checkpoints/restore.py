@@ -128,6 +128,8 @@ def read_about(path: AnyPath) -> dict[str, Any]:
 def read_params(path: AnyPath, sharding: jax.sharding.Sharding) -> dict:
   """Returns the parameters of the checkpoint that a path names.
 
+  Low-rank adapters are merged.
+
   Args:
     path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
     sharding: of every array.
@@ -142,7 +144,12 @@ def read_params(path: AnyPath, sharding: jax.sharding.Sharding) -> dict:
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored
   )
-  return _read_items(found, params=like)["params"]
+  params = _read_items(found, params=like)["params"]
+  if "lora" in params:
+    from sigjax import lora  # few runs have adapters
+
+    params = jax.jit(lora.merge)(params)
+  return params
 
 
 def checkpoint_of(path: AnyPath) -> pathlib.Path:
@@ -321,7 +328,7 @@ def _read(
 ) -> tuple[Any, dict[str, Any]]:
   if run is not None:
     identity.check_resumed(path, _about(path).get("identity", {}), run)
-  found = _read_items(path, params=state.params, rest=layout.rest(state))
+  found = _read_items(path, params=state.stored, rest=layout.rest(state))
   with _one_line(path):
     data = _restore(path, data=ocp.args.JsonRestore())["data"]
   return state.restored(params=found["params"], **found["rest"]), data

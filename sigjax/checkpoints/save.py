@@ -125,7 +125,7 @@ class Checkpoints:
       self._checkpointer.save(
         self.dir / str(step),
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(state.params),
+          params=ocp.args.StandardSave(state.stored),
           rest=ocp.args.StandardSave(layout.rest(state)),
           data=ocp.args.JsonSave(data_state),
           about=ocp.args.JsonSave(about),

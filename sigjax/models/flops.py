@@ -24,11 +24,14 @@ def training(
     model: the towers.
     example: dict(image=(H, W, C) or (W,), text=(L,)), for its shapes.
     trained: the parameters that are trained. A tower without any costs its
-      forward pass alone, others three times as much.
+      forward pass alone, others three times as much, low-rank adapters too:
+      their gradients go through those of whole kernels.
   """
   total = 0
+  adapted = trained.get("lora", {})
   for tower, count in forward(model, example).items():
-    total += count * (3 if jax.tree.leaves(trained.get(tower, {})) else 1)
+    learns = jax.tree.leaves([x.get(tower, {}) for x in (trained, adapted)])
+    total += count * (3 if learns else 1)
   return total
 
 

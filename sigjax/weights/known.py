@@ -215,6 +215,26 @@ def get(name: str) -> Known:
   return found
 
 
+def pp_image(name: str, resolution: int | None = None) -> str:
+  """Returns the preprocessing of a model's images.
+
+  Args:
+    name: in KNOWN.
+    resolution: H and W in pixels; None: those of the model.
+  """
+  return f"decode|resize({resolution or get(name).resolution})|keep('image')"
+
+
+def pp_text(name: str) -> str:
+  """Returns the preprocessing of a model's texts.
+
+  Gemma's padding, in SigLIP 2, is 0; the others pad with the end of text, 1.
+  """
+  it = get(name)
+  pad = ",pad=0" if it.tokenizer == "gemma" else ""
+  return f"lower|tokenize({it.text_length}{pad})|keep('text')"
+
+
 def split(path: str | os.PathLike[str]) -> tuple[str, str]:
   """Returns (path or URL, part or "") of what a config names as weights.
 

@@ -182,6 +182,7 @@ def step_job(
   loss: Mapping[str, Any] | None = None,
   sharding: Sequence[Any] = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
+  lora: Mapping[str, Any] | None = None,
   total_steps: int | None = None,
   total_epochs: float | None = None,
   total_examples: int | None = None,
@@ -218,6 +219,7 @@ def step_job(
     loss=loss,
     sharding=sharding,
     lock=lock,
+    lora=lora,
     microbatches=microbatches,
     seed=seed,
   )
@@ -229,9 +231,11 @@ def step_job(
     )
     for key, x in example.items()
   }
-  count = sum(x.size for x in jax.tree.leaves(run.state.params))
+  stored = run.state.stored
+  count = sum(x.size for x in jax.tree.leaves(stored))
+  towers_alone = {k: x for k, x in stored.items() if k != "lora"}
   E = jax.eval_shape(
-    run.model.apply, {"params": run.state.params}, None, batch["text"]
+    run.model.apply, {"params": towers_alone}, None, batch["text"]
   )[1]
   towers = flops_lib.training(run.model, example, run.state.trained)
   flops = batch_size * towers + loss_flops(
@@ -241,7 +245,7 @@ def step_job(
     f"train step, batch {batch_size:,} {microbatches} microbatch(es)",
     run.train_step.program.trace(run.state, batch),
     {
-      f"parameters ({count / 1e6:.1f} M)": share(run.state.params),
+      f"parameters ({count / 1e6:.1f} M)": share(stored),
       "optimizer state": share(run.state.opt_state),
       "batch: images": share(batch["image"]),
       "batch: texts": share(batch["text"]),

@@ -152,7 +152,7 @@ def open_tower(
     init: dict[str, Any] = dict(path=str(weights))
     if it.tokenizer is None:  # an image tower alone, with a classifier
       init.update(into="img", dont_load=["head/.*"])
-    pp_image, model = f"decode|resize({it.resolution})|keep('image')", it.model
+    pp_image, model = known.pp_image(str(weights)), it.model
   else:
     if (path / "params.npz").is_file():
       path = path / "params.npz"
