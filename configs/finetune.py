@@ -69,7 +69,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       f"lora={rank} adapts whole towers, but train={train} locks them; take "
       "train=all, img or txt"
     )
-  config = ConfigDict()
+  config: common.Config = ConfigDict()
   config.batch_size = args["batch_size"]
   config.microbatches = args["microbatches"]
   config.total_epochs = args["epochs"]

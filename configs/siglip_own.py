@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     init="",
     embeddings="",
   )
-  config = ConfigDict()
+  config: common.Config = ConfigDict()
   config.batch_size = args["batch_size"]
   config.total_epochs = args["epochs"]
 

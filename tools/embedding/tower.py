@@ -192,7 +192,8 @@ def _of_program(path: pathlib.Path, devices: Sequence[Any] | None) -> Tower:
   if not hasattr(module, "get_tower"):
     raise errors.UserError(f"{path} has no function get_tower()")
   made_by = dict(weights=str(path.absolute()))
-  return Tower(*module.get_tower(), made_by, devices)
+  apply, params, pp_image, checksum = module.get_tower()
+  return Tower(apply, params, pp_image, checksum, made_by, devices)
 
 
 def _blank(pp_image: str) -> np.ndarray:
