@@ -126,11 +126,13 @@ def _start(config: common.Config, weights: str, whole: bool) -> float:
       f"weights={weights} is an image tower alone; configs/siglip_b16.py: "
       "pretrained= starts from it"
     )
-  config.model = it.model
-  for tower in (config.model.image, config.model.text):
-    # Stacked blocks compile faster; of their outputs nothing is kept.
-    tower.update(scan=True, remat="full")
-  config.model.dtype = "bfloat16"
+  model = it.model or {}
+  # Stacked blocks compile faster; of their outputs nothing is kept.
+  towers = {
+    tower: dict(model[tower], scan=True, remat="full")
+    for tower in ("image", "text")
+  }
+  config.model = dict(model, **towers, dtype="bfloat16")
   config.pp_image = known.pp_image(weights)
   config.pp_text = known.pp_text(weights)
   config.tokenizer = dict(path=it.tokenizer)

@@ -79,8 +79,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # A token embedding belongs to a piece of the tokenizer.
     config.tokenizer = dict(path=f"{args['init']}/tokenizer.model")
   elif args["embeddings"]:
-    width = common.width_of_embeddings(config.data.path)
-    config.model.image = dict(kind="precomputed", width=width)
+    width = common.width_of_embeddings(data(None)["path"])
+    config.model["image"] = dict(kind="precomputed", width=width)
 
   res = args["res"]
   image = f"decode_small({res * 9 // 8})|random_crop({res})|"
@@ -108,5 +108,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     picture=dict(type="picture", data=data((0.9, 1))),
   )
   if args["embeddings"]:
-    config.evals.picture.shown = data((0.9, 1), raw=True)
+    config.evals["picture"]["shown"] = data((0.9, 1), raw=True)
   return config
