@@ -60,7 +60,7 @@ class Tower:
     self.pp_image, self.checksum = pp_image, checksum
     self.made_by = dict(made_by)
     self.mesh = sharding.make_mesh(devices=devices or jax.local_devices())
-    self.blank = _blank(pp_image)
+    self.blank = blank(pp_image)
     self._params = jax.device_put(
       params, jax.sharding.NamedSharding(self.mesh, jax.P())
     )
@@ -112,7 +112,7 @@ def of_config(
   shapes = jax.eval_shape(
     two_towers.image_tower(towers).init,
     jax.random.key(0),
-    _blank(pp_image)[None],
+    blank(pp_image)[None],
   )
   params: dict[str, Any] = {
     "img": _weights(shapes["params"], towers.dtype, init)
@@ -196,7 +196,7 @@ def _of_program(path: pathlib.Path, devices: Sequence[Any] | None) -> Tower:
   return Tower(apply, params, pp_image, checksum, made_by, devices)
 
 
-def _blank(pp_image: str) -> np.ndarray:
+def blank(pp_image: str) -> np.ndarray:
   """Returns a black image of 512 x 512 pixels, preprocessed."""
   file = io.BytesIO()
   Image.new("RGB", (512, 512)).save(file, "PNG")
