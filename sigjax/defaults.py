@@ -98,7 +98,7 @@ def fill(
     for key in sections:
       if config.get(key) is None:
         config[key] = ConfigDict()
-    _add(config, main, skip=("eval_only",))
+    _add(config, main, skip=("eval_only", "profile_steps"))
   if (section := config.get("optim")) is not None:
     for key in ("schedule", "options"):
       if section.get(key) is None:

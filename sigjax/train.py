@@ -27,7 +27,7 @@ from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
 from sigjax.models import flops as flops_lib
-from sigjax.runtime import hosts, identity, program
+from sigjax.runtime import hosts, identity, profile, program
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
 from sigjax.weights import vocabulary
@@ -68,6 +68,7 @@ def main(
   evals: Mapping[str, Mapping[str, Any]] | None = None,
   eval_first: bool = False,
   eval_only: bool = False,
+  profile_steps: tuple[int, int] | None = None,
 ) -> list[tuple[str, "evaluators.Row"]]:
   """Runs a config; its top-level keys are these arguments.
 
@@ -106,6 +107,7 @@ def main(
     eval_first: evaluate before the first step, too: what weights to start from
       are worth.
     eval_only: only evaluate the newest checkpoint.
+    profile_steps: the first and the last step of a trace in WORKDIR/profile.
 
   Returns:
     (name, Row) of each result of the last evaluation.
@@ -114,7 +116,8 @@ def main(
   *_examples or *_percent.
   """
   config = dict(locals())
-  del config["workdir"], config["eval_only"]
+  for key in ("workdir", "eval_only", "profile_steps"):
+    del config[key]
   workdir = pathlib.Path(workdir)
   identity.check_hosts("config", config)
 
@@ -250,8 +253,13 @@ def main(
           progress.write(f"before training: {name} {row}")
         clock.start()  # evaluation is no training time
       running = None  # (step, metrics) of a step that is not yet reported
+      trace = profile.Trace(workdir / "profile", profile_steps)
       for step in range(first_step + 1, total + 1):
-        state, metrics = run.train_step(state, next(batches))
+        trace.before(step)
+        with profile.named(step):
+          state, metrics = run.train_step(state, next(batches))
+        if folder := trace.after(step, metrics):
+          progress.write(f"the trace of steps up to {step} is in {folder}")
         if running:
           report(*running)  # waits for it while the next step runs
         running = step, metrics
@@ -478,6 +486,11 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     "eval_only", False, "Only evaluate the workdir's newest checkpoint."
   )
+  flags.DEFINE_list(
+    "profile_steps",
+    None,
+    "First and last step of a trace for TensorBoard and XProf, such as 10,15.",
+  )
   flags.DEFINE_string(
     "coordinator",
     None,
@@ -504,7 +517,14 @@ def command_line(argv: list[str]) -> None:
     alone = contextlib.nullcontext() if FLAGS.eval_only else None
     with alone or lock.hold(workdir):
       config = FLAGS.config.to_dict()
-      errors.call(main, config, "config", workdir, eval_only=FLAGS.eval_only)
+      errors.call(
+        main,
+        config,
+        "config",
+        workdir,
+        eval_only=FLAGS.eval_only,
+        profile_steps=profile.check(FLAGS.profile_steps),
+      )
   except OSError as e:
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
       where = e.filename or workdir

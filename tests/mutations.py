@@ -363,7 +363,7 @@ MUTATIONS = [
   ),
   Mutation(
     "defaults.py",
-    '_add(config, main, skip=("eval_only",))',
+    '_add(config, main, skip=("eval_only", "profile_steps"))',
     "pass",
     "test_defaults.py",
   ),

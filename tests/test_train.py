@@ -152,9 +152,12 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
     key: config[key].replace("tokenize(8)", "tokenize(3)")
     for key in ("pp", "pp_text")
   }
-  run(c, dict(config, total_steps=1, **short))
+  run(c, dict(config, total_steps=1, **short), profile_steps=(1, 1))
   cut = re.findall(r"([\d.]+) % of the captions are longer", caplog.text)
   assert 0 < float(cut[0]) < float(cut[-1])
+  (file,) = (c / "profile").rglob("*.xplane.pb")
+  found = file.read_bytes()  # a protobuf; the name of a step is plain text
+  assert b"train" in found and b"step_num" in found
 
   # init takes the parameters alone, and counts from 0.
   npz = tmp_path / "a.npz"
@@ -398,6 +401,7 @@ def test_the_command_line(tmp_path, tiny_config):
     "d": (["--config.batch_size=many"], "batch_size"),
     "e": (["--config.batch_size=0"], "config.batch_size is 0"),
     "f": (["--config=configs/none.py"], "configs/none.py"),
+    "g": (["--profile_steps=5,2"], "first and the last step"),
   }
   running = {
     name: start(tmp_path / name, tiny_config, 1, more)

@@ -1,0 +1,67 @@
+"""A trace of some training steps, for TensorBoard and XProf."""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import pathlib
+
+import jax
+
+from sigjax import errors
+from sigjax.runtime import hosts
+
+
+def check(steps: Sequence[str] | None) -> tuple[int, int] | None:
+  """Returns (first, last) of --profile_steps 10,15; both are traced.
+
+  Raises:
+    UserError: these are not two steps in order.
+  """
+  if steps is None:
+    return None
+  numbers = [int(x) for x in steps if x.strip().isdecimal()]
+  if len(numbers) != len(steps) or len(numbers) != 2 or numbers[1] < numbers[0]:
+    raise errors.UserError(
+      f"--profile_steps {','.join(steps)} has to be the first and the last "
+      "step of the trace, such as 10,15"
+    )
+  return numbers[0], numbers[1]
+
+
+@contextlib.contextmanager
+def named(step: int) -> Iterator[None]:
+  """Names what happens within after a step, on the timeline of a trace."""
+  with jax.profiler.StepTraceAnnotation("train", step_num=step):
+    yield
+
+
+class Trace:
+  """Traces some steps on the primary process; a file below `folder` holds it.
+
+  Args:
+    folder: such as WORKDIR/profile.
+    steps: the first and the last step to trace; None traces nothing.
+  """
+
+  def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
+    self._folder, self._steps = folder, steps if hosts.is_primary() else None
+    self._runs = False
+
+  def before(self, step: int) -> None:
+    """Begins the trace if it is due."""
+    due = self._steps and self._steps[0] <= step <= self._steps[1]
+    if due and not self._runs:
+      jax.profiler.start_trace(self._folder)
+      self._runs = True
+
+  def after(self, step: int, results: object) -> pathlib.Path | None:
+    """Ends the trace if it is due, when `results` are computed.
+
+    Returns:
+      The folder, if a trace was written.
+    """
+    if not self._runs or (self._steps and step < self._steps[1]):
+      return None
+    jax.block_until_ready(results)
+    jax.profiler.stop_trace()
+    self._runs, self._steps = False, None
+    return self._folder
