@@ -27,7 +27,7 @@ from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
 from sigjax.models import flops as flops_lib
-from sigjax.runtime import hosts, identity, profile, program
+from sigjax.runtime import hosts, identity, profile, program, start
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
 from sigjax.weights import vocabulary
@@ -510,6 +510,7 @@ def command_line(argv: list[str]) -> None:
   workdir = FLAGS.workdir or config_lib.default_workdir(flag.config_filename)
   workdir = pathlib.Path(workdir)
   program.quiet_libraries()
+  start.fast()
   try:
     hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     program.show_log_in_training()
