@@ -510,7 +510,8 @@ def command_line(argv: list[str]) -> None:
   workdir = FLAGS.workdir or config_lib.default_workdir(flag.config_filename)
   workdir = pathlib.Path(workdir)
   program.quiet_libraries()
-  start.fast()
+  start.keep_memory()
+  start.keep_compiled()
   try:
     hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     program.show_log_in_training()

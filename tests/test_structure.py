@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "step",
   },
   "runtime.files": set(),
-  "runtime.program": {"runtime.hosts"},
+  "runtime.program": {"runtime.hosts", "runtime.start"},
   "runtime.hosts": {"sharding"},
   "runtime": {"runtime"},
   "weights": {"weights", "trees", "runtime", "data.example.tokenizer"},

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 import tqdm
 
 from sigjax import errors
-from sigjax.runtime import hosts
+from sigjax.runtime import hosts, start
 
 
 def run(
@@ -39,6 +39,7 @@ def run(
   def one_line(argv: list[str]) -> None:
     quiet_libraries()
     show_log()
+    start.keep_memory()
     try:
       main(argv)
     except errors.UserError as e:

@@ -1,7 +1,4 @@
-"""What a program sets before JAX compiles: kept programs, kept memory.
-
-Both only save time. The environment has the last word.
-"""
+"""What a program sets when it starts: kept programs, kept memory."""
 
 import ctypes
 import os
@@ -15,29 +12,27 @@ from sigjax.runtime import files
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-def fast() -> None:
-  """Makes the next start faster, and allocations of large arrays on a CPU.
+def keep_compiled() -> None:
+  """Keeps compiled programs in the cache folder: the next start is faster.
 
-  Compiled programs are kept in the cache folder, unless
-  JAX_COMPILATION_CACHE_DIR names another one; an empty one keeps none.
-
-  XLA allocates the arrays of a step on a CPU anew each time. glibc gives memory
-  of that size back to the system at once, which then has to clear it page by
-  page. With glibc it is kept instead, unless MALLOC_ARENA_MAX or
-  GLIBC_TUNABLES say how to allocate.
+  JAX_COMPILATION_CACHE_DIR names another folder; empty, it keeps none.
   """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = files.cache_dir() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-  if not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & set(os.environ):
-    keep_memory()
 
 
 def keep_memory() -> bool:
-  """Lets glibc keep what is freed; returns whether it is glibc that does."""
+  """Lets glibc keep memory that is freed; returns whether it does.
+
+  XLA allocates the arrays of a step on a CPU anew each time. glibc gives memory
+  of that size back to the system at once, which then has to clear it page by
+  page. MALLOC_ARENA_MAX and GLIBC_TUNABLES, if they are set, have the last word.
+  """
   mallopt = None
-  if sys.platform == "linux":
+  told = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & set(os.environ)
+  if sys.platform == "linux" and not told:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is None:
     return False

@@ -13,7 +13,8 @@ import resource
 import numpy as np
 import jax
 from sigjax.runtime import start
-start.fast()
+start.keep_memory()
+start.keep_compiled()
 print(jax.config.jax_compilation_cache_dir)
 if jax.config.jax_compilation_cache_dir:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
