@@ -27,7 +27,7 @@ from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
 from sigjax.models import flops as flops_lib
-from sigjax.runtime import hosts, identity, profile, program, start
+from sigjax.runtime import hosts, identity, program
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
 from sigjax.weights import vocabulary
@@ -253,12 +253,17 @@ def main(
           progress.write(f"before training: {name} {row}")
         clock.start()  # evaluation is no training time
       running = None  # (step, metrics) of a step that is not yet reported
-      trace = profile.Trace(workdir / "profile", profile_steps)
+      trace = None
+      if profile_steps:
+        from sigjax.runtime import profile  # few runs are traced
+
+        trace = profile.Trace(workdir / "profile", profile_steps)
       for step in range(first_step + 1, total + 1):
-        trace.before(step)
-        with profile.named(step):
+        if trace:
+          trace.before(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
           state, metrics = run.train_step(state, next(batches))
-        if folder := trace.after(step, metrics):
+        if trace and (folder := trace.after(step, metrics)):
           progress.write(f"the trace of steps up to {step} is in {folder}")
         if running:
           report(*running)  # waits for it while the next step runs
@@ -503,7 +508,7 @@ def define_flags() -> None:
 
 def command_line(argv: list[str]) -> None:
   """What app.run calls."""
-  from sigjax.runtime import lock  # main itself locks nothing
+  from sigjax.runtime import lock, profile, start  # main needs none of them
 
   del argv
   flag: Any = FLAGS["config"]

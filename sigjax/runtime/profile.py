@@ -1,7 +1,9 @@
-"""A trace of some training steps, for TensorBoard and XProf."""
+"""A trace of some training steps, for TensorBoard and XProf.
 
-from collections.abc import Iterator, Sequence
-import contextlib
+train.py names each step on its timeline.
+"""
+
+from collections.abc import Sequence
 import pathlib
 
 import jax
@@ -25,13 +27,6 @@ def check(steps: Sequence[str] | None) -> tuple[int, int] | None:
       "step of the trace, such as 10,15"
     )
   return numbers[0], numbers[1]
-
-
-@contextlib.contextmanager
-def named(step: int) -> Iterator[None]:
-  """Names what happens within after a step, on the timeline of a trace."""
-  with jax.profiler.StepTraceAnnotation("train", step_num=step):
-    yield
 
 
 class Trace:

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 import tqdm
 
 from sigjax import errors
-from sigjax.runtime import hosts, start
+from sigjax.runtime import hosts
 
 
 def run(
@@ -37,6 +37,8 @@ def run(
   """
 
   def one_line(argv: list[str]) -> None:
+    from sigjax.runtime import start  # training calls it by itself
+
     quiet_libraries()
     show_log()
     start.keep_memory()

@@ -28,7 +28,7 @@ def keep_memory() -> bool:
 
   XLA allocates the arrays of a step on a CPU anew each time. glibc gives memory
   of that size back to the system at once, which then has to clear it page by
-  page. MALLOC_ARENA_MAX and GLIBC_TUNABLES, if they are set, have the last word.
+  page. MALLOC_ARENA_MAX and GLIBC_TUNABLES have the last word, if they are set.
   """
   mallopt = None
   told = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & set(os.environ)
