@@ -116,9 +116,12 @@ def open_topology(name: str) -> tuple[list[Any], Chip]:
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
   ).items():
     os.environ.setdefault(key, value)
+  options = dict(chip.options)
+  if shape == "1x1":  # a host with one chip, such as v5e-1; others have four
+    options["chips_per_host_bounds"] = (1, 1, 1)
   try:
     found = topologies.get_topology_desc(
-      platform="tpu", topology_name=name, **chip.options
+      platform="tpu", topology_name=name, **options
     )
   except Exception as e:  # libtpu raises several types
     raise errors.UserError(
