@@ -10,7 +10,7 @@ needs no TPU, dataset, tokenizer or weights. --what loss compiles the loss and
 its gradients alone. --find_batch searches the largest batch that fits, with
 microbatches of constant size.
 
-Topologies: v4:2x2x1, v5e:2x4, v5p:2x2x1, v6e:2x4, and larger ones.
+Topologies: v4:2x2x1, v5e:1x1, v5e:2x4, v5p:2x2x1, v6e:2x4, and larger ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
