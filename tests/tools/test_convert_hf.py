@@ -171,7 +171,7 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
     checkpoints.save(
       step,
       types.SimpleNamespace(
-        params=jax.tree.map(lambda x, extra=extra: x + extra, params),
+        stored=jax.tree.map(lambda x, extra=extra: x + extra, params),
         step=np.int32(step),
         opt_state={},
       ),
