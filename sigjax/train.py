@@ -26,7 +26,6 @@ from sigjax.data import kinds
 from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
-from sigjax.models import flops as flops_lib
 from sigjax.runtime import hosts, identity, program
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
@@ -183,6 +182,8 @@ def main(
   )
   lock = run.lock
   _check_vocabulary(run.model.text, tokens.vocab_size)
+  from sigjax.models import flops as flops_lib
+
   flops = flops_lib.training(run.model, example, run.state.trained)
   log.info(
     "%.1f M parameters (parameters.txt), %.2f GFLOP per example",

@@ -2,7 +2,8 @@
 
 Parameter names, initialisers and numerics follow the released checkpoints:
 pre-norm blocks (ViT, arXiv 2010.11929), GELU by its tanh approximation,
-LayerNorm with epsilon 1e-6, no attention mask.
+LayerNorm with epsilon 1e-6. Attention sees all tokens, unless a mask, (B, L),
+says which ones there are.
 
 Precision: parameters are float32. Matrix products and the residual stream run
 in the compute dtype; LayerNorm and softmax always in float32.
@@ -14,9 +15,10 @@ from typing import NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sigjax import errors
+from sigjax.models import attention
 
 
 class Sizes(NamedTuple):
@@ -98,32 +100,6 @@ class LayerNorm(nn.Module):
     return x * scale + bias
 
 
-def attend(
-  query: Float[Array, "B L N H"],
-  key: Float[Array, "B M N H"],
-  value: Float[Array, "B M N H"],
-) -> Float[Array, "B L N H"]:
-  """Attention of N heads of width H, without a mask.
-
-  The softmax is in float32, both products in the inputs' dtype. (With a float32
-  softmax, flax's own function computes the second product in float32, too.)
-  """
-  dtype = query.dtype
-  logits = jnp.einsum("blhd,bmhd->bhlm", query * query.shape[-1] ** -0.5, key)
-  weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(dtype)
-  return jnp.einsum("bhlm,bmhd->blhd", weights, value)
-
-
-def attention(num_heads: int, dtype: str) -> nn.Module:
-  """Returns a multi-head attention layer: layer(x) or layer(query, keys)."""
-  return nn.MultiHeadDotProductAttention(
-    num_heads,
-    dtype=dtype,
-    attention_fn=attend,
-    kernel_init=nn.initializers.xavier_uniform(),
-  )
-
-
 class MlpBlock(nn.Module):
   """Two dense layers with a GELU between them, on the last axis."""
 
@@ -154,9 +130,12 @@ class EncoderBlock(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L W"]) -> tuple[Array, None]:
+  def __call__(
+    self, x: Float[Array, "B L W"], mask: Bool[Array, "B L"] | None = None
+  ) -> tuple[Array, None]:
     drop = nn.Dropout(self.dropout, deterministic=False)
-    x = x + drop(attention(self.num_heads, self.dtype)(LayerNorm()(x)))
+    attend = attention.layer(self.num_heads, self.dtype)
+    x = x + drop(attend(LayerNorm()(x), mask=attention.of_keys(mask)))
     mlp = MlpBlock(self.mlp_dim, self.dropout, self.dtype)
     x = x + drop(mlp(LayerNorm()(x)))
     return x, None  # nn.scan expects a carry and an output of each layer
@@ -179,7 +158,9 @@ class Encoder(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B L W"]:
+  def __call__(
+    self, x: Float[Array, "B L W"], mask: Bool[Array, "B L"] | None = None
+  ) -> Float[Array, "B L W"]:
     block = EncoderBlock
     policy = errors.pick(REMAT, self.remat, "remat")
     if self.remat != "none":
@@ -192,13 +173,14 @@ class Encoder(nn.Module):
       stack = nn.scan(
         block,
         variable_axes={"params": 0},
+        in_axes=nn.broadcast,
         length=size.depth,
         split_rngs={"params": True, "dropout": True},
       )
-      x, _ = stack(*args, name="encoderblock")(x)
+      x, _ = stack(*args, name="encoderblock")(x, mask)
     else:
       for i in range(size.depth):
-        x, _ = block(*args, name=f"encoderblock_{i}")(x)
+        x, _ = block(*args, name=f"encoderblock_{i}")(x, mask)
     return LayerNorm(name="encoder_norm")(x)
 
 
@@ -214,12 +196,15 @@ class MAPHead(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L W"]) -> Float[Array, "B W"]:
+  def __call__(
+    self, x: Float[Array, "B L W"], mask: Bool[Array, "B L"] | None = None
+  ) -> Float[Array, "B W"]:
     probe = self.param(
       "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
     )
     probe = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
-    x = attention(self.num_heads, self.dtype)(probe, x)
+    attend = attention.layer(self.num_heads, self.dtype)
+    x = attend(probe, x, mask=attention.of_keys(mask))
     x = x + MlpBlock(self.mlp_dim, dtype=self.dtype)(LayerNorm()(x))
     return x[:, 0]
 
