@@ -126,7 +126,7 @@ def _start(config: common.Config, weights: str, whole: bool) -> float:
       f"weights={weights} is an image tower alone; configs/siglip_b16.py: "
       "pretrained= starts from it"
     )
-  model = it.model or {}
+  model = it.model
   # Stacked blocks compile faster; of their outputs nothing is kept.
   towers = {
     tower: dict(model[tower], scan=True, remat="full")

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder of SigLIP, or of SigLIP 2 at a fixed resolution.
+"""Reads a Hugging Face folder of SigLIP or SigLIP 2, NaFlex or not.
 
   python -m tools.convert_from_hf --folder FOLDER --out OUT
 
@@ -14,6 +14,9 @@ tools.convert_to_hf --weights OUT/params.npz converts back. Weights are read
 from model.safetensors, which may be split into several files, and become
 float32.
 
+Images are prepared with Pillow. If torchvision is installed, transformers resizes
+with PyTorch, and a few pixels differ by 1 of 255.
+
 Needs: pip install 'sigjax[hf]'
 """
 
@@ -27,6 +30,7 @@ from absl import flags
 import numpy as np
 
 from sigjax import errors, trees
+from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
 from sigjax.runtime import program
@@ -59,6 +63,20 @@ PIXEL_DEFAULTS = dict(
 )
 
 
+# The same of Siglip2ImageProcessor. Those that are not sizes have to be so.
+PATCH_DEFAULTS: dict[str, Any] = dict(
+  max_num_patches=256,
+  patch_size=16,
+  do_resize=True,
+  resample=2,
+  do_rescale=True,
+  rescale_factor=1 / 255,
+  do_normalize=True,
+  image_mean=[0.5] * 3,
+  image_std=[0.5] * 3,
+)
+
+
 class Folder(NamedTuple):
   """What a folder of Hugging Face holds.
 
@@ -77,7 +95,7 @@ class Folder(NamedTuple):
 
 
 def read(source: str | os.PathLike[str]) -> Folder:
-  """Reads a folder that SiglipModel.from_pretrained loads.
+  """Reads a folder that SiglipModel or Siglip2Model.from_pretrained loads.
 
   Raises:
     UserError: something is missing or cannot be expressed. If arrays do not fit
@@ -90,7 +108,11 @@ def read(source: str | os.PathLike[str]) -> Folder:
   config: dict[str, Any] = dict(model=model)
   notes = []
   for key, (value, note) in {
-    "pp_image": pp_image(source, size),
+    "pp_image": (
+      pp_patches(source, model["image"]["patch_size"])
+      if model["image"].get("kind") == "naflex"
+      else pp_image(source, size)
+    ),
     "pp_text": pp_text(source, length),
   }.items():
     if value:
@@ -199,11 +221,9 @@ def pp_image(source: pathlib.Path, size: int) -> tuple[str | None, str | None]:
     The pipe string, or None if the processor is missing or cannot be expressed;
     and what there is to say about it, or None.
   """
-  got = _first(source, "preprocessor_config.json", "processor_config.json")
+  got = _image_processor(source, PIXEL_DEFAULTS)
   if not got:
-    return None, "the folder has no preprocessor_config.json"
-  inner = got.get("image_processor", got)
-  got = {**PIXEL_DEFAULTS, **(inner if isinstance(inner, dict) else {})}
+    return None, _NO_PROCESSOR
   method = next(
     (m for m, n in config_lib.RESAMPLE.items() if n == got["resample"]), None
   )
@@ -233,6 +253,46 @@ def pp_image(source: pathlib.Path, size: int) -> tuple[str | None, str | None]:
     f"decode|resize({size}, method='{method}')"
     f"|value_range({low!r}, {high!r})|keep('image')"
   ), None
+
+
+def pp_patches(
+  source: pathlib.Path, patch: int
+) -> tuple[str | None, str | None]:
+  """Returns the same as pp_image, of NaFlex.
+
+  Args:
+    source: the folder.
+    patch: the side of a patch of the model, pixels.
+  """
+  got = _image_processor(source, PATCH_DEFAULTS)
+  if not got:
+    return None, _NO_PROCESSOR
+  length = got["max_num_patches"]
+  want = dict(PATCH_DEFAULTS, patch_size=patch, max_num_patches=length)
+  wrong = [key for key, value in want.items() if got[key] != value]
+  string = f"decode|resize_to_patches({length!r:.20},{patch})|keep('image')"
+  try:
+    preprocess.parse(string)
+  except errors.UserError:
+    wrong.append("max_num_patches")
+  if wrong:
+    return (
+      None,
+      f"{', '.join(wrong)} of the image processor cannot be expressed",
+    )
+  return string, None
+
+
+_NO_PROCESSOR = "the folder has no preprocessor_config.json"
+
+
+def _image_processor(
+  source: pathlib.Path, defaults: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns the keys of a folder's image processor; {} if it has none."""
+  got = _first(source, "preprocessor_config.json", "processor_config.json")
+  inner = got.get("image_processor", got)
+  return got and {**defaults, **(inner if isinstance(inner, dict) else {})}
 
 
 def _equal(values: Any) -> float | None:
@@ -277,6 +337,12 @@ def pp_text(source: pathlib.Path, length: int) -> tuple[str | None, str | None]:
     note = (
       "transformers' SiglipTokenizer also removes punctuation; sigjax keeps it"
     )
+  inputs = got.get("model_input_names", ["input_ids", "attention_mask"])
+  if kind == "Siglip2Tokenizer" and inputs != ["input_ids"]:
+    note = (
+      "transformers' Siglip2Tokenizer masks the padding unless "
+      'model_input_names is ["input_ids"]; sigjax never does, as in training'
+    )
   return f"{'lower|' if lower else ''}{tokenize}|keep('text')", note
 
 
@@ -298,7 +364,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("folder", None, "A folder for transformers' SiglipModel.")
+  flags.DEFINE_string("folder", None, "A folder of Hugging Face.")
   flags.DEFINE_string("out", None, "The folder to write.")
   flags.DEFINE_bool("scan", False, "Stacks the blocks, as SigLIP 2 files do.")
   flags.mark_flags_as_required(["folder", "out"])

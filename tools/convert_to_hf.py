@@ -4,7 +4,7 @@
   python -m tools.convert_to_hf --weights FILE.npz --config FILE.json \
       --tokenizer FILE.model --out FOLDER
 
-AutoModel (SiglipModel) and AutoProcessor of Hugging Face's transformers load
+AutoModel (SiglipModel, or Siglip2Model of NaFlex) and AutoProcessor of Hugging Face's transformers load
 the folder. Texts have to be padded as in training:
 
   processor(text=texts, images=images, padding="max_length", truncation=True,
@@ -17,10 +17,14 @@ tokenizer.model in the workdir, or beside the .npz file.
 
 The conversion is exact, so it refuses what SiglipModel cannot express. It takes
 pool_type "map" (image) and "last" (text), a head on the text tower only, and a
-bias; `resize` to a square and `value_range`; `lower` and `tokenize`. Pixels are
-equal for opaque images of 8 bits, if transformers prepares them with Pillow; if
-torchvision is installed, it rounds differently. tools/hf/tokenizer.py says for
-which texts token ids may differ.
+bias; `resize` to a square and `value_range`, or `resize_to_patches` of NaFlex;
+`lower` and `tokenize`. Pixels are equal for opaque images of 8 bits, if
+transformers prepares them with Pillow; if torchvision is installed, it rounds
+differently. tools/hf/tokenizer.py says for which texts token ids may differ.
+
+Siglip2Processor has defaults of its own, 256 patches of 16 pixels and 64 tokens.
+Of a model with others, name them in every call (images_kwargs={"patch_size": ..,
+"max_num_patches": ..}, max_length=..).
 
 Needs: pip install 'sigjax[hf]'
 """
@@ -84,15 +88,25 @@ def convert(
   for key in "model", "pp_image", "pp_text":
     if key not in given:
       raise errors.UserError(f'{config or weights}: the config has no "{key}"')
-  size, pixels = image_processor(given["pp_image"])
-  length, pad, lower = text_processor(given["pp_text"])
   model = two_towers.of_config(given["model"])
+  is_naflex = model.image.get("kind") == "naflex"
+  processor = patch_processor if is_naflex else image_processor
+  size, pixels = processor(given["pp_image"])
+  length, pad, lower = text_processor(given["pp_text"])
   flat = _with_b(flat, model)
   model = model.clone(bias="learned", bias_init=0.0)
   their_config, like = config_lib.describe(model, size, length, pad)
+  patch = their_config["vision_config"]["patch_size"]
+  if pixels.get("patch_size", patch) != patch:
+    raise errors.UserError(
+      f'pp_image "{given["pp_image"]}" makes patches of another size than those '
+      f"of the model, {patch} pixels"
+    )
   text_files = tokenizer_lib.files(
     tokenizer, lower, their_config["text_config"]["vocab_size"], length, pad
   )
+  tokenizer_config = text_files["tokenizer_config.json"]
+  tokenizer_config["processor_class"] = pixels["processor_class"]
   arrays = names_lib.to_theirs(_fit(flat, like, weights))
 
   with config_lib.new_folder(out) as folder:
@@ -208,6 +222,30 @@ def image_processor(string: str) -> tuple[int, dict[str, Any]]:
     do_normalize=True,
     image_mean=[-low / (high - low)] * 3,
     image_std=[1 / (high - low)] * 3,
+  )
+
+
+def patch_processor(string: str) -> tuple[int, dict[str, Any]]:
+  """Returns the same as image_processor of NaFlex, with the number of patches.
+
+  Raises:
+    UserError: the string has other ops.
+  """
+  ops = _expect(string, "pp_image", ["decode", "resize_to_patches"])
+  length, patch = ops["resize_to_patches"].values()
+  return length, dict(
+    image_processor_type="Siglip2ImageProcessor",
+    processor_class="Siglip2Processor",
+    max_num_patches=length,
+    patch_size=patch,
+    do_convert_rgb=True,
+    do_resize=True,
+    resample=config_lib.RESAMPLE["bilinear"],
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=[0.5] * 3,
+    image_std=[0.5] * 3,
   )
 
 

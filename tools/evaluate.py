@@ -13,7 +13,8 @@ of data.
 The table has the published values of released models beside the measured ones.
 --out FILE.json writes it as JSON, too. Images are prepared as the tasks'
 protocols say: in classification of a released model they are cropped to the
-central 7/8. A run's own preprocessing is kept.
+central 7/8, except of NaFlex, which sees whole images. A run's own preprocessing
+is kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -200,6 +201,7 @@ def evaluate(
   *,
   batch_size: int = 128,
   resolution: int | None = None,
+  patches: int | None = None,
 ) -> list[Result]:
   """Evaluates a model.
 
@@ -209,6 +211,7 @@ def evaluate(
     batch_size: B of the embedding, over all devices.
     resolution: H and W of images in pixels, of a released model; None: those
       that it was trained with.
+    patches: the most patches of an image, of a released NaFlex model; None: 256.
 
   Raises:
     UserError: there is no such model or task, or the data is not there.
@@ -224,7 +227,7 @@ def evaluate(
   model = (
     weights
     if isinstance(weights, Opened)
-    else opened.open_model(weights, resolution)
+    else opened.open_model(weights, resolution, patches)
   )
   config = model.config
   if config["model"]["image"].get("kind") == "precomputed":
@@ -271,7 +274,7 @@ def cropped(pp_image: str) -> str:
   The image is resized to size / 0.875 and its centre cut out.
 
   Args:
-    pp_image: a string with resize(size).
+    pp_image: a string with resize(size); another one is returned as it is.
   """
   calls = pipe_string.calls(pp_image)
   ops = pp_image.split("|")
@@ -358,6 +361,7 @@ def main(argv: list[str]) -> None:
     tasks,
     batch_size=FLAGS.batch_size,
     resolution=FLAGS.resolution,
+    patches=FLAGS.patches,
   )
   print("\n".join(table(results)))
   if FLAGS.out:
@@ -375,6 +379,9 @@ if __name__ == "__main__":
   flags.DEFINE_integer("batch_size", 128, "Images per batch.", lower_bound=1)
   flags.DEFINE_integer(
     "resolution", None, "H and W of images, of a released model.", lower_bound=8
+  )
+  flags.DEFINE_integer(
+    "patches", None, "The most patches of an image, of NaFlex.", lower_bound=1
   )
   flags.mark_flags_as_required(["weights", "task", "data"])
   program.run(main)

@@ -29,6 +29,7 @@ from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.models import two_towers
 from sigjax.runtime import identity
 from sigjax.weights import known, npz, vocabulary
+from tools.embedding import tower as tower_lib
 from tools.hf import config as hf_config
 
 log = logging.getLogger("sigjax")
@@ -54,7 +55,9 @@ class Opened:
 
 
 def open_model(
-  weights: str | os.PathLike[str], resolution: int | None = None
+  weights: str | os.PathLike[str],
+  resolution: int | None = None,
+  patches: int | None = None,
 ) -> Opened:
   """Opens what --weights names, see above.
 
@@ -62,6 +65,7 @@ def open_model(
     weights: the same.
     resolution: H and W of images in pixels, of a released model: its positions
       are resampled. None: those that it was trained with.
+    patches: the most patches of an image, of a released NaFlex model. None: 256.
 
   Raises:
     UserError: there is no such model, it is damaged, it has no text tower, or
@@ -73,11 +77,12 @@ def open_model(
   if not os.path.exists(os.path.join(os.path.dirname(weights), "config.json")):
     name = name or by_file.get(os.path.basename(weights), "")
   if name:
-    return _released(name, weights, resolution)
-  if resolution is not None:
-    raise errors.UserError(
-      f"--resolution is of released models alone; {weights} has its own"
-    )
+    return _released(name, weights, resolution, patches)
+  for flag, value in ("resolution", resolution), ("patches", patches):
+    if value is not None:
+      raise errors.UserError(
+        f"--{flag} is of released models alone; {weights} has its own"
+      )
   path = pathlib.Path(weights)
   if restore.is_run(weights):
     return _run(weights)
@@ -101,36 +106,41 @@ def open_model(
   raise errors.UserError(known.no_file(weights))
 
 
-def _released(name: str, weights: str, resolution: int | None) -> Opened:
+def _released(
+  name: str, weights: str, resolution: int | None, patches: int | None
+) -> Opened:
   it = known.get(name)
   if it.tokenizer is None:
     raise errors.UserError(
       f"{name} is an image tower alone: there is nothing that reads texts"
     )
-  res = resolution or it.resolution
-  if res != it.resolution:
+  config: dict[str, Any] = dict(
+    model=it.model,
+    pp_image=known.pp_image(name, resolution, patches),
+    pp_text=known.pp_text(name),
+  )
+  title = name
+  if resolution and resolution != it.resolution:
+    title = f"{name} at {resolution} pixels"
     log.info(
       "%s was trained with images of %d pixels; its positions are resampled "
       "for %d",
       name,
       it.resolution,
-      res,
+      resolution,
     )
-  config: dict[str, Any] = dict(
-    model=it.model,
-    pp_image=known.pp_image(name, res),
-    pp_text=known.pp_text(name),
-  )
+  if patches and patches != it.patches:
+    title = f"{name} with {patches} patches"
   model = two_towers.of_config(config["model"])
   shapes = jax.eval_shape(
     model.init,
     jax.random.key(0),
-    jnp.zeros((1, res, res, 3)),
+    tower_lib.blank(config["pp_image"])[None],
     jnp.zeros((1, it.text_length), jnp.int32),
   )["params"]
   params = npz.load_params(weights, shapes)
   return Opened(
-    name if res == it.resolution else f"{name} at {res} pixels",
+    title,
     config,
     jax.device_put(params, jax.devices()[0]),
     vocabulary.released(it.tokenizer),

@@ -22,7 +22,8 @@ def training(
 
   Args:
     model: the towers.
-    example: dict(image=(H, W, C) or (W,), text=(L,)), for its shapes.
+    example: dict(image=(H, W, C), (N, 3 p^2 + 2) of NaFlex or (W,), text=(L,)),
+      for its shapes. Padding counts like patches: it is computed, too.
     trained: the parameters that are trained. A tower without any costs its
       forward pass alone, others three times as much, low-rank adapters too:
       their gradients go through those of whole kernels.
@@ -41,6 +42,8 @@ def forward(model: two_towers.TwoTowers, example: Mapping) -> dict[str, int]:
   assert isinstance(text, TextTransformer)
   if isinstance(image, ViT):
     img = _vit(image, *example["image"].shape)
+  elif model.image.get("kind") == "naflex":
+    img = _naflex(image, *example["image"].shape)
   else:  # precomputed embeddings
     (width,) = example["image"].shape
     img = 2 * width * (model.out_dim[0] or 0)
@@ -52,6 +55,16 @@ def _vit(tower: ViT, height: int, width: int, channels: int) -> int:
   patches = (height // patch) * (width // patch)
   total = 2 * patches * patch * patch * channels * size.width
   total += _encoder(size, patches + (tower.pool_type == "tok"))
+  if tower.pool_type == "map":
+    total += _map_head(size, patches)
+  return total + 2 * size.width * (tower.out_dim or 0)
+
+
+def _naflex(tower: Any, patches: int, numbers: int) -> int:
+  size = tower.sizes()
+  # A patch's pixels, without its row and column; its position from 16 x 16.
+  total = 2 * patches * (numbers - 2 + 16 * 16) * size.width
+  total += _encoder(size, patches)
   if tower.pool_type == "map":
     total += _map_head(size, patches)
   return total + 2 * size.width * (tower.out_dim or 0)

@@ -78,6 +78,23 @@ def sizes(tower: nn.Module, variant: str | None) -> Sizes:
   return Sizes(**got)
 
 
+def patch(variant: str | None, given: int | None) -> int:
+  """Returns the side of a patch: the one given, or else that of "B/16".
+
+  Raises:
+    UserError: there is none.
+  """
+  if given:
+    return given
+  side = (variant or "").partition("/")[2]
+  if not side.isdecimal() or not int(side):
+    raise errors.UserError(
+      f'image variant "{variant}" names no patch size: write one as in '
+      '"B/16", or give patch_size'
+    )
+  return int(side)
+
+
 class LayerNorm(nn.Module):
   """LayerNorm over the last axis; epsilon 1e-6.
 
@@ -215,18 +232,21 @@ def pool(
   x: Float[Array, "B L W"],
   size: Sizes,
   dtype: str,
+  mask: Bool[Array, "B L"] | None = None,
 ) -> Float[Array, "B W"]:
   """Pools tokens; for use inside a tower, which then owns the parameters.
 
   Args:
     kind: "map": attention pooling; "gap": the mean; "last": the last token;
       "tok": the first token, which a ViT's "cls" is. One of `allowed`.
+    mask: which tokens there are, for "map" and "gap".
   """
+  there = None if mask is None else mask[..., None]
   fns = dict(
     map=lambda: MAPHead(size.mlp_dim, size.num_heads, dtype, name="MAPHead_0")(
-      x
+      x, mask
     ),
-    gap=lambda: jnp.mean(x, axis=1),
+    gap=lambda: jnp.mean(x, axis=1, where=there),
     last=lambda: x[:, -1],
     tok=lambda: x[:, 0],
   )

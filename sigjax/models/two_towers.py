@@ -18,7 +18,8 @@ class TwoTowers(nn.Module):
 
   Attributes:
     image: keyword arguments of vit.ViT, except out_dim and dtype; with
-      kind="precomputed" those of precomputed.Precomputed.
+      kind="naflex" those of naflex.NaFlex, with kind="precomputed" those of
+      precomputed.Precomputed.
     text: keyword arguments of text.TextTransformer, except out_dim and dtype.
     out_dim: sizes of the towers' heads, E or None each. Released models have
       none on the image: the width of that tower is E.
@@ -48,7 +49,8 @@ class TwoTowers(nn.Module):
 
     Args:
       image: (B, H, W, C), floats in [-1, 1] or uint8, which is mapped to that;
-        precomputed (B, W); or None to leave this tower out.
+        patches (B, L, 3 p^2 + 2) as of naflex.NaFlex; precomputed (B, W); or
+        None to leave this tower out.
       text: (B, L) int32, or None to leave this tower out.
       train: applies dropout, from the rng "dropout".
 
@@ -131,6 +133,12 @@ def _is_number(x: object) -> bool:
   return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
+def _naflex() -> type[nn.Module]:
+  from sigjax.models import naflex
+
+  return naflex.NaFlex
+
+
 def _precomputed() -> type[nn.Module]:
   from sigjax.models import precomputed
 
@@ -138,7 +146,11 @@ def _precomputed() -> type[nn.Module]:
 
 
 # The choices of config.model.image.kind; each is imported when it is named.
-IMAGE_TOWERS = {"vit": lambda: vit.ViT, "precomputed": _precomputed}
+IMAGE_TOWERS = {
+  "vit": lambda: vit.ViT,
+  "naflex": _naflex,
+  "precomputed": _precomputed,
+}
 
 
 def image_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:

@@ -130,12 +130,4 @@ class ViT(nn.Module):
   @nn.nowrap
   def patch(self) -> int:
     """Returns the side of a patch in pixels."""
-    if self.patch_size:
-      return self.patch_size
-    patch = (self.variant or "").partition("/")[2]
-    if not patch.isdecimal() or not int(patch):
-      raise errors.UserError(
-        f'image variant "{self.variant}" names no patch size: write one as '
-        'in "B/16", or give patch_size'
-      )
-    return int(patch)
+    return transformer.patch(self.variant, self.patch_size)

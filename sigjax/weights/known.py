@@ -3,8 +3,9 @@
 Names, sizes and scores are those of the models' own publications: SigLIP (arXiv
 2303.15343), SigLIP 2 (arXiv 2502.14786), AugReg (arXiv 2106.10270).
 
-All models take square images of `resolution` pixels with values in [-1, 1], and
-lower-cased texts.
+Models take square images of `resolution` pixels with values in [-1, 1], NaFlex
+ones up to `patches` patches of an image of any aspect ratio; and lower-cased
+texts.
 
 No digests of the files are published. A file is compared with the MD5 that its
 server sends, over https, and every array with the shape in the model.
@@ -23,22 +24,23 @@ class Known(NamedTuple):
   Attributes:
     url: the .npz file.
     model: keyword arguments of two_towers.TwoTowers, in the form of the file,
-      unrolled or scan. AugReg models have `image` only. None if the package has
-      no such model.
-    resolution: H and W of images in pixels.
+      unrolled or scan. AugReg models have `image` only.
+    resolution: H and W of images in pixels; None of NaFlex.
     text_length: L in tokens; None without a text tower.
     tokenizer: a name in vocabulary.NAMES; None without a text tower.
     scores: published ones in percent: ImageNet zero-shot accuracy "imagenet",
       COCO recall@1 "i2t" (finding the text of an image) and "t2i"; None if
       there are none.
+    patches: of NaFlex, the most patches of an image; otherwise None.
   """
 
   url: str
-  model: dict[str, Any] | None
+  model: dict[str, Any]
   resolution: int | None
   text_length: int | None
   tokenizer: str | None
   scores: dict[str, float] | None
+  patches: int | None = None
 
 
 # The width of a tower, which is also E, the size of the embeddings.
@@ -97,16 +99,22 @@ def _siglip2(
   )
 
 
-def _naflex(file: str, scores: tuple[float, float, float]) -> Known:
-  """SigLIP 2 for images of any aspect ratio, with another image tower."""
+def _naflex(variant: str, scores: tuple[float, float, float]) -> Known:
+  """SigLIP 2 for images of any aspect ratio. Scores: with 256 patches."""
+  size, patch = variant.split("/")
   imagenet, t2i, i2t = scores
   return Known(
-    f"gs://big_vision/siglip2/siglip2_{file}.npz",
-    None,
+    f"gs://big_vision/siglip2/siglip2_{size.lower()}{patch}_naflex.npz",
+    dict(
+      image=dict(kind="naflex", variant=variant, pool_type="map", scan=True),
+      text=dict(variant=size, vocab_size=256_000, scan=True),
+      out_dim=(None, _WIDTH[size]),
+    ),
     None,
     64,
     "gemma",
     _scores(imagenet, i2t, t2i),
+    patches=256,
   )
 
 
@@ -178,7 +186,7 @@ KNOWN: dict[str, Known] = {
   "siglip2/b16_256": _siglip2("B/16", 256, (79.1, 53.2, 69.7)),
   "siglip2/b16_384": _siglip2("B/16", 384, (80.6, 54.6, 71.4)),
   "siglip2/b16_512": _siglip2("B/16", 512, (81.2, 55.2, 71.2)),
-  "siglip2/b16_naflex": _naflex("b16_naflex", (78.5, 51.1, 67.3)),
+  "siglip2/b16_naflex": _naflex("B/16", (78.5, 51.1, 67.3)),
   "siglip2/l16_256": _siglip2("L/16", 256, (82.5, 54.7, 71.5)),
   "siglip2/l16_384": _siglip2("L/16", 384, (83.1, 55.3, 71.4)),
   "siglip2/l16_512": _siglip2("L/16", 512, (83.5, 55.2, 72.1)),
@@ -187,7 +195,7 @@ KNOWN: dict[str, Known] = {
   "siglip2/so400m16_256": _siglip2("So400m/16", 256, (83.4, 55.4, 71.5)),
   "siglip2/so400m16_384": _siglip2("So400m/16", 384, (84.1, 56.0, 71.2)),
   "siglip2/so400m16_512": _siglip2("So400m/16", 512, (84.3, 56.0, 71.3)),
-  "siglip2/so400m16_naflex": _naflex("so400m16_naflex", (83.5, 55.1, 71.2)),
+  "siglip2/so400m16_naflex": _naflex("So400m/16", (83.5, 55.1, 71.2)),
   "siglip2/g-opt16_256": _siglip2("g-opt/16", 256, (84.5, 55.7, 72.5)),
   "siglip2/g-opt16_384": _siglip2("g-opt/16", 384, (85.0, 56.1, 72.8)),
   "augreg/Ti_16": _augreg("Ti/16", "aug_none-wd_0.03"),
@@ -204,25 +212,41 @@ def get(name: str) -> Known:
   """Returns the released checkpoint of a name.
 
   Raises:
-    UserError: there is none, or its model is not supported.
+    UserError: there is none.
   """
-  found = errors.pick(KNOWN, name, "checkpoint")
-  if found.model is None:
-    raise errors.UserError(
-      f'"{name}" is a NaFlex model, whose image tower is not supported; '
-      f"take {name.replace('naflex', '256')}, of the same size"
-    )
-  return found
+  return errors.pick(KNOWN, name, "checkpoint")
 
 
-def pp_image(name: str, resolution: int | None = None) -> str:
+def pp_image(
+  name: str, resolution: int | None = None, patches: int | None = None
+) -> str:
   """Returns the preprocessing of a model's images.
 
   Args:
     name: in KNOWN.
     resolution: H and W in pixels; None: those of the model.
+    patches: of NaFlex, the most patches of an image; None: those of the model.
+
+  Raises:
+    UserError: `resolution` of a NaFlex model, or `patches` of another one.
   """
-  return f"decode|resize({resolution or get(name).resolution})|keep('image')"
+  it = get(name)
+  if it.patches is None:
+    if patches is not None:
+      raise errors.UserError(
+        f"{name} takes square images, whose size is a resolution in pixels "
+        "(--resolution), not a number of patches"
+      )
+    return f"decode|resize({resolution or it.resolution})|keep('image')"
+  if resolution is not None:
+    raise errors.UserError(
+      f"{name} takes images of any aspect ratio, whose size is a number of "
+      "patches (--patches), not a resolution"
+    )
+  side = it.model["image"]["variant"].partition("/")[2]
+  return (
+    f"decode|resize_to_patches({patches or it.patches},{side})|keep('image')"
+  )
 
 
 def pp_text(name: str) -> str:
@@ -240,9 +264,6 @@ def split(path: str | os.PathLike[str]) -> tuple[str, str]:
 
   Args:
     path: a path, URL or name in KNOWN, with or without ":img" at its end.
-
-  Raises:
-    UserError: the name of a model that is not supported.
   """
   name, part = str(path), ""
   if found := re.fullmatch(r"(.*?):([A-Za-z_][\w/]*)", name, re.DOTALL):
@@ -252,7 +273,7 @@ def split(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 def names() -> str:
   """Returns words that list KNOWN, for an error."""
-  return f"known are: {', '.join(n for n, k in KNOWN.items() if k.model)}"
+  return f"known are: {', '.join(KNOWN)}"
 
 
 def no_file(path: str) -> str:

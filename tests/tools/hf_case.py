@@ -104,6 +104,12 @@ def convert_golden(folder, name="siglip_tiny"):
   )
 
 
+NAFLEX = dict(
+  image=dict(kind="naflex"),
+  pp_image="decode|resize_to_patches(25,8)|keep('image')",
+)
+
+
 def random_params(model, res, length, seed=0):
   """Returns parameters of which every array is random."""
   rng = np.random.default_rng(seed)

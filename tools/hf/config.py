@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sigjax import errors, trees
-from sigjax.models import two_towers, vit
+from sigjax.models import naflex, two_towers, vit
 from sigjax.runtime import files
 from tools.hf import names
 
@@ -40,6 +40,11 @@ IMAGE_DEFAULTS = dict(
   layer_norm_eps=1e-6,
   vision_use_head=True,
 )
+# Those of Siglip2Model, NaFlex, whose images have no size of their own.
+NAFLEX_DEFAULTS = dict(
+  {k: v for k, v in IMAGE_DEFAULTS.items() if k != "image_size"},
+  num_patches=256,  # of the table of positions, 16 x 16
+)
 # The largest sizes that are read. A model that config.json only claims must not
 # take hours to build; the largest SigLIP models are far below these sizes.
 _LIMITS = dict(
@@ -56,7 +61,13 @@ _LIMITS = dict(
 # Methods of `resize`, and their numbers in preprocessor_config.json.
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "area": 4}
 # The values that both sides have in common: no other can be expressed.
-_FIXED = ("num_channels", "hidden_act", "layer_norm_eps", "vision_use_head")
+_FIXED = (
+  "num_channels",
+  "hidden_act",
+  "layer_norm_eps",
+  "vision_use_head",
+  "num_patches",
+)
 
 
 def describe(
@@ -66,7 +77,7 @@ def describe(
 
   Args:
     model: the model.
-    size: H and W of the images.
+    size: H and W of the images; of NaFlex, the number of their patches.
     length: L, the number of tokens.
     pad: the id that pads texts.
 
@@ -75,15 +86,19 @@ def describe(
     blocks.
 
   Raises:
-    UserError: transformers' SiglipModel cannot express the model. One line
-      names everything that differs.
+    UserError: transformers' SiglipModel, or Siglip2Model of NaFlex, cannot
+      express the model. One line names everything that differs.
   """
   image, text = two_towers.image_tower(model), two_towers.text_tower(model)
+  is_naflex = isinstance(image, naflex.NaFlex)
+  kind = "siglip2" if is_naflex else "siglip"
+  theirs = f"{kind.capitalize()}Model"
   _refuse(
+    theirs,
     [
       (
         f"model.image.kind {model.image.get('kind')!r}",
-        not isinstance(image, vit.ViT),
+        not isinstance(image, (vit.ViT, naflex.NaFlex)),
       ),
       *(
         (f"model.{part}.{key} {has!r} (it has {value!r})", has != value)
@@ -96,44 +111,49 @@ def describe(
       ),
       ("an image head (model.out_dim[0])", model.out_dim[0] is not None),
       ("a text tower without head (model.out_dim[1])", not model.out_dim[1]),
-    ]
+    ],
   )
   model = model.clone(
     image={**model.image, "scan": False}, text={**model.text, "scan": False}
   )
+  images = (1, size, size, 3)
+  if isinstance(image, naflex.NaFlex):
+    images = (1, size, 3 * image.patch() ** 2 + 2)
   like = trees.flatten(
     jax.eval_shape(
       model.init,
       jax.random.key(0),
-      jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+      jax.ShapeDtypeStruct(images, np.float32),
       jax.ShapeDtypeStruct((1, length), np.int32),
     )["params"]
   )
+  patch = image.patch()  # pyright: ignore
   image = _part(like, "img", "Transformer")
   text = _part(like, "txt", "Encoder_0")
   _refuse(
+    theirs,
     [
       (
         f"embeddings of {model.out_dim[1]} numbers (it has the width of "
         f"the image tower, {image['hidden_size']})",
         model.out_dim[1] != image["hidden_size"],
       )
-    ]
+    ],
   )
   return dict(
-    architectures=["SiglipModel"],
-    model_type="siglip",
+    architectures=[theirs],
+    model_type=kind,
     vision_config=dict(
       image,
-      model_type="siglip_vision_model",
+      model_type=f"{kind}_vision_model",
       num_channels=3,
-      image_size=size,
-      patch_size=like["img/embedding/kernel"].shape[0],
+      patch_size=patch,
       vision_use_head=True,
+      **(dict(num_patches=256) if is_naflex else dict(image_size=size)),
     ),
     text_config=dict(
       text,
-      model_type="siglip_text_model",
+      model_type=f"{kind}_text_model",
       vocab_size=like["txt/Embed_0/embedding"].shape[0],
       max_position_embeddings=length,
       projection_size=model.out_dim[1],
@@ -144,12 +164,12 @@ def describe(
   ), like
 
 
-def _refuse(reasons: Sequence[tuple[str, bool]]) -> None:
+def _refuse(theirs: str, reasons: Sequence[tuple[str, bool]]) -> None:
   """Raises UserError if any of (what cannot be expressed, is it so) is so."""
   wrong = [what for what, is_so in reasons if is_so]
   if wrong:
     raise errors.UserError(
-      f"transformers' SiglipModel cannot express {'; '.join(wrong)}"
+      f"transformers' {theirs} cannot express {'; '.join(wrong)}"
     )
 
 
@@ -176,41 +196,40 @@ def read_config(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
   """Reads a config.json of transformers.
 
   Returns:
-    The keyword arguments of TwoTowers, the size (H and W) of images, and the
-    length L of texts.
+    The keyword arguments of TwoTowers, the size (H and W) of images, of NaFlex
+    the number of their patches, and the length L of texts.
 
   Raises:
     UserError: the file is missing, or of a model that TwoTowers cannot express.
   """
   given = read_json(path)
   kind = given.get("model_type")
-  if kind == "siglip2":
+  if kind not in ("siglip", "siglip2"):
     raise errors.UserError(
-      f'{path}: model_type "siglip2" is NaFlex, images of any aspect ratio; '
-      'only fixed resolutions (model_type "siglip") can be read'
+      f'{path}: model_type "{kind!s:.40}" is not known; choose from: siglip, '
+      "siglip2"
     )
-  if kind != "siglip":
-    raise errors.UserError(
-      f'{path}: model_type "{kind!s:.40}" is not known; choose from: siglip'
-    )
+  is_naflex = kind == "siglip2"
+  image_defaults = NAFLEX_DEFAULTS if is_naflex else IMAGE_DEFAULTS
   image, text = (
     _part_of(given, key, defaults, path)
     for key, defaults in (
-      ("vision_config", IMAGE_DEFAULTS),
+      ("vision_config", image_defaults),
       ("text_config", TEXT_DEFAULTS),
     )
   )
-  for part, defaults in (image, IMAGE_DEFAULTS), (text, TEXT_DEFAULTS):
+  for part, defaults in (image, image_defaults), (text, TEXT_DEFAULTS):
     for key in _FIXED:
-      if part.get(key) != defaults.get(key):
+      if key in defaults and part[key] != defaults[key]:
         raise errors.UserError(
           f"{path}: {key} {part[key]!r:.40} cannot be expressed, only "
           f"{defaults[key]!r}"
         )
-  if image["patch_size"] > image["image_size"]:
+  size = image["num_patches" if is_naflex else "image_size"]
+  if not is_naflex and image["patch_size"] > size:
     raise errors.UserError(
       f"{path}: patch_size {image['patch_size']} is larger than image_size "
-      f"{image['image_size']}"
+      f"{size}"
     )
   sizes = lambda part: dict(
     width=part["hidden_size"],
@@ -219,11 +238,16 @@ def read_config(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
     num_heads=part["num_attention_heads"],
   )
   model = dict(
-    image=dict(sizes(image), patch_size=image["patch_size"], pool_type="map"),
+    image=dict(
+      sizes(image),
+      patch_size=image["patch_size"],
+      pool_type="map",
+      **(dict(kind="naflex") if is_naflex else {}),
+    ),
     text=dict(sizes(text), vocab_size=text["vocab_size"], pool_type="last"),
     out_dim=[None, text["projection_size"]],
   )
-  return model, image["image_size"], text["max_position_embeddings"]
+  return model, size, text["max_position_embeddings"]
 
 
 def _part_of(

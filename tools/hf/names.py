@@ -1,8 +1,9 @@
 """The names of arrays in Hugging Face's SigLIP files, and in ours.
 
-transformers' SiglipModel stores dense weights as (out, in), with the heads of
-attention merged, and stacks query, key and value of the pooling head in one
-array.
+transformers' SiglipModel, and Siglip2Model of NaFlex, whose patches are embedded
+by a dense layer instead of a convolution, have the same names. They store dense
+weights as (out, in), with the heads of attention merged, and stack query, key
+and value of the pooling head in one array.
 """
 
 from collections.abc import Iterable, Mapping
@@ -76,16 +77,19 @@ def _pooling(ours: str, theirs: str) -> list[Row]:
   )
 
 
-def _rows(image_depth: int, text_depth: int) -> list[Row]:
-  """Returns the rows of all arrays of a model."""
+def _rows(ours: Mapping[str, Any]) -> list[Row]:
+  """Returns the rows of all arrays of a model, ours by name."""
   image, text = "vision_model", "text_model"
+  image_depth, text_depth = depth(ours, "img"), depth(ours, "txt")
+  kernel = ours.get("img/embedding/kernel")
+  is_naflex = kernel is not None and len(kernel.shape) == 2
   return [
     ("t", "logit_scale", "same"),
     ("b", "logit_bias", "same"),
     (
       "img/embedding/kernel",
       f"{image}.embeddings.patch_embedding.weight",
-      "conv",
+      1 if is_naflex else "conv",
     ),
     (
       "img/embedding/bias",
@@ -120,7 +124,7 @@ def _to_theirs(kind: Kind, x: Any) -> Any:
     return x
   if kind == "vector":  # (heads, hd) or (W,) -> (W,)
     return x.reshape(-1)
-  if kind == "table":  # (1, P, W) or (V, W) -> rows
+  if kind == "table":  # (1, P, W), (R, R, W) or (V, W) -> rows
     return x.reshape(-1, x.shape[-1])
   if kind == "conv":  # (p, p, 3, W) -> (W, 3, p, p)
     return x.transpose(3, 2, 0, 1)
@@ -142,7 +146,7 @@ def to_theirs(ours: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   Raises:
     UserError: arrays are missing, or SiglipModel does not have them.
   """
-  rows = _rows(*(depth(ours, tower) for tower in ("img", "txt")))
+  rows = _rows(ours)
   names = {row[0]: ours.get(row[0]) for row in rows}
   wrong = sorted(set(names) ^ set(ours))
   if wrong:
@@ -178,7 +182,7 @@ def to_ours(
     UserError: arrays are missing, left over or of another shape. All of them
       are listed.
   """
-  rows = _rows(*(depth(like, tower) for tower in ("img", "txt")))
+  rows = _rows(like)
   parts = {}
   for name, their, kind in rows:
     parts.setdefault(their, []).append((name, kind))

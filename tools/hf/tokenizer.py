@@ -347,7 +347,6 @@ def files(
     "tokenizer_config.json": dict(
       names,
       tokenizer_class="PreTrainedTokenizerFast",
-      processor_class="SiglipProcessor",
       model_max_length=length,
       padding_side="right",
       truncation_side="right",

@@ -7,7 +7,8 @@
 An op is a function of its arguments that returns fn(example, rng) -> example.
 fn may change the dict, but not the values in it, and draws all random numbers
 from rng. parse() checks an op's arguments against the types in its signature.
-Between `decode` and `value_range`, "image" is (h, w, 3) uint8. From `choice` or
+Between `decode` and `value_range` or `resize_to_patches`, "image" is (h, w, 3)
+uint8. From `choice` or
 `first` to `tokenize`, "text" is a str.
 """
 
@@ -88,7 +89,7 @@ def _on_image(
     if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3:
       raise errors.UserError(
         "an op on images needs uint8 pixels; decode has to come before it, "
-        "and value_range after it"
+        "and value_range or resize_to_patches after it"
       )
     example["image"] = fn(image, rng)
     return example
@@ -181,6 +182,68 @@ def pad_to_square(fill: int = 255) -> Fn:
     return padded
 
   return _on_image(fn)
+
+
+def resize_to_patches(length: int, patch: int) -> Fn:
+  """Cuts the image into patches, for towers that take any aspect ratio.
+
+  The image is resized (bilinear, antialiased) to as many whole patches as
+  `length` allows, its aspect ratio kept but for rounding; see patch_grid. It
+  becomes (length, 3 patch^2 + 2) int16: each row a patch, (patch, patch, 3) in
+  row-major order, 0..255, then its row and its column. Rows of padding, at the
+  end, have -1 for both and pixels of 0.
+
+  Args:
+    length: L, the largest number of patches (256 in the released models).
+    patch: the side of a patch in pixels.
+  """
+  _check("resize_to_patches: length", length, 1, 1 << 14)
+  _check("resize_to_patches: patch", patch, 1, MAX_SIDE)
+  if length * patch * patch > images.MAX_PIXELS:
+    raise errors.UserError(
+      f"resize_to_patches: {length} patches of {patch} x {patch} have more than "
+      f"{images.MAX_PIXELS} pixels"
+    )
+
+  def fn(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    del rng
+    rows, columns = patch_grid(*image.shape[:2], length)
+    image = _resized(
+      image, rows * patch, columns * patch, _RESAMPLING["bilinear"]
+    )
+    cut = image.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    n = rows * columns
+    out = np.zeros((length, 3 * patch * patch + 2), np.int16)
+    out[:n, :-2] = cut.reshape(n, -1)
+    out[:n, -2:] = np.indices((rows, columns)).reshape(2, n).T
+    out[n:, -2:] = -1
+    return out
+
+  return _on_image(fn)
+
+
+def patch_grid(height: int, width: int, length: int) -> tuple[int, int]:
+  """Returns the rows and columns of patches of an image (SigLIP 2, NaFlex).
+
+  With patches of p pixels they are ceil(height r / p) and ceil(width r / p), at
+  least 1 each, for the largest scale r with which they are at most `length`
+  together. As r grows, the side that lags behind grows by one patch next. So p
+  does not matter.
+
+  transformers finds r by bisection, to 1e-5 and up to 100. So it may end one
+  step earlier, and makes fewer patches of images of a few pixels.
+  """
+  rows = columns = 1
+  more_rows, more_columns = rows, columns
+  while more_rows * more_columns <= length:
+    rows, columns = more_rows, more_columns
+    # The scales up to which this grid is right: rows p / height, ...
+    by_row, by_column = rows * width, columns * height
+    more_rows, more_columns = (
+      rows + (by_row <= by_column),
+      columns + (by_column <= by_row),
+    )
+  return rows, columns
 
 
 def _crop(
@@ -531,6 +594,7 @@ OPS: dict[str, Callable[..., Fn]] = {
     resize,
     resize_small,
     pad_to_square,
+    resize_to_patches,
     random_crop,
     central_crop,
     flip_lr,
