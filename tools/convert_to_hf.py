@@ -4,8 +4,8 @@
   python -m tools.convert_to_hf --weights FILE.npz --config FILE.json \
       --tokenizer FILE.model --out FOLDER
 
-AutoModel (SiglipModel, or Siglip2Model of NaFlex) and AutoProcessor of Hugging Face's transformers load
-the folder. Texts have to be padded as in training:
+AutoModel (SiglipModel, or Siglip2Model of NaFlex) and AutoProcessor of Hugging
+Face's transformers load the folder. Texts have to be padded as in training:
 
   processor(text=texts, images=images, padding="max_length", truncation=True,
             return_tensors="pt")
@@ -22,9 +22,11 @@ bias; `resize` to a square and `value_range`, or `resize_to_patches` of NaFlex;
 transformers prepares them with Pillow; if torchvision is installed, it rounds
 differently. tools/hf/tokenizer.py says for which texts token ids may differ.
 
-Siglip2Processor has defaults of its own, 256 patches of 16 pixels and 64 tokens.
-Of a model with others, name them in every call (images_kwargs={"patch_size": ..,
-"max_num_patches": ..}, max_length=..).
+For NaFlex, Siglip2Processor has defaults of its own, 256 patches of 16 pixels
+and 64 tokens. Of a model with others, name them in every call:
+images_kwargs={"patch_size": .., "max_num_patches": ..}, max_length=...
+AutoProcessor reads the vocabulary as Gemma's then, so it has to be BPE in lower
+case without a space in front.
 
 Needs: pip install 'sigjax[hf]'
 """
@@ -33,6 +35,7 @@ from collections.abc import Callable
 import functools
 import inspect
 import os
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -99,12 +102,14 @@ def convert(
   patch = their_config["vision_config"]["patch_size"]
   if pixels.get("patch_size", patch) != patch:
     raise errors.UserError(
-      f'pp_image "{given["pp_image"]}" makes patches of another size than those '
-      f"of the model, {patch} pixels"
+      f'pp_image "{given["pp_image"]}" makes patches of another size than '
+      f"the model's, {patch} pixels"
     )
   text_files = tokenizer_lib.files(
     tokenizer, lower, their_config["text_config"]["vocab_size"], length, pad
   )
+  if is_naflex:
+    _check_gemma(text_files["tokenizer.json"], tokenizer, lower)
   tokenizer_config = text_files["tokenizer_config.json"]
   tokenizer_config["processor_class"] = pixels["processor_class"]
   arrays = names_lib.to_theirs(_fit(flat, like, weights))
@@ -126,6 +131,21 @@ def _read(path, is_run) -> dict[str, Any]:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return trees.flatten(restore.read_params(path, device))
   return trees.flatten(npz.load_params(path))
+
+
+def _check_gemma(fast, path, lower) -> None:
+  """Raises UserError if Siglip2Tokenizer would read a tokenizer.json wrongly.
+
+  For model_type "siglip2", AutoTokenizer takes that class whatever the folder
+  says: byte-pair encoding of the lower-case text, its spaces replaced.
+  """
+  steps = json.dumps(fast["normalizer"])
+  if fast["model"]["type"] != "BPE" or not lower or '"Prepend"' in steps:
+    raise errors.UserError(
+      f"{path}: transformers' Siglip2Processor reads a vocabulary like Gemma's "
+      "alone: BPE of lower-case texts, without a space in front; give such a "
+      "tokenizer, or convert a model of square images"
+    )
 
 
 def _with_b(flat, model) -> dict[str, Any]:

@@ -13,8 +13,8 @@ of data.
 The table has the published values of released models beside the measured ones.
 --out FILE.json writes it as JSON, too. Images are prepared as the tasks'
 protocols say: in classification of a released model they are cropped to the
-central 7/8, except of NaFlex, which sees whole images. A run's own preprocessing
-is kept.
+central 7/8, except of NaFlex, which sees whole images. A run's own
+preprocessing is kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -211,7 +211,8 @@ def evaluate(
     batch_size: B of the embedding, over all devices.
     resolution: H and W of images in pixels, of a released model; None: those
       that it was trained with.
-    patches: the most patches of an image, of a released NaFlex model; None: 256.
+    patches: the most patches of an image, of a released NaFlex model; None:
+      256.
 
   Raises:
     UserError: there is no such model or task, or the data is not there.

@@ -65,7 +65,8 @@ def open_model(
     weights: the same.
     resolution: H and W of images in pixels, of a released model: its positions
       are resampled. None: those that it was trained with.
-    patches: the most patches of an image, of a released NaFlex model. None: 256.
+    patches: the most patches of an image, of a released NaFlex model. None:
+      256.
 
   Raises:
     UserError: there is no such model, it is damaged, it has no text tower, or

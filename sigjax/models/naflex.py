@@ -1,4 +1,4 @@
-"""The image tower for images of any aspect ratio: NaFlex (SigLIP 2, section 2.4).
+"""The image tower for images of any aspect ratio, NaFlex (arXiv 2502.14786).
 
 An image comes as its patches, each with its row and column. Nothing but the
 patches of the same image is seen: padding is masked in every attention and in
@@ -32,10 +32,10 @@ def positions(
       ones + 1.
     mask: which patches there are; others have any position.
   """
-  places = jnp.where(mask[..., None], places, 0)
+  places = jnp.where(mask[..., None], places, 0).astype(jnp.float32)
   grid = jnp.max(places, axis=1, keepdims=True) + 1
   side = table.shape[0]
-  scale = side / grid.astype(jnp.float32)  # (B, 1, 2) rows of it for a patch
+  scale = side / grid  # (B, 1, 2) rows of it for a patch
   centre = (places + 0.5) * scale - 0.5
   # Where there are fewer patches than rows, all rows count (antialiasing).
   reach = jnp.maximum(scale, 1.0)

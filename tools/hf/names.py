@@ -1,7 +1,7 @@
 """The names of arrays in Hugging Face's SigLIP files, and in ours.
 
-transformers' SiglipModel, and Siglip2Model of NaFlex, whose patches are embedded
-by a dense layer instead of a convolution, have the same names. They store dense
+transformers' SiglipModel, and Siglip2Model of NaFlex, which embeds patches by a
+dense layer instead of a convolution, have the same names. They store dense
 weights as (out, in), with the heads of attention merged, and stack query, key
 and value of the pooling head in one array.
 """

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+import pathlib
 
 import numpy as np
 from PIL import Image
@@ -534,7 +536,7 @@ def test_a_text_has_a_length(length):
   "string, message",
   [
     ("resize(8)", "decode has to come before it"),
-    ("decode|value_range(0,1)|resize(8)", "value_range after it"),
+    ("decode|value_range(0,1)|resize(8)", "value_range or resize_to_patches after"),
     ("first('n')|keep('image')|flip_lr", "decode has to come before it"),
     ("keep('n')|decode", 'feature "image" is not known'),
     ("lower", 'feature "text" is not known'),
@@ -603,3 +605,25 @@ def test_group():
 def test_what_cannot_be_grouped(pp, says):
   with pytest.raises(errors.UserError, match=says):
     apply(pp, image=encode(Image.fromarray(RGB)))
+
+
+def test_patch_grids():
+  path = pathlib.Path(__file__).parents[2] / "golden/naflex_sizes.json"
+  for h, w, _, length, *grid in json.loads(path.read_text()):
+    assert list(preprocess.patch_grid(h, w, length)) == grid, (h, w, length)
+
+
+def test_resize_to_patches():
+  image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+  fn = preprocess.parse("resize_to_patches(17,8)")
+  out = fn({"image": image}, np.random.default_rng(0))["image"]
+  assert out.shape == (17, 194) and out.dtype == np.int16
+  for y in range(3):
+    for x in range(5):
+      row = out[5 * y + x]
+      patch = image[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+      np.testing.assert_array_equal(row[:-2].reshape(8, 8, 3), patch)
+      assert row[-2:].tolist() == [y, x]
+  assert (out[15:, :-2] == 0).all() and (out[15:, -2:] == -1).all()
+  with pytest.raises(errors.UserError, match="are more than 89478485 pixels"):
+    preprocess.parse("resize_to_patches(16384,99)")
