@@ -15,7 +15,7 @@ from sigjax.data import kinds
 from sigjax.evaluators import prompts
 from sigjax.models import two_towers
 from sigjax.weights import known, npz, vocabulary
-from tools import evaluate, opened, predict
+from tools import convert_from_hf, evaluate, opened, predict
 
 RES, LENGTH = 32, 12
 
@@ -240,6 +240,8 @@ def test_cropped():
   assert evaluate.cropped("decode|resize(224)|keep('image')") == (
     "decode|resize(256)|central_crop(224)|keep('image')"
   )
+  patches = "decode|resize_to_patches(256,16)|keep('image')"
+  assert evaluate.cropped(patches) == patches  # sees whole images
   assert evaluate.cropped("decode|resize(384, method='bicubic')|x") == (
     "decode|resize(439, method='bicubic')|central_crop(384)|x"
   )
@@ -333,6 +335,52 @@ def test_probabilities_are_those_of_transformers(hf, tmp_path, golden):
     [model.image(file.read_bytes()) for file in files],
     [model.text(text) for text in texts],
   )
+  np.testing.assert_allclose(got.probability, want, atol=1e-4)
+
+
+def test_naflex_gives_the_probabilities_of_transformers(hf, tmp_path):
+  """From JPEG files of several shapes and words, with a vocabulary as Gemma's."""
+  torch, transformers = hf
+  hf_case.spm(
+    tmp_path / "tokenizer.model",
+    model_type="bpe",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    normalization_rule_name="identity",
+  )
+  hf_case.write_config(tmp_path, **hf_case.NAFLEX)
+  hf_case.convert_golden(tmp_path, "naflex_tiny")
+  arrays = np.load(hf_case.GOLDEN / "naflex_tiny.npz")
+  convert_from_hf.convert(tmp_path / "hf", tmp_path / "back", scan=True)
+  hf_case.same_arrays(tmp_path / "back/params.npz", arrays)
+  files = []
+  for i, (h, w) in enumerate([(40, 90), (300, 120), (64, 64), (33, 500)]):
+    pixels = np.random.default_rng(i).integers(0, 256, (h, w, 3), np.uint8)
+    files.append(tmp_path / f"{i}.jpg")
+    Image.fromarray(pixels).save(files[-1])
+  texts = ["a photo of the Red cat", "two small dogs", "grass"]
+  processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+  theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+  assert type(theirs).__name__ == "Siglip2Model"
+  with torch.no_grad():
+    theirs.logit_bias.fill_(0.0)  # probabilities of all sizes
+    found = theirs(
+      **processor(
+        text=texts,
+        images=[Image.open(file) for file in files],
+        max_length=12,
+        images_kwargs=dict(patch_size=8, max_num_patches=25),
+        return_tensors="pt",
+      )
+    )
+    want = torch.sigmoid(found.logits_per_image).numpy()
+  theirs.save_pretrained(tmp_path / "hf")
+  model = predict.Predictor(tmp_path / "hf")
+  got = model.scores(
+    [model.image(file.read_bytes()) for file in files],
+    [model.text(text) for text in texts],
+  )
+  assert np.ptp(want) > 0.1
   np.testing.assert_allclose(got.probability, want, atol=1e-4)
 
 

@@ -187,6 +187,37 @@ def test_what_belongs_to_the_weights(name):
   )
 
 
+@pytest.mark.parametrize("name", ["b16", "so400m16"])
+def test_naflex(name):
+  """As the model of square images, but for the patches and their positions."""
+  it = known.get(f"siglip2/{name}_naflex")
+  square = known.get(f"siglip2/{name}_256")
+  assert (it.patches, it.resolution, it.text_length) == (256, None, 64)
+  shapes = lambda it, *image: {
+    k: v.shape
+    for k, v in trees.flatten(
+      jax.eval_shape(
+        two_towers.TwoTowers(**it.model).init,
+        jax.random.key(0),
+        zeros(1, *image),
+        zeros(1, 64, dtype="int32"),
+      )["params"]
+    ).items()
+  }
+  want = shapes(square, 256, 256, 3)
+  width = want["img/embedding/bias"][0]
+  want["img/embedding/kernel"] = (768, width)
+  want["img/pos_embedding"] = (16, 16, width)
+  assert shapes(it, 256, 770) == want
+  name = f"siglip2/{name}_naflex"
+  assert "resize_to_patches(256,16)" in known.pp_image(name)
+  assert "resize_to_patches(576,16)" in known.pp_image(name, patches=576)
+  with pytest.raises(errors.UserError, match="a number of patches"):
+    known.pp_image(name, 384)
+  with pytest.raises(errors.UserError, match="takes square images"):
+    known.pp_image("siglip2/b16_256", patches=256)
+
+
 @pytest.mark.parametrize("name", AUGREG)
 def test_augreg(name):
   size, patch = AUGREG[name]
@@ -302,8 +333,6 @@ def test_loading_by_name(tmp_path, monkeypatch):
   "name, message",
   [
     ("siglip/b16_265", 'did you mean "siglip/b16_256"'),
-    ("siglip2/b16_naflex", "not supported; take siglip2/b16_256, of the same"),
-    ("siglip2/so400m16_naflex", "take siglip2/so400m16_256,"),
   ],
 )
 def test_names_that_there_are_not(name, message):

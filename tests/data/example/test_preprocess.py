@@ -536,7 +536,10 @@ def test_a_text_has_a_length(length):
   "string, message",
   [
     ("resize(8)", "decode has to come before it"),
-    ("decode|value_range(0,1)|resize(8)", "value_range or resize_to_patches after"),
+    (
+      "decode|value_range(0,1)|resize(8)",
+      "value_range or resize_to_patches after",
+    ),
     ("first('n')|keep('image')|flip_lr", "decode has to come before it"),
     ("keep('n')|decode", 'feature "image" is not known'),
     ("lower", 'feature "text" is not known'),
