@@ -34,8 +34,8 @@ Needs: pip install 'sigjax[hf]'
 from collections.abc import Callable
 import functools
 import inspect
-import os
 import json
+import os
 import pathlib
 import shutil
 from typing import Any

@@ -339,7 +339,7 @@ def test_probabilities_are_those_of_transformers(hf, tmp_path, golden):
 
 
 def test_naflex_gives_the_probabilities_of_transformers(hf, tmp_path):
-  """From JPEG files of several shapes and words, with a vocabulary as Gemma's."""
+  """From JPEG files of several shapes and words, with pieces as Gemma's."""
   torch, transformers = hf
   hf_case.spm(
     tmp_path / "tokenizer.model",

@@ -201,8 +201,8 @@ def resize_to_patches(length: int, patch: int) -> Fn:
   _check("resize_to_patches: patch", patch, 1, MAX_SIDE)
   if length * patch * patch > images.MAX_PIXELS:
     raise errors.UserError(
-      f"resize_to_patches: {length} patches of {patch} x {patch} pixels are more "
-      f"than {images.MAX_PIXELS} pixels"
+      f"resize_to_patches: {length} patches of {patch} x {patch} pixels are "
+      f"more than {images.MAX_PIXELS} pixels"
     )
 
   def fn(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
