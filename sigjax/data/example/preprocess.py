@@ -207,7 +207,7 @@ def resize_to_patches(length: int, patch: int) -> Fn:
 
   def fn(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     del rng
-    rows, columns = patch_grid(*image.shape[:2], length)
+    rows, columns = patch_grid(image.shape[0], image.shape[1], length)
     image = _resized(
       image, rows * patch, columns * patch, _RESAMPLING["bilinear"]
     )
