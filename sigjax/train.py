@@ -514,6 +514,11 @@ def command_line(argv: list[str]) -> None:
   del argv
   flag: Any = FLAGS["config"]
   workdir = FLAGS.workdir or config_lib.default_workdir(flag.config_filename)
+  if "://" in workdir:  # pathlib would make a local folder of that name
+    sys.exit(
+      f"error: --workdir {workdir} is in a bucket, where a run cannot be kept; "
+      "give a folder, on a disk that all hosts share"
+    )
   workdir = pathlib.Path(workdir)
   program.quiet_libraries()
   start.keep_memory()
