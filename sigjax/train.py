@@ -34,7 +34,7 @@ from sigjax.weights import vocabulary
 if TYPE_CHECKING:
   from sigjax import evaluators
 
-log = logging.getLogger("sigjax")
+logger = logging.getLogger("sigjax")
 
 
 def main(
@@ -64,6 +64,7 @@ def main(
   resume: str | None = None,
   checkpoints: Mapping[str, Any] | None = None,
   log_every_steps: int = 50,
+  log: str = "",
   evals: Mapping[str, Mapping[str, Any]] | None = None,
   eval_first: bool = False,
   eval_only: bool = False,
@@ -101,6 +102,8 @@ def main(
       included.
     checkpoints: "every_steps", and arguments of Checkpoints.
     log_every_steps: how often metrics are written.
+    log: what they are sent to beside metrics.jsonl and TensorBoard: "wandb",
+      "trackio", or both; see runtime/trackers.py.
     evals: {name: {"type": one of EVALUATORS, "every_steps", its arguments}}.
       All run at the end, those with every_steps also during training.
     eval_first: evaluate before the first step, too: what weights to start from
@@ -119,11 +122,15 @@ def main(
     del config[key]
   workdir = pathlib.Path(workdir)
   identity.check_hosts("config", config)
+  if log:
+    from sigjax.runtime import trackers  # few runs have any
+
+    trackers.parse(log)
 
   # ---- Devices ----
   mesh_ = errors.call(sharding_lib.make_mesh, mesh or {}, "config.mesh")
   sharding_lib.check_batch_size(batch_size, mesh_, microbatches)
-  log.info(
+  logger.info(
     "%d device(s): %s, mesh %s; workdir %s",
     mesh_.size,
     jax.devices()[0].device_kind,
@@ -185,7 +192,7 @@ def main(
   from sigjax.models import flops as flops_lib
 
   flops = flops_lib.training(run.model, example, run.state.trained)
-  log.info(
+  logger.info(
     "%.1f M parameters (parameters.txt), %.2f GFLOP per example",
     parameter_overview.count_parameters(run.state.stored) / 1e6,
     flops / 1e9,
@@ -231,7 +238,7 @@ def main(
     vocabulary.keep(workdir / "tokenizer.model", tokens, made_from)
   first_step = int(state.step)
   if eval_only or first_step >= total:
-    log.info("at step %d of %d: only evaluating", first_step, total)
+    logger.info("at step %d of %d: only evaluating", first_step, total)
     total = first_step
   elif hosts.is_primary():
     _write_settings(workdir, config, run.state.stored)
@@ -239,7 +246,9 @@ def main(
   due = functools.partial(_due, total=total)
 
   # However it ends: what is being saved is saved, and what is open is closed.
-  writer = metrics_lib.Writer(workdir, None if eval_only else first_step)
+  writer = metrics_lib.Writer(
+    workdir, None if eval_only else first_step, log, config
+  )
   with writer, saver, contextlib.closing(batches):
     with hosts.StopRequest() as stop, Progress(first_step, total) as progress:
       clock = metrics_lib.Clock(batch_size, flops)
@@ -303,7 +312,7 @@ def main(
   # ---- Results ----
   if hosts.is_primary():
     print("\n".join(_table(rows, total)))
-    log.info("all of this run is in %s", workdir)
+    logger.info("all of this run is in %s", workdir)
   return rows
 
 
@@ -312,7 +321,7 @@ def main(
 
 def _log_data(source, pp, tokens, total: int, batch_size: int) -> None:
   """Says how much data there is, and what is lost of it."""
-  log.info(
+  logger.info(
     "%s: %d examples; %d steps of %d are %.1f epochs",
     source.name,
     len(source),
@@ -322,7 +331,7 @@ def _log_data(source, pp, tokens, total: int, batch_size: int) -> None:
   )
   cut = preprocess.cut_share(source.brief, source.numbers(), pp, tokens)
   if cut > 0:
-    log.info(
+    logger.info(
       "%.1f %% of the captions are longer than tokenize keeps", 100 * cut
     )
 
@@ -339,7 +348,7 @@ def _resumed(saver, run, me, resume, eval_only, workdir):
     raise errors.UserError(f"{workdir} has no checkpoint; train it first")
   if not resume:
     return None
-  log.info("starting from resume=%s", resume)
+  logger.info("starting from resume=%s", resume)
   return restore.read(resume, run.state, me)
 
 
@@ -347,7 +356,7 @@ def _initial(run, seed, example, init, lock, tokenizer_sha):
   """Returns the state of a run that begins, from scratch or with init."""
   from sigjax import init as init_lib  # a resumed run needs none
 
-  log.info("starting from %s", _shown(init) or "scratch")
+  logger.info("starting from %s", _shown(init) or "scratch")
   init = init or {}
   if "lora" in run.state.trained:  # no weights hold adapters
     init = dict(init, dont_load=(*init.get("dont_load", ()), "lora/.*"))

@@ -48,9 +48,9 @@ PEAK_FLOPS = {
 class Writer:
   """Appends scalars to WORKDIR/metrics.jsonl and to TensorBoard events.
 
-  Only the primary process writes. What a full disk does not take is kept, and
-  written when there is room. A last line that a killed run left half-written is
-  cut off.
+  What config.log names gets them, too. Only the primary process writes. What a
+  full disk does not take is kept, and written when there is room. A last line
+  that a killed run left half-written is cut off.
 
   Args:
     workdir: the run's directory.
@@ -58,15 +58,32 @@ class Writer:
       off: a run wrote them that was killed after its last checkpoint. Lines
       that are not metrics are cut off as well. None keeps everything, and a
       workdir that cannot be written gets nothing: for evaluation alone.
+    to: config.log, see trackers.py; with first_step alone.
+    config: of the run, for those that `to` names.
+
+  Raises:
+    UserError: one of those does not start.
   """
 
   def __init__(
-    self, workdir: str | os.PathLike[str], first_step: int | None = None
+    self,
+    workdir: str | os.PathLike[str],
+    first_step: int | None = None,
+    to: str = "",
+    config: Mapping[str, Any] | None = None,
   ):
     self._file = self._events = None
+    self._trackers = []
     if not hosts.is_primary():
       return
     workdir = pathlib.Path(workdir)
+    if to and first_step is not None:
+      from sigjax.runtime import trackers  # few runs have any
+
+      self._trackers = [
+        trackers.Tracker(name, project, workdir, first_step, config or {})
+        for name, project in trackers.parse(to).items()
+      ]
     path = workdir / "metrics.jsonl"
     host = socket.gethostname()
     try:
@@ -98,6 +115,8 @@ class Writer:
       k: float(v) if math.isfinite(v) else None for k, v in scalars.items()
     }
     self._file.write((json.dumps({"step": int(step), **clean}) + "\n").encode())
+    for tracker in self._trackers:
+      tracker.write(int(step), scalars)
     self._write_event(
       step=int(step),
       summary=_summary_pb2.Summary(
@@ -110,6 +129,8 @@ class Writer:
 
   def write_image(self, step: int, name: str, png: bytes) -> None:
     """Adds a PNG to the TensorBoard events."""
+    for tracker in self._trackers:
+      tracker.write_image(int(step), name, png)
     image = _summary_pb2.Summary.Image(encoded_image_string=png, colorspace=3)
     value = _summary_pb2.Summary.Value(tag=name, image=image)
     self._write_event(
@@ -132,10 +153,12 @@ class Writer:
   def __enter__(self) -> "Writer":
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
     for file in (self._file, self._events):
       if file is not None:
         file.close()
+    for tracker in self._trackers:
+      tracker.close(ok=error is None)
 
 
 class _AppendedFile:
