@@ -139,7 +139,9 @@ class Tracker:
     config: Mapping[str, Any],
   ):
     self._path = workdir / f"{name}.json"
-    self._about = dict(project=project, id=secrets.token_hex(4), newest={})
+    self._about: dict[str, Any] = dict(
+      project=project, id=secrets.token_hex(4), newest={}
+    )
     if first_step > 0:
       self._about |= _before(self._path, project)
     plain = json.loads(json.dumps(config, default=str))
