@@ -14,8 +14,8 @@ tools.convert_to_hf --weights OUT/params.npz converts back. Weights are read
 from model.safetensors, which may be split into several files, and become
 float32.
 
-Images are prepared with Pillow. If torchvision is installed, transformers
-resizes with PyTorch, and a few pixels differ by 1 of 255.
+Images are prepared with Pillow, as transformers does without torchvision. With
+it, transformers resizes with PyTorch, which rounds otherwise.
 
 Needs: pip install 'sigjax[hf]'
 """

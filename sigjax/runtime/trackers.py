@@ -39,7 +39,7 @@ class _Run(NamedTuple):
 
 
 def _wandb(workdir: pathlib.Path, project: str, id_: str, config: Any) -> _Run:
-  import wandb
+  import wandb  # pyright: ignore[reportMissingImports]
 
   entity, _, project = project.rpartition("/")
   try:
@@ -72,7 +72,7 @@ def _wandb(workdir: pathlib.Path, project: str, id_: str, config: Any) -> _Run:
 def _trackio(
   workdir: pathlib.Path, project: str, id_: str, config: Any
 ) -> _Run:
-  import trackio
+  import trackio  # pyright: ignore[reportMissingImports]
 
   run = trackio.init(
     project or PROJECT,
