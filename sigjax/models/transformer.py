@@ -190,7 +190,7 @@ class Encoder(nn.Module):
       stack = nn.scan(
         block,
         variable_axes={"params": 0},
-        in_axes=nn.broadcast,
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
         length=size.depth,
         split_rngs={"params": True, "dropout": True},
       )
