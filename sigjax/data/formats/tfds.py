@@ -1,5 +1,6 @@
 """TFDS datasets by name, from ArrayRecord or TFRecord, without TensorFlow."""
 
+from collections.abc import Callable
 import functools
 import os
 from typing import Any
@@ -36,6 +37,7 @@ class ArrayRecordRecords:
     from tensorflow_datasets.core.data_sources import base
 
     self._source = builder.as_data_source(split, decoders=decoders)
+    self._parse_brief = brief_parser(builder.info.features)
     wanted = base.file_instructions(builder.info, splits.Split(split))
     self._paths = [str(part.filename) for part in wanted]
     if not any(epath.Path(path).exists() for path in self._paths):
@@ -56,14 +58,40 @@ class ArrayRecordRecords:
     return len(self._source)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
+    return self._read(i, self._source.__getitem__)
+
+  def brief(self, i: int) -> dict[str, Any]:
+    """Returns example i without its images, which saves their parsing."""
+    raw = self._source.data_source
+    return self._read(i, lambda i: self._parse_brief(raw[i]))
+
+  def _read(self, i, read):
     if not 0 <= i < len(self):
       raise IndexError(i)
     try:
-      return self._source[i]
+      return read(i)
     except Exception as e:  # array_record's and TFDS's have no common base
       raise BadExample(
         f"record {i} cannot be read: {e}", kind="damaged record"
       ) from e
+
+
+def brief_parser(features: Any) -> Callable[[bytes], dict[str, Any]]:
+  """Returns a function that parses an example, but not its images.
+
+  Args:
+    features: TFDS's, of the dataset.
+  """
+  import tensorflow_datasets as tf_datasets
+
+  rest: Any = tf_datasets.features.FeaturesDict(
+    {
+      key: feature
+      for key, feature in features.items()
+      if not isinstance(feature, tf_datasets.features.Image)
+    }
+  )
+  return rest.deserialize_example_np
 
 
 def from_builder(builder: Any, split: str) -> source_lib.Source:
@@ -90,7 +118,9 @@ def from_builder(builder: Any, split: str) -> source_lib.Source:
     if builder.info.file_format.value == "tfrecord":
       from sigjax.data.formats import tfrecord
 
-      records, faults = tfrecord.of_builder(builder, split, decoders)
+      records, faults = tfrecord.of_builder(
+        builder, split, decoders, brief_parser(builder.info.features)
+      )
     else:
       records = ArrayRecordRecords(builder, split, decoders)
   except errors.UserError:

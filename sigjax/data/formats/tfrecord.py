@@ -62,6 +62,7 @@ class TFRecordRecords:
     ranges: [(number of the shard, its first record, how many)]. Records past
       the end of a truncated shard are left out.
     parse: fn(bytes) -> dict of features.
+    parse_brief: the same without images.
 
   Attributes:
     identity: of the shards.
@@ -72,8 +73,10 @@ class TFRecordRecords:
     shards: index_lib.Shards,
     ranges: Sequence[tuple[int, int, int]],
     parse: Callable[[bytes], dict[str, Any]],
+    parse_brief: Callable[[bytes], dict[str, Any]],
   ):
     self._files, self._parse = shards.files, parse
+    self._parse_brief = parse_brief
     self.identity = shards.identity
 
     def there(index: index_lib.Index, number: int, skip: int, take: int) -> int:
@@ -99,6 +102,13 @@ class TFRecordRecords:
     return self._starts[-1]
 
   def __getitem__(self, i: int) -> dict[str, Any]:
+    return self._read(i, self._parse)
+
+  def brief(self, i: int) -> dict[str, Any]:
+    """Returns example i without its images, which saves their parsing."""
+    return self._read(i, self._parse_brief)
+
+  def _read(self, i, parse):
     if not 0 <= i < len(self):
       raise IndexError(i)
     part = bisect.bisect_right(self._starts, i) - 1
@@ -107,7 +117,7 @@ class TFRecordRecords:
     )
     data = self._files.read(number, at, size)
     try:
-      return self._parse(data)
+      return parse(data)
     except Exception as e:  # protobuf's and TFDS's have no common base class
       raise BadExample(
         f"{self._files.paths[number]}: the record at byte {at} cannot be "
@@ -117,7 +127,10 @@ class TFRecordRecords:
 
 
 def of_builder(
-  builder: Any, split: str, decoders: dict[str, Any]
+  builder: Any,
+  split: str,
+  decoders: dict[str, Any],
+  parse_brief: Callable[[bytes], dict[str, Any]],
 ) -> tuple[TFRecordRecords, dict[str, int]]:
   """Opens a split of a TFDS dataset that is stored as TFRecord.
 
@@ -125,6 +138,7 @@ def of_builder(
     builder: a TFDS builder.
     split: "train[:90%]" and the like.
     decoders: of the features that are to stay encoded.
+    parse_brief: as of TFRecordRecords.
 
   Returns:
     The records, and {kind: count} of what is wrong with the files.
@@ -150,5 +164,6 @@ def of_builder(
     lambda data: builder.info.features.deserialize_example_np(
       data, decoders=decoders
     ),
+    parse_brief,
   )
   return records, faults.counts(shards.faults)

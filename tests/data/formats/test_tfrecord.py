@@ -99,6 +99,10 @@ def test_equals_the_array_record_copy(shapes_dir, copy, split):
   assert a.label_names == b.label_names and len(b.label_names["label"]) == 24
   for i in range(len(a)):
     assert_same(a[i], b[i])
+    for source in a, b:  # a brief is the example, but for its image
+      brief = source.brief(i)
+      assert_same(brief, {k: v for k, v in a[i].items() if k in brief})
+      assert set(a[i]) - set(brief) == {"image"}
   for i in (-1, len(b)):
     with pytest.raises(IndexError):
       b.records[i]
