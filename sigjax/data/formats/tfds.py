@@ -3,9 +3,10 @@
 from collections.abc import Callable
 import functools
 import os
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
+import numpy as np
 
 from sigjax import errors
 from sigjax.data import source as source_lib
@@ -79,19 +80,40 @@ class ArrayRecordRecords:
 def brief_parser(features: Any) -> Callable[[bytes], dict[str, Any]]:
   """Returns a function that parses an example, but not its images.
 
+  TFDS takes .03 ms for each feature; reading the record takes .1 ms. So labels,
+  numbers and texts, and lists of them, are taken from the protocol buffer as
+  they are. TFDS parses what is left.
+
   Args:
     features: TFDS's, of the dataset.
   """
   import tensorflow_datasets as tf_datasets
+  from tensorflow_datasets.proto import tf_example_pb2
 
-  rest: Any = tf_datasets.features.FeaturesDict(
-    {
-      key: feature
-      for key, feature in features.items()
-      if not isinstance(feature, tf_datasets.features.Image)
-    }
-  )
-  return rest.deserialize_example_np
+  lib, proto = tf_datasets.features, cast(Any, tf_example_pb2)
+  plain, others = {}, {}
+  for key, feature in features.items():
+    inner = feature.feature if type(feature) is lib.Sequence else feature
+    if type(inner) in (lib.ClassLabel, lib.Text, lib.Scalar):
+      plain[key] = feature.get_serialized_info()
+    elif not isinstance(feature, lib.Image):
+      others[key] = feature
+  rest: Any = lib.FeaturesDict(others)
+  brief = [key for key in sorted(features) if key in plain or key in others]
+
+  def parse(data: bytes) -> dict[str, Any]:
+    found = proto.Example.FromString(data).features.feature
+    record = dict.fromkeys(brief)
+    if others:
+      record.update(rest.deserialize_example_np(data))
+    for key, info in plain.items():
+      stored = found[key]
+      values = getattr(stored, stored.WhichOneof("kind")).value
+      array = np.array(values, info.np_dtype)
+      record[key] = list(array) if info.shape else array.item()
+    return record
+
+  return parse
 
 
 def from_builder(builder: Any, split: str) -> source_lib.Source:

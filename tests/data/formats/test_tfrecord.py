@@ -1,6 +1,7 @@
 """TFDS datasets in real TFRecord files, beside ArrayRecord copies of them."""
 
 import concurrent.futures
+import io
 import json
 import shutil
 import struct
@@ -8,6 +9,7 @@ import struct
 from array_record.python import array_record_module
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from sigjax import errors
 from sigjax.data import faults, kinds
@@ -106,6 +108,51 @@ def test_equals_the_array_record_copy(shapes_dir, copy, split):
   for i in (-1, len(b)):
     with pytest.raises(IndexError):
       b.records[i]
+
+
+def test_a_brief_of_every_kind_of_feature():
+  lib = tfds.features
+  features = lib.FeaturesDict(
+    {
+      "image": lib.Image(),
+      "label": lib.ClassLabel(num_classes=3),
+      "labels": lib.Sequence(lib.ClassLabel(num_classes=3)),
+      "captions": lib.Sequence(lib.Text()),
+      "empty": lib.Sequence(lib.Text()),
+      "sure": lib.Scalar(np.bool_),
+      "score": lib.Scalar(np.float32),
+      "scores": lib.Sequence(np.float32),
+      "box": lib.BBoxFeature(),
+      "objects": lib.Sequence({"name": lib.Text(), "id": np.int64}),
+      "about": {"source": lib.Text(), "year": np.int32},
+    }
+  )
+  example = dict(
+    image=io.BytesIO(b"encoded"),
+    label=2,
+    labels=[2, 0],
+    captions=["a", "\u3042"],
+    empty=[],
+    sure=True,
+    score=0.1,
+    scores=[0.1, 3],
+    box=lib.BBox(0.0, 0.25, 0.5, 1.0),
+    objects=[dict(name="x", id=1), dict(name="y", id=2)],
+    about=dict(source="web", year=2026),
+  )
+  data = features.serialize_example(features.encode_example(example))
+  whole = features.deserialize_example_np(
+    data, decoders={"image": tfds.decode.SkipDecoding()}
+  )
+  brief = tfds_lib.brief_parser(features)(data)
+  whole.pop("image")
+  assert set(brief) == set(whole)
+  for key, value in whole.items():
+    assert type(brief[key]) is type(value), key
+    if isinstance(value, dict):
+      assert_same(brief[key], value)
+    else:
+      np.testing.assert_array_equal(brief[key], value)
 
 
 def test_images_stay_encoded(copy):
