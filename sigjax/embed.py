@@ -17,7 +17,7 @@ def make_embed(
 ) -> Callable[..., tuple[Array | None, Array | None, Array | None]]:
   """Builds embed(params, image, text) -> (zimg, ztxt, features).
 
-  image is (B, H, W, C) and text (B, L), this process's rows, or None: then the
+  image is (B, ...) as its tower takes it and text (B, L), this process's rows, or None: then the
   tower is not run and its result is None. Rows are split over all devices. The
   towers compute in model.dtype, as in training.
 

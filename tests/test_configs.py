@@ -39,6 +39,7 @@ class CountingTokenizer:
     ("msiglip_b16", "bottleneck=0,language=language"),
     ("msiglip_emoji", "bottleneck=0,shuffle_captions"),
     ("siglit_l16", "smoke,embeddings=x"),
+    ("finetune", "weights=siglip2/b16_naflex"),
   ],
 )
 def test_config(name, arg):
@@ -51,7 +52,8 @@ def test_config(name, arg):
   data = io.BytesIO()
   Image.new("RGB", (50, 40)).save(data, "PNG")
   rng = np.random.default_rng(0)
-  image, precomputed = data.getvalue(), config["model"]["image"].get("kind")
+  image = data.getvalue()
+  precomputed = config["model"]["image"].get("kind") == "precomputed"
   if precomputed:
     image = np.zeros(config["model"]["image"]["width"], np.float16)
   example = parse(config["pp"])(

@@ -69,6 +69,24 @@ def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
   assert rows["zeroshot", "24-way top-1"][0] < 0.2
 
 
+def test_images_of_any_aspect_ratio(tmp_path, tiny_config):
+  """Patches with padding, in microbatches: it learns what it is shown."""
+  config = dict(tiny_config, batch_size=16, microbatches=2)
+  patches = "resize_to_patches(9,8)"
+  config["pp"] = config["pp"].replace(
+    "value_range(-1,1)", f"random_crop(16,14)|{patches}"
+  )
+  config["pp_image"] = f"decode|{patches}|keep('image')"
+  config["model"]["image"]["kind"] = "naflex"
+  config.update(total_steps=60, log_every_steps=50, eval_first=True)
+  del config["evals"]["retrieval"]
+  run(tmp_path, config)
+  logged = lines(tmp_path)
+  accuracy = [x[k] for x in logged for k in x if k.endswith("top-5")]
+  before, after = accuracy  # by chance 21 %
+  assert before < 0.4 and after > 0.6, accuracy
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_stopped_run_ends_like_one_that_was_not(
   tmp_path, tiny_config, devices

@@ -65,8 +65,9 @@ def test_positions_are_those_of_a_resized_table(grid):
   np.testing.assert_allclose(got[0], want.reshape(-1, 4), atol=2e-6)
 
 
-@pytest.mark.parametrize("pool", ["map", "gap"])
-@pytest.mark.parametrize("dtype, atol", [("float32", 1e-6), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(
+  "pool, dtype, atol", [("map", "bfloat16", 0.02), ("gap", "float32", 1e-6)]
+)
 def test_padding_is_not_seen(pool, dtype, atol):
   model, params = build(dtype=dtype)
   model = model.clone(image={**model.image, "pool_type": pool})
