@@ -17,9 +17,10 @@ def make_embed(
 ) -> Callable[..., tuple[Array | None, Array | None, Array | None]]:
   """Builds embed(params, image, text) -> (zimg, ztxt, features).
 
-  image is (B, ...) as its tower takes it and text (B, L), this process's rows, or None: then the
-  tower is not run and its result is None. Rows are split over all devices. The
-  towers compute in model.dtype, as in training.
+  image is (B, ...), as its tower takes it, and text (B, L). They are this
+  process's rows, or None: then the tower is not run and its result is None.
+  Rows are split over all devices. The towers compute in model.dtype, as in
+  training.
 
   zimg and ztxt are (B, E) unit rows. features are (B, W), the image tower's
   output before its head, not normalised. All are float32.
