@@ -21,6 +21,7 @@ from sigjax import errors, train
 from sigjax.data.emoji import builder, packages
 
 ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 # A locked tower that only resizes, written down by the example's own code.
 TOWER = """
@@ -122,7 +123,7 @@ def test_train(emoji_dir, tmp_path):
     OUT=str(tmp_path / "out"),
     TFDS_DATA_DIR=str(emoji_dir),
     TOWER=str(tower),
-    STEPS="8",
+    STEPS="2",
     BATCH_SIZE="32",
     PICTURES=f"{ROOT}/docs/emoji.png,{ROOT}/docs/studies",
   )
@@ -138,13 +139,40 @@ def test_released(tiny_config, emoji_dir, tmp_path):
     OUT=str(tmp_path / "out"),
     TFDS_DATA_DIR=str(emoji_dir),
     WEIGHTS=str(tmp_path / "run"),
-    EPOCHS="1",
+    EPOCHS="0.5",
     BATCH_SIZE="32",
   )
   text = printed(outputs)
   assert "run: not a released model" in text
   assert "before training: retrieval image" in text
   assert pictures(outputs) == 4  # zero-shot, the search, recall, zero-shot
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_is_stored(path):
+  """It ran from top to bottom without errors, and shows no machine."""
+  notebook = nbformat.read(path, 4)
+  nbformat.validate(notebook)
+  cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert [cell.execution_count for cell in cells] == list(
+    range(1, len(cells) + 1)
+  )
+  assert path.name in (ROOT / "docs/tree.md").read_text()
+  outputs = outputs_of(notebook)
+  assert pictures(outputs) >= 3
+  assert not [out for out in outputs if out.output_type == "error"]
+  for out in outputs:
+    text = out.get("text", "") + str(out.get("data", {}).get("text/plain", ""))
+    found = re.search(r"(?<![\w.])/(?!s\b)\w+|\w+://|Traceback|Warning", text)
+    assert not found, text
+  assert path.stat().st_size < 300_000
+
+
+def test_nothing_stored_is_called_released():
+  """A machine of the project cannot fetch the released weights."""
+  notebook = nbformat.read(ROOT / "notebooks/released.ipynb", 4)
+  text = printed(outputs_of(notebook))
+  assert "not a released model" in text and "siglip2/" not in text
 
 
 if __name__ == "__main__":
