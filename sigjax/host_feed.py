@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sigjax import sharding
 from sigjax.state import TrainState
@@ -24,14 +25,21 @@ def make_train_step(
   embed = jax.jit(step.embed)
   loss_and_gradients = jax.jit(step.loss_and_gradients)
   stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
-  update = jax.jit(step.update, donate_argnums=(0, 3))
 
   @functools.partial(jax.jit, donate_argnums=4)
-  def pull_back(state, part, i, dz, grads):
+  def pull_back(state, part, i, dz, own):
     dz = jax.tree.map(lambda x: x[i], dz)
-    grads = step.pull_back(state, part, i, dz, grads)
+    own = step.pull_back(state, part, i, dz, own)
     # The second result is one to wait for: the gradients are donated.
-    return grads, min(jax.tree.leaves(grads), key=jnp.size) + 0
+    return own, min(jax.tree.leaves(own), key=jnp.size) + 0
+
+  @functools.partial(jax.jit, donate_argnums=(0, 3))
+  def update(state, z, loss, grads, own):
+    return step.update(state, z, loss, step.add_up(grads, own))
+
+  def zeros(x):  # split over "fsdp" like x
+    spec = NamedSharding(mesh, P("data", *x.sharding.spec))
+    return jnp.zeros((mesh.shape["data"], *x.shape), x.dtype, device=spec)
 
   def train_step(state: TrainState, batch: Batch):
     devices = mesh.size // jax.process_count()
@@ -50,11 +58,11 @@ def make_train_step(
       jax.block_until_ready(z[i - 1])
     groups = sharding.put_batch(batch.get("group"), mesh)
     z, loss, grads, dz = loss_and_gradients(state, stack(*z), groups)
-    before = loss
+    own, before = jax.tree.map(zeros, state.trained), loss
     for i in range(step.k):
-      grads, done = pull_back(state, part(i), i, dz, grads)
+      own, done = pull_back(state, part(i), i, dz, own)
       jax.block_until_ready(before)
       before = done
-    return update(state, z, loss, grads)
+    return update(state, z, loss, grads, own)
 
   return train_step

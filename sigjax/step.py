@@ -97,19 +97,23 @@ class Step(NamedTuple):
   seed: int
   k: int
 
-  def key(self, state: TrainState) -> Array:
-    return jax.random.fold_in(jax.random.key(self.seed), state.step)
+  def key(self, state: TrainState, *more: Any) -> Array:
+    """Returns the key of a step and, within it, of `more` numbers."""
+    key = jax.random.key(self.seed)
+    for number in (state.step, *more):
+      key = jax.random.fold_in(key, number)
+    return key
 
   def towers(
-    self, trained: dict, state: TrainState, part: Batch, i: Any
+    self, trained: dict, state: TrainState, part: Batch, key: Array
   ) -> tuple[Array, Array]:
-    """Returns zimg and ztxt of microbatch i, (B/k, E) each."""
+    """Returns zimg and ztxt of these examples, (n, E) each; key: of dropout."""
     out: Any = self.model.apply(
       {"params": state.replace(trained=trained).params},
       part["image"],
       part["text"],
       train=True,
-      rngs={"dropout": jax.random.fold_in(self.key(state), i)},
+      rngs={"dropout": key},
     )
     return out[:2]
 
@@ -153,17 +157,43 @@ class Step(NamedTuple):
     """A step without microbatches."""
 
     def fn(trained):
-      z = self.towers(trained, state, batch, 0)
+      z = self.towers(trained, state, batch, self.key(state, 0))
       return self.pair_loss(trained, state, *z, batch.get("group")), z
 
     grad = jax.value_and_grad(fn, has_aux=True)
     (loss, z), grads = grad(state.trained)
     return self.update(state, z, loss, grads)
 
+  # Microbatches. The towers run in a shard_map over the mesh axis "data", so
+  # that gradients stay on the devices that computed them until those of all
+  # microbatches are added up. These are `own`: arrays (data, ...), split over
+  # their first axis. Over "fsdp" they are reduced in each microbatch, since no
+  # device has the memory for more than its share.
+
+  def on_data(self, fn: Callable, in_specs: Any) -> Callable:
+    """Returns fn in a shard_map over "data"; it returns rows."""
+    return jax.shard_map(
+      fn,
+      mesh=self.mesh,
+      in_specs=in_specs,
+      out_specs=P("data"),
+      axis_names={"data"},
+    )
+
+  def part_of_towers(
+    self, trained: dict, state: TrainState, part: Batch, i: Any
+  ) -> tuple[Array, Array]:
+    """Returns this place's rows of microbatch i, for use in on_data."""
+    # Each place draws a dropout of its own.
+    key = self.key(state, i, jax.lax.axis_index("data"))
+    return self.towers(trained, state, part, key)
+
   def embed(
     self, state: TrainState, part: Batch, i: Any
   ) -> tuple[Array, Array]:
-    return self.towers(state.trained, state, part, i)
+    """Returns zimg and ztxt of microbatch i, (B/k, E) each."""
+    fn = lambda state, *rest: self.part_of_towers(state.trained, state, *rest)
+    return self.on_data(fn, (P(), P("data"), P()))(state, part, i)
 
   def loss_and_gradients(
     self, state: TrainState, z: Any, groups: Array | None
@@ -180,12 +210,23 @@ class Step(NamedTuple):
     return z, loss, grads, dz
 
   def pull_back(
-    self, state: TrainState, part: Batch, i: Any, dz: Any, grads: dict
+    self, state: TrainState, part: Batch, i: Any, dz: Any, own: dict
   ) -> dict:
-    """Adds the gradients of the parameters through microbatch i."""
-    embed = lambda trained: self.towers(trained, state, part, i)
-    _, vjp = jax.vjp(embed, state.trained)
-    return jax.tree.map(jnp.add, grads, vjp(dz)[0])
+    """Adds to `own` the gradients through microbatch i."""
+
+    def fn(state, part, i, dz, own):
+      # "varying": or else JAX would sum the gradients over "data" here.
+      trained = jax.lax.pcast(state.trained, "data", to="varying")
+      embed = lambda trained: self.part_of_towers(trained, state, part, i)
+      (grads,) = jax.vjp(embed, trained)[1](dz)
+      return jax.tree.map(lambda x, y: x + y[None], own, grads)
+
+    specs = P(), P("data"), P(), P("data"), P("data")
+    return self.on_data(fn, specs)(state, part, i, dz, own)
+
+  def add_up(self, grads: dict, own: dict) -> dict:
+    """Adds all of `own` to grads: the one reduction over "data"."""
+    return jax.tree.map(lambda x, rows: x + jnp.sum(rows, 0), grads, own)
 
   def in_microbatches(self, state: TrainState, batch: Batch) -> Result:
     """A step in microbatches, as one program."""
@@ -195,12 +236,14 @@ class Step(NamedTuple):
     _, z = jax.lax.scan(embed, None, (parts, numbers))
     z, loss, grads, dz = self.loss_and_gradients(state, z, batch.get("group"))
 
-    def add(grads, xs):
+    def add(own, xs):
       part, i, dz = xs
-      return self.pull_back(state, part, i, dz, grads), None
+      return self.pull_back(state, part, i, dz, own), None
 
-    grads, _ = jax.lax.scan(add, grads, (parts, numbers, dz))
-    return self.update(state, z, loss, grads)
+    zeros = lambda x: jnp.zeros((self.mesh.shape["data"], *x.shape), x.dtype)
+    own = jax.tree.map(zeros, state.trained)
+    own, _ = jax.lax.scan(add, own, (parts, numbers, dz))
+    return self.update(state, z, loss, self.add_up(grads, own))
 
 
 def temperature_and_bias(model: TwoTowers, params: dict) -> tuple[Array, Array]:

@@ -151,14 +151,14 @@ MUTATIONS = [
   # ---- Step ----
   Mutation(
     "step.py",
-    'rngs={"dropout": jax.random.fold_in(self.key(state), i)}',
-    'rngs={"dropout": self.key(state)}',
+    'key = self.key(state, i, jax.lax.axis_index("data"))',
+    'key = self.key(state, jax.lax.axis_index("data"))',
     STEP,
   ),
   Mutation(
     "step.py",
-    "return jax.random.fold_in(jax.random.key(self.seed), state.step)",
-    "return jax.random.key(self.seed)",
+    "for number in (state.step, *more):",
+    "for number in more:",
     STEP,
   ),
   Mutation(
@@ -169,9 +169,8 @@ MUTATIONS = [
   ),
   Mutation(
     "step.py",
-    "grads, _ = jax.lax.scan(add, grads, (parts, numbers, dz))",
-    "grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, grads), "
-    "(parts, numbers, dz))",
+    "return jax.tree.map(lambda x, rows: x + jnp.sum(rows, 0), grads, own)",
+    "return jax.tree.map(lambda x, rows: jnp.sum(rows, 0), grads, own)",
     STEP,
   ),
   Mutation(

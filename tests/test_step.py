@@ -18,6 +18,7 @@ from sigjax import step as step_lib
 from sigjax.models import two_towers
 
 B = 16
+SPLIT = ((".*/bias", "replicate"), (".*", "fsdp"))
 TOWER = dict(width=16, depth=1, num_heads=2, mlp_dim=32)
 EXAMPLE = dict(
   image=np.zeros((16, 16, 3), np.float32), text=np.zeros(6, np.int32)
@@ -116,8 +117,7 @@ def assert_close(got, want, rtol=2e-5, atol=2e-6):
 
 @pytest.mark.parametrize("data, fsdp", [(2, 1), (8, 1), (1, 4), (2, 4)])
 def test_any_mesh_gives_the_same_numbers(one_device, data, fsdp):
-  table = ((".*/bias", "replicate"), (".*", "fsdp"))
-  got = run(data=data, fsdp=fsdp, devices=data * fsdp, table=table)
+  got = run(data=data, fsdp=fsdp, devices=data * fsdp, table=SPLIT)
   assert_close(got, one_device)
   if fsdp > 1:  # and it is really split, moments too
     for name, leaf in trees.flatten(got[2]).items():
@@ -177,10 +177,19 @@ def test_three_steps_are_the_formula(one_device):
 
 
 @pytest.mark.parametrize(
-  "k, devices, feed", [(2, 8, "device"), (8, 2, "device"), (4, 2, "host")]
+  "k, data, fsdp, feed",
+  [
+    (2, 8, 1, "device"),
+    (8, 2, 1, "device"),
+    (4, 2, 1, "host"),
+    (4, 1, 4, "device"),
+    (2, 2, 4, "device"),
+    (2, 2, 2, "host"),
+  ],
 )
-def test_microbatches_change_nothing(one_device, k, devices, feed):
-  got = run(data=devices, devices=devices, microbatches=k, feed=feed)
+def test_microbatches_change_nothing(one_device, k, data, fsdp, feed):
+  mesh = dict(data=data, fsdp=fsdp, devices=data * fsdp, table=SPLIT)
+  got = run(**mesh, microbatches=k, feed=feed)
   assert_close(got, one_device)
 
 
