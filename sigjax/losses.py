@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
+import numpy as np
 
 from sigjax import errors
+from sigjax import ring as ring_lib
 from sigjax.ring import Ring
 
 F32 = jnp.float32
@@ -387,6 +389,13 @@ def ring_of(zimg, ztxt, t, b, mesh, axes, tile, direction, comm) -> Ring:
   errors.pick({"forward": 1, "both": 2}, direction, "direction")
   auto = "all_gather" if B // devices < 256 else "ring"
   ways = {"ring": "ring", "all_gather": "all_gather", "auto": auto}
-  return Ring(
-    B, devices, axes, tile, direction, errors.pick(ways, comm, "comm")
-  )
+  comm = errors.pick(ways, comm, "comm")
+  order = ring_lib.order(devices_on(mesh, axes))
+  return Ring(B, devices, axes, order, tile, direction, comm)
+
+
+def devices_on(mesh: Mesh, axes: tuple[str, ...]) -> list[Any]:
+  """Returns the devices of one ring: along axes, at the start of all others."""
+  at = [mesh.axis_names.index(axis) for axis in axes]
+  along = np.moveaxis(mesh.devices, at, range(len(at)))
+  return list(along.reshape(*along.shape[: len(at)], -1)[..., 0].flat)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sigjax import losses
+from sigjax import ring as ring_lib
 from sigjax.losses import Groups, Rows, Scalar
 from sigjax.ring import Ring
 
@@ -95,6 +96,9 @@ def _softmax_share(
 
     return add(by_image, 1), add(by_text, 0)
 
+  def merge(x, y):
+    return jnp.logaddexp(x[0], y[0]), *ring_lib.add(x[1:], y[1:])
+
   def pairs(diagonal, image, text, dzi, dzt):
     logits, positive = tile(diagonal, image, text)
     (zi, _, by_image, share_i), (zt, _, by_text, share_t) = image, text
@@ -113,7 +117,7 @@ def _softmax_share(
   empty = (row - jnp.inf, row, row) if several else (row - jnp.inf, None, None)
   images, texts = (zimg, groups), (ztxt, groups)
   (by_image, k_image, right_image), (by_text, k_text, right_text) = ring.visit(
-    normalisers, images, texts, empty, empty
+    normalisers, images, texts, empty, empty, merge
   )
   share_image = share_text = None
   if several:

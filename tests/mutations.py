@@ -126,8 +126,8 @@ MUTATIONS = [
   ),
   Mutation(
     "ring.py",
-    "by_text = send(by_text, way)",
-    "by_text = send(by_text, -way)",
+    "ahead, elsewhere = send(texts, way), send(before, way)",
+    "ahead, elsewhere = send(texts, way), send(before, -way)",
     LOSSES,
   ),
   Mutation(

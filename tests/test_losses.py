@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sigjax import losses, softmax
+from sigjax import losses, ring, softmax
 
 B, E = 48, 16  # 48 texts are 6 on each of 8 devices: tiles of 4 come out uneven
 T, BIAS = 10.0, -5.0
@@ -154,6 +154,16 @@ def test_several_axes_make_one_ring(options):
   check(
     "sigmoid", embeddings(), 1e-6, mesh=mesh, axes=("data", "fsdp"), **options
   )
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "both"}], ids=str)
+def test_devices_may_be_in_any_order_on_the_ring(options, monkeypatch):
+  monkeypatch.setattr(ring, "order", lambda devices: (2, 0, 3, 1))
+  mesh = mesh_of(data=4)
+  check("sigmoid", embeddings(), 1e-6, mesh=mesh, tile=5, **options)
+  low = lowered(all_grads, mesh=mesh, tile=5, **options)
+  pairs = "[[2, 0], [0, 3], [3, 1], [1, 2]]"
+  assert f"source_target_pairs = dense<{pairs}>" in low.as_text()
 
 
 def test_value_alone_is_the_same():

@@ -16,6 +16,7 @@ from sigjax import embed as embed_lib
 from sigjax import state as state_lib
 from sigjax import step as step_lib
 from sigjax.models import two_towers
+from tools.aot import hlo
 
 B = 16
 SPLIT = ((".*/bias", "replicate"), (".*", "fsdp"))
@@ -191,6 +192,39 @@ def test_microbatches_change_nothing(one_device, k, data, fsdp, feed):
   mesh = dict(data=data, fsdp=fsdp, devices=data * fsdp, table=SPLIT)
   got = run(**mesh, microbatches=k, feed=feed)
   assert_close(got, one_device)
+
+
+def reductions(k):
+  """Returns the all-reduces of a step in k microbatches, as compiled."""
+  model = two_towers.TwoTowers(
+    image=dict(kind="precomputed", width=16),
+    text=dict(TOWER, vocab_size=20),
+    out_dim=(None, 16),
+  )
+  mesh = sharding.make_mesh()
+  batch = dict(
+    image=np.zeros((32, 16), np.float32), text=np.zeros((32, 6), np.int32)
+  )
+  example = {name: x[0] for name, x in batch.items()}
+  tx = optax.sgd(1.0)
+  loss_fn = losses.make(mesh, sharding.AXES)
+  step = step_lib.make_train_step(
+    model, tx, lambda s: 0.0, loss_fn, mesh, microbatches=k
+  )
+  shapes = state_lib.param_shapes(model, example)
+  state = state_lib.abstract_state(shapes, tx, mesh, SPLIT)
+  batch = sharding.put_batch(batch, mesh)
+  text = step.program.lower(state, batch).compile().as_text()
+  found = hlo.Program(text).collectives()
+  return [c for c in found if c.kind == "all-reduce"]
+
+
+def test_gradients_are_reduced_once_a_step():
+  """In no loop, and as many bytes whatever k."""
+  two, four = reductions(2), reductions(4)
+  assert {c.times for c in two + four} == {1}
+  sent = sum(c.sent for c in two)
+  assert sent == sum(c.sent for c in four)
 
 
 def test_microbatches_of_softmax():
