@@ -8,13 +8,18 @@ Prints for each chip: the memory, the FLOPs, the bytes sent over the links and
 the computation meanwhile, and an estimate of the time. Nothing is run, so it
 needs no TPU, dataset, tokenizer or weights. --what loss compiles the loss and
 its gradients alone. --find_batch searches the largest batch that fits, with
-microbatches of constant size.
+microbatches of constant size. --examples 9e9 tells the days that so many take.
+
+--out a.json keeps the estimate, and --against a.json compares another config,
+topology or commit with it, row by row.
 
 Topologies: v4:2x2x1, v5e:1x1, v5e:2x4, v5p:2x2x1, v6e:2x4, and larger ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 import inspect
+import json
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -23,7 +28,7 @@ import jax
 from sigjax import defaults, errors
 from sigjax import sharding as sharding_lib
 from sigjax.runtime import metrics, program
-from tools.aot import compiler, hlo
+from tools.aot import chips, compiler, estimate, hlo, kernels, parts
 
 FLAGS = flags.FLAGS
 GIB, MIB = 2**30, 2**20
@@ -32,13 +37,10 @@ GIB, MIB = 2**30, 2**20
 Row = tuple[Any, ...]
 
 
-def memory_rows(
-  job: compiler.Job, compiled: jax.stages.Compiled, capacity: float
-) -> list[Row]:
+def memory_rows(job: compiler.Job, memory: Any, capacity: float) -> list[Row]:
   """Returns rows (what, GiB, share of the chip's memory)."""
-  stats: Any = compiled.memory_analysis()
-  results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-  peak = stats.peak_memory_in_bytes
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  peak = memory.peak_memory_in_bytes
   rows = [
     *job.arguments.items(),
     ("results not written over arguments", results),
@@ -55,7 +57,7 @@ def memory_rows(
 
 
 def flop_rows(
-  job: compiler.Job, compiled: jax.stages.Compiled, peak: float, devices: int
+  job: compiler.Job, by_compiler: float, peak: float, devices: int
 ) -> list[Row]:
   """Returns rows (what, TFLOP, ms at the chip's peak)."""
   rows = [
@@ -64,10 +66,7 @@ def flop_rows(
       "as traced: with what is computed again",
       compiler.traced_flops(job, devices),
     ),
-    (
-      "by the compiler, which counts a loop once",
-      cost["flops"] if (cost := compiled.cost_analysis()) else 0.0,
-    ),
+    ("by the compiler, which counts a loop once", by_compiler),
   ]
   return [
     (what, f"{n / 1e12:.3f}", f"{1e3 * n / peak:.1f}") for what, n in rows
@@ -75,7 +74,7 @@ def flop_rows(
 
 
 def link_rows(
-  collectives: Iterable[hlo.Collective], chip: compiler.Chip
+  collectives: Iterable[hlo.Collective], chip: chips.Chip
 ) -> list[Row]:
   """Returns rows (kind, array, times, MiB each, MiB, ms each, hidden ms)."""
   ms = lambda seconds: f"{1e3 * seconds:.3f}"
@@ -93,44 +92,98 @@ def link_rows(
   ]
 
 
-def exposed(
-  collectives: Iterable[hlo.Collective], chip: compiler.Chip
-) -> float:
-  """Returns the seconds in which a chip only waits for its links."""
-  return sum(
-    c.times * max(c.sent / chip.link - (c.hidden or 0) / chip.clock, 0)
-    for c in collectives
-  )
+def kernel_rows(
+  found: Iterable[tuple[kernels.Cost, int]], chip: chips.Chip
+) -> list[Row]:
+  """Returns rows (name, times, steps, bundles each, ms, ms of data, ms)."""
+  ms = lambda cycles: f"{1e3 * cycles / chip.clock:.3f}"
+  return [
+    (
+      cost.kernel.name,
+      times,
+      cost.kernel.steps,
+      f"{cost.bundles:,}",
+      ms(cost.bundles),
+      ms(cost.data),
+      ms(cost.cycles * times),
+    )
+    for cost, times in found
+  ]
+
+
+def place_rows(
+  found: Mapping[str, Any], other: Mapping[str, Any] | None
+) -> list[Row]:
+  """Returns rows (what, ms by tower, ms, share), or with the other's ms, ratio.
+
+  Args:
+    found: an estimate, see estimate.of.
+    other: the one to compare with.
+  """
+  total = lambda x: sum(sum(row.values()) for row in x["ms"].values())
+  rows = []
+  for name, row in {**found["ms"], "together": None}.items():
+    ms = sum(row.values()) if row else total(found)
+    cells = [row[c] if row else "" for c in parts.COLUMNS]
+    cells = [f"{x:.1f}" if x else "" for x in cells]
+    if not other:
+      rows.append((name, *cells, f"{ms:.1f}", f"{ms / total(found):.1%}"))
+      continue
+    before = sum(other["ms"].get(name, {}).values()) if row else total(other)
+    ratio = f"{ms / before:.3f}" if before else ""
+    rows.append((name, *cells, f"{ms:.1f}", f"{before:.1f}", ratio))
+  return rows
+
+
+def show(rows: Sequence[Row], *header: str) -> None:
+  """Prints a table."""
+  print()
+  for line in metrics.table(rows, header):
+    print(line)
 
 
 def report(
   job: compiler.Job,
-  compiled: jax.stages.Compiled,
+  compiled: Sequence[compiler.Compiled],
+  found: estimate.Estimate,
   mesh: jax.sharding.Mesh,
-  chip: compiler.Chip,
+  chip: chips.Chip,
   capacity: float,
+  other: Mapping[str, Any] | None = None,
+  examples: float | None = None,
 ) -> None:
-  """Prints all that is known about a compiled program."""
+  """Prints all that is known about a job.
 
-  def show(rows: Sequence[Row], *header: str) -> None:
-    print()
-    for line in metrics.table(rows, header):
-      print(line)
-
+  Args:
+    job: the job.
+    compiled: its programs.
+    found: what they take.
+    mesh, chip, capacity: where; the chip's memory in bytes.
+    other: a saved estimate to compare with.
+    examples: the number of examples to tell the days of.
+  """
   peak = metrics.PEAK_FLOPS[mesh.devices.flat[0].device_kind]
-  scheduled = hlo.Program(compiled.as_text() or "")
-  sent = scheduled.collectives()
-  flops = flop_rows(job, compiled, peak, mesh.size)
-  memory: Any = compiled.memory_analysis()
-  show(memory_rows(job, compiled, capacity), "memory per chip", "GiB", "share")
+  by_compiler = sum(x.flops * x.times for x in compiled)
+  flops = flop_rows(job, by_compiler, peak, mesh.size)
+  if len(compiled) > 1:
+    rows = [
+      (x.name, x.times, f"{x.memory.peak_memory_in_bytes / GIB:.3f}")
+      for x in compiled
+    ]
+    show(rows, "program", "times", "GiB at its peak")
+  memory = max(
+    (x.memory for x in compiled), key=lambda x: x.peak_memory_in_bytes
+  )
+  show(memory_rows(job, memory, capacity), "memory per chip", "GiB", "share")
   print(
     "(temporaries by the compiler's temp_size_in_bytes: "
     f"{memory.temp_size_in_bytes / MIB:,.1f} MiB)"
   )
+  largest = [x for program, _ in found.programs for x in program.largest(5)]
   show(
     [
       (array, f"{size / GIB:.3f}", made_by[-60:])
-      for array, size, made_by in scheduled.largest(5)
+      for array, size, made_by in sorted(largest, key=lambda x: -x[1])[:5]
     ],
     "largest arrays on a chip",
     "GiB",
@@ -138,7 +191,7 @@ def report(
   )
   show(flops, "FLOPs per chip", "TFLOP", "ms at peak")
   show(
-    link_rows(sent, chip),
+    link_rows(found.collectives, chip),
     "sent by each chip",
     "array",
     "times",
@@ -152,21 +205,52 @@ def report(
     + ", ".join(
       f"{kind} {size / MIB:,.1f} MiB"
       for kind in hlo.KINDS
-      if (size := sum(c.sent * c.times for c in sent if c.kind == kind))
+      if (
+        size := sum(
+          c.sent * c.times for c in found.collectives if c.kind == kind
+        )
+      )
     )
   )
-  if scheduled.uncounted:
-    print(f"{scheduled.uncounted} loop(s) of unknown length count once")
-  waits = f"{1e3 * exposed(sent, chip):.1f}"
+  if found.kernels:
+    show(
+      kernel_rows(found.kernels, chip),
+      "Pallas kernels",
+      "times",
+      "steps",
+      "bundles of a core",
+      "ms",
+      "ms of its data",
+      "ms in all",
+    )
+  if found.uncounted:
+    print(f"{found.uncounted} loop(s) of unknown length count once")
+  header = ["where the time goes, ms", *parts.COLUMNS, "all"]
+  header += ["against", "ratio"] if other else ["share"]
+  show(place_rows(found.saved, other), *header)
+  if other:
+    print(f"against: {other['title']}")
+  saved = found.saved
+  waits = f"{sum(saved['ms']['links not hidden'].values()):.1f}"
   print(f"""
 estimate of the time, in ms:
   at the chip's peak: products {flops[1][2]} + links not hidden {waits}
-  by the compiler's cycles: {1e3 * scheduled.cycles() / chip.clock:.1f}\
- + links not hidden {waits}
+  by the compiler's cycles: {saved["computing"]:.1f} + links not hidden {waits}
+  MFU {job.flops / peak / saved["seconds"]:.1%}, {saved["rate"]:,.1f} examples\
+ a second and chip
 assumed: {peak / 1e12:.0f} TFLOP/s in bfloat16, {chip.clock / 1e9:.2f} GHz,\
- {chip.link / 1e9:.0f} GB/s over a link one way;
-collectives are rings over one link at a time. Neighbours in the mesh are up to
-{hops(mesh)} link(s) apart; wrap-around links are not counted.""")
+ {chip.link / 1e9:.0f} GB/s over a link one way,
+{chip.hbm / 1e9:.0f} GB/s to the memory; collectives are rings over one link at\
+ a time. Neighbours in
+the mesh are up to {hops(mesh)} link(s) apart; wrap-around links are not\
+ counted. A kernel takes its
+bundles, one a cycle, or its bytes: whichever is more.""")
+  if examples:
+    days = examples / saved["rate"] / mesh.size / 86400
+    print(f"""
+{examples:,.0f} examples take {days:.2f} days on {mesh.size} chips, if every\
+ step takes what is estimated:
+no wait for data, no evaluation, no checkpoint, no restart.""")
 
 
 def hops(mesh: jax.sharding.Mesh) -> int:
@@ -185,6 +269,9 @@ def compile_config(
   batch_size: int | None = None,
   microbatches: int | None = None,
   find: bool = False,
+  examples: float | None = None,
+  out: str | None = None,
+  against: str | None = None,
 ) -> None:
   """Compiles and reports, as described at the top of this file.
 
@@ -195,10 +282,15 @@ def compile_config(
     batch_size: replaces the config's.
     microbatches: replaces the config's.
     find: whether to search for the largest batch that fits.
+    examples: a number of examples, to tell the days it takes.
+    out: a file for the estimate, to compare others with.
+    against: such a file, to compare with.
 
   Raises:
-    UserError: the config or the topology is wrong, or the program does not fit.
+    UserError: the config, the topology or the file is wrong, or the program
+      does not fit.
   """
+  other = estimate.load(against) if against else None
   devices, chip = compiler.open_topology(topology)
   mesh = errors.call(
     sharding_lib.make_mesh,
@@ -222,34 +314,41 @@ def compile_config(
       make, {**config, "batch_size": n, **more}, "config", mesh
     )
 
-  def tried(n: int, got: jax.stages.Compiled | compiler.DoesNotFit) -> None:
+  def tried(n: int, got: list[compiler.Compiled] | compiler.DoesNotFit) -> None:
     if isinstance(got, compiler.DoesNotFit):
       text = f"needs {got.needed / GIB:.2f} GiB"
     else:
-      memory: Any = got.memory_analysis()
-      text = f"fits: {memory.peak_memory_in_bytes / GIB:.2f} GiB"
+      peak = max(x.memory.peak_memory_in_bytes for x in got)
+      text = f"fits: {peak / GIB:.2f} GiB"
     print(f"batch {n:,}: {text}", flush=True)
 
   capacity = compiler.memory_of(devices[0])
+  batch_size = config["batch_size"]
   if find:
     smallest = piece if k > 1 and not rest else mesh.size
-    _, job, compiled = compiler.find_batch(
-      build, config["batch_size"], smallest, tried
+    batch_size, job, compiled = compiler.find_batch(
+      build, batch_size, smallest, tried
     )
   else:
     job = errors.call(make, config, "config", mesh)
     compiled = compiler.compile_job(job)
-  print(
+  title = (
     f"{job.title}, on {topology}: {len(devices)} x "
     f"{devices[0].device_kind}, mesh {dict(mesh.shape)}"
   )
-  report(job, compiled, mesh, chip, capacity)
+  print(title)
+  found = estimate.of(title, compiled, chip, batch_size / mesh.size)
+  report(job, compiled, found, mesh, chip, capacity, other, examples)
+  if out:
+    pathlib.Path(out).write_text(json.dumps(found.saved, indent=1) + "\n")
 
 
 def main(argv: list[str]) -> None:
   """Runs the program."""
   del argv
   jax.config.update("jax_platforms", "cpu")  # leaves a real TPU alone
+  # A program from the cache is not written again as text.
+  jax.config.update("jax_enable_compilation_cache", False)
   compile_config(
     FLAGS.config.to_dict(),
     FLAGS.topology,
@@ -257,6 +356,9 @@ def main(argv: list[str]) -> None:
     FLAGS.batch_size,
     FLAGS.microbatches,
     FLAGS.find_batch,
+    FLAGS.examples,
+    FLAGS.out,
+    FLAGS.against,
   )
 
 
@@ -271,4 +373,12 @@ if __name__ == "__main__":
     "microbatches", None, "Replaces the config's microbatches.", lower_bound=1
   )
   flags.DEFINE_bool("find_batch", False, "Searches the largest batch.")
+  flags.DEFINE_float(
+    "examples",
+    None,
+    "Tells the days that so many examples take.",
+    lower_bound=1,
+  )
+  flags.DEFINE_string("out", None, "Writes the estimate to this JSON file.")
+  flags.DEFINE_string("against", None, "Compares with this JSON file.")
   program.run(main, program.config_given)

@@ -1,17 +1,21 @@
 """Reads a program of the TPU compiler; and, where that is there, uses it."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
 import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 import pytest
 
 from sigjax import errors, sharding
 from tools import aot_compile
-from tools.aot import compiler, hlo
+from tools.aot import compiler, estimate, hlo, kernels, parts
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -35,6 +39,147 @@ def test_loops_and_collectives_are_counted():
     "reduce-scatter f32[64,768]": (3 * n, 1, None),
   }
   assert program.largest(1) == [("f32[256,768]", 16 * n, "")]
+
+
+# A collective in steps, as libtpu cuts them: a fusion that starts it, two that
+# go on with it beside a product, one that ends it. All are channel 7.
+STEPS = """
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%part (a.1: bf16[64,768]) -> f32[64,64] {
+  %a.1 = bf16[64,768] parameter(0)
+  %all-gather.1 = bf16[256,768] all-gather(%a.1), channel_id=7, \
+replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %convolution.1 = f32[64,64] convolution(%a.1, %a.1), \
+metadata={op_name="jit(step)/jvp(TwoTowers)/txt/MlpBlock_0/Dense_0/dot_general"}
+}
+
+%border (a.2: bf16[64,768]) -> bf16[256,768] {
+  %a.2 = bf16[64,768] parameter(0)
+  %all-gather.2 = bf16[256,768] all-gather(%a.2), channel_id=7, \
+replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %custom-call.1 = bf16[256,768] custom-call(%all-gather.2), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%layout (a.3: bf16[64,768]) -> bf16[768,64] {
+  %a.3 = bf16[64,768] parameter(0)
+  ROOT %transpose.1 = bf16[768,64] transpose(%a.3), dimensions={1,0}
+}
+
+ENTRY %main (a: bf16[64,768]) -> bf16[256,768] {
+  %a = bf16[64,768] parameter(0)
+  %start = bf16[256,768] fusion(%a), calls=%border, \
+backend_config={"estimated_cycles":"5"}
+  %go.1 = f32[64,64] fusion(%a), calls=%part, \
+backend_config={"estimated_cycles":"1000"}
+  %copy.1 = bf16[768,64] fusion(%a), calls=%layout, \
+metadata={op_name="jit(step)/jvp(TwoTowers)/img/Attention_0/mul"}, \
+backend_config={"estimated_cycles":"30"}
+  %go.2 = f32[64,64] fusion(%a), calls=%part, \
+backend_config={"estimated_cycles":"1000"}
+  %sort.1 = f32[64,64] sort(%go.2), \
+metadata={op_name="jit(step)/jvp(TwoTowers)/txt/Embed_0/scatter-add"}
+  ROOT %done = bf16[256,768] fusion(%a), calls=%border, \
+backend_config={"estimated_cycles":"5"}
+}
+"""
+
+
+def test_a_collective_in_steps_counts_once_and_hides_the_products_in_it():
+  cycles = {"sort.1": 400}
+  program = hlo.Program(STEPS, lambda op: cycles.get(op.name, 0))
+  assert program.cycles() == 2430
+  (found,) = program.collectives()
+  assert found == ("all-gather", "bf16[256,768]", 3 * 2 * 64 * 768, 1, 2430)
+  assert program.without_estimate() == {"a", "sort.1"}
+  assert {
+    (row, column): n
+    for row, columns in parts.by_place([(program, 3)]).items()
+    for column, n in columns.items()
+    if n
+  } == {
+    ("MLP", "text"): 6000,
+    ("copies", "image"): 90,
+    ("embedding", "text"): 1200,
+  }
+
+
+@pytest.mark.parametrize(
+  "name, row, column",
+  [
+    ("jvp(TwoTowers)/img/encoderblock/Attention_0/query/dot", "projections", 0),
+    ("jvp(TwoTowers)/img/MAPHead_0/Attention_0/pallas_call", "attention", 0),
+    ("transpose(jvp(TwoTowers))/img/embedding/conv", "embedding", 0),
+    ("jvp(TwoTowers)/txt/encoderblock/LayerNorm_0/mul", parts.REST, 1),
+    ("jvp()/shard_map/while/body/dot_general", "loss", 2),
+    ("mul", "optimizer and norms", 2),
+  ],
+)
+def test_where_an_op_belongs(name, row, column):
+  op = hlo.Op("x", "f32[]", "multiply", f'op_name="jit(step)/{name}"', False)
+  columns = list(parts.COLUMNS)
+  assert parts.place(hlo.Program(TEXT), op) == (row, columns[column])
+
+
+# Two cores with 3 steps each; a step has a loop of 7 with a loop of 5 in it.
+# The line at 0x7 is a bundle of the inner loop that the scheduler put later.
+SCHEDULE = """
+= control target key start
+LB: loop body
+= control target key end
+
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %s2 = sphi %s1 } /* Start region 9 */
+   0x2 LB: >> { %s3 = sphi %s1 } /* Start region 8 :: Start region 12 */
+   0x3 LB: >>> { %s4 = sphi %s1 } /* Start region 7 */
+   0x4   : >>> { %p4 = scmp.ge.s32.totalorder %s4, 5 /* loop exit test */
+second_minor_factor: 1 */ }
+   0x5   : >>> { %14 = sbr.rel (!%p4) target = $region7 }
+   0x6   : >> { %p3 = scmp.ge.s32.totalorder (%p4), %s3, 7 /* loop exit */ }
+   0x7   : >>> { %s5 = smov %s4 }
+   0x8 PF: >> { %13 = sbr.rel (!%p3) target = $region8 }
+   0x9   : > { %p2 = scmp.ge.s32.totalorder %s2, 5 /* loop exit test */ }
+   0xa   : > { %12 = sbr.rel (!%p2) target = $region9 }
+   0xb   :  {}
+"""
+
+
+def test_bundles_are_counted_as_often_as_they_run():
+  assert kernels.bundles(SCHEDULE, 3) == (2 + 3 * (3 + 7 * (3 + 5 * 4)), 0)
+  # Alone, the outermost loop runs as often as its test says.
+  assert kernels.bundles(SCHEDULE) == (2 + 5 * (3 + 7 * (3 + 5 * 4)), 0)
+  unknown = SCHEDULE.replace("%s4, 5", "%s4, %s9")
+  assert kernels.bundles(unknown, 3) == (2 + 3 * (3 + 7 * (3 + 4)), 1)
+
+
+def small_kernel(**options):
+  """A kernel over a grid of (3, 4), and its arguments."""
+  block = lambda rows, fn: pl.BlockSpec((rows, 256), fn)
+
+  def kernel(x, y, out):
+    add = lambda i, total: total + x[pl.ds(8 * i, 8), :] * y[...]
+    out[...] = jax.lax.fori_loop(0, 7, add, jnp.zeros((8, 256), jnp.float32))
+
+  fn = pl.pallas_call(
+    kernel,
+    grid=(3, 4),
+    in_specs=[block(56, lambda i, j: (i, 0)), block(8, lambda i, j: (j, 0))],
+    out_specs=block(8, lambda i, j: (i, j)),
+    out_shape=jax.ShapeDtypeStruct((24, 1024), jnp.float32),
+    compiler_params=pltpu.CompilerParams(**options),
+  )
+  return fn, [jax.ShapeDtypeStruct((n, 256), jnp.float32) for n in (168, 32)]
+
+
+@pytest.mark.parametrize("which, cores", [("parallel", 2), ("arbitrary", 1)])
+def test_what_a_kernel_moves(which, cores):
+  fn, args = small_kernel(dimension_semantics=(which, "arbitrary"))
+  lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",))
+  # The first block stays while j changes, the second one never does.
+  rows = 3 * 56 + 12 * 8 + 12 * 8
+  code = lowered.as_text().replace("\\22", '"')
+  assert kernels.read(code) == ("kernel", 12, cores, 4 * 256 * rows)
 
 
 def test_a_loop_of_unknown_length_is_told():
@@ -140,7 +285,7 @@ def test_memory_of_a_locked_tower(tiny_config):
   [
     (dict(batch_size=33), "do not divide"),
     (dict(batch_size=32, microbatches=3), "do not divide"),
-    (dict(feed="host"), "config.feed"),
+    (dict(feed="hots"), "config.feed"),
     (dict(modle=1), 'did you mean "model"'),
     (dict(loss=dict(name="sigmoyd")), "config.loss.name"),
   ],
@@ -149,6 +294,48 @@ def test_memory_of_a_locked_tower(tiny_config):
 def test_configs_that_cannot_be(more, text, tiny_config):
   with pytest.raises(errors.UserError, match=text):
     step_job(tiny_config, **more)
+
+
+def test_a_step_fed_by_the_host_is_several_programs(tiny_config, monkeypatch):
+  """Compiled here for CPUs."""
+  compiled = []
+
+  def compile_traced(traced, name, times):
+    shardings = traced.lower().compile().output_shardings
+    compiled.append(name)
+    row = compiler.Compiled(name, times, None, 0.0, "", {})
+    return row, jax.tree.leaves(shardings)
+
+  monkeypatch.setattr(compiler, "compile_traced", compile_traced)
+  config = dict(tiny_config, batch_size=64)
+  job = step_job(config, microbatches=4, feed="host")
+  once = step_job(config, microbatches=4)
+  assert compiler.traced_flops(job, 8) == compiler.traced_flops(once, 8)
+  assert (
+    4 * job.arguments["microbatch: texts"] == once.arguments["batch: texts"]
+  )
+  times = {}
+  for x in compiler.compile_job(job):
+    times[x.name] = times.get(x.name, 0) + x.times
+  assert times["embed"] == times["pull_back"] == 4
+  assert times["loss_and_gradients"] == times["update"] == 1
+  assert compiled.count("embed") == 1
+
+
+def test_estimates_are_compared(tmp_path):
+  ms = lambda x: {"MLP": {"image": x, "text": 2.0, "neither": 0.0}}
+  file = tmp_path / "a.json"
+  file.write_text(
+    json.dumps(dict(title="a", ms=ms(8.0), computing=10.0, rate=3.0))
+  )
+  rows = aot_compile.place_rows({"ms": ms(3.0)}, estimate.load(str(file)))
+  assert rows == [
+    ("MLP", "3.0", "2.0", "", "5.0", "10.0", "0.500"),
+    ("together", "", "", "", "5.0", "10.0", "0.500"),
+  ]
+  file.write_text("{}")
+  with pytest.raises(errors.UserError, match="a.json: cannot be read; give"):
+    estimate.load(str(file))
 
 
 class Fails:
@@ -258,6 +445,28 @@ def test_loss_on_a_tpu_that_is_not_there(tpu, capsys):
       1e3 * 2 * b * 1024 / chip.link, abs=1e-3
     )
     assert float(line[6]) > 10 * float(line[5])  # computed meanwhile
+
+
+def test_a_kernel_and_a_sort_on_a_tpu_that_is_not_there(tpu):
+  devices, chip = tpu
+  fn, args = small_kernel()
+  sharding = jax.sharding.SingleDeviceSharding(devices[0])
+  x, y = (
+    jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in args
+  )
+
+  def step(x, y):
+    with jax.named_scope("img/Attention_0"):
+      return fn(x, y), jnp.sort(x, axis=0)
+
+  compiled = compiler.compile_traced(jax.jit(step).trace(x, y))[0]
+  found = estimate.of("small", [compiled], chip, 1)
+  ((cost, times),) = found.kernels
+  assert times == 1 and cost.kernel[:3] == ("kernel", 12, 1)
+  # More than the products of each step, fewer than without any overlap.
+  assert 12 * 7 * 2 < cost.bundles < 12 * (150 + 7 * 50)
+  ms = found.saved["ms"]["attention"]["image"]
+  assert ms > 1e3 * cost.cycles / chip.clock > 0
 
 
 def test_what_does_not_fit_is_told(tpu, capsys):

@@ -1,12 +1,15 @@
-"""The programs that tools.aot_compile compiles, and the chips it knows."""
+"""The programs that tools.aot_compile compiles."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import importlib.util
 import io
 import math
 import os
+import pathlib
 import re
+import tempfile
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
@@ -23,37 +26,9 @@ from sigjax import sharding as sharding_lib
 from sigjax.data.example import preprocess
 from sigjax.models import flops as flops_lib
 from sigjax.models import two_towers
+from tools.aot import chips, hlo, kernels
 
 GIB = 2**30
-
-
-class Chip(NamedTuple):
-  """A kind of chip. Its peak FLOP/s are in metrics.PEAK_FLOPS.
-
-  Attributes:
-    link: bytes/s over one link in one direction, from data sheets, without
-      headers.
-    clock: Hz, computed from the peak FLOP/s and the number of multipliers.
-    env: the value of TPU_ACCELERATOR_TYPE, without which libtpu does not start.
-    options: arguments of get_topology_desc.
-  """
-
-  link: float
-  clock: float
-  env: str
-  options: dict[str, Any]
-
-
-# On v4 and v5p the two cores of a chip are one device.
-MEGACORE = dict(
-  chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1), num_slices=1
-)
-CHIPS = {
-  "v4": Chip(45e9, 1.05e9, "v4-8", MEGACORE),
-  "v5e": Chip(45e9, 1.5e9, "v5litepod-8", {}),
-  "v5p": Chip(90e9, 1.75e9, "v5p-8", MEGACORE),
-  "v6e": Chip(90e9, 1.75e9, "v6e-8", {}),
-}
 
 
 class DoesNotFit(errors.UserError):
@@ -76,29 +51,52 @@ class DoesNotFit(errors.UserError):
 
 
 class Job(NamedTuple):
-  """A program to compile.
+  """What is compiled.
 
   Attributes:
     title: what it is.
     traced: jax.jit(fn).trace(arguments).
     arguments: {what: bytes per chip}.
     flops: FLOPs per chip, by formula.
+    inputs: the arguments, if fn is no program itself but calls several, as with
+      feed "host"; None if it is one.
   """
 
   title: str
   traced: Any
   arguments: Mapping[str, int]
   flops: float
+  inputs: Any = None
 
 
-def open_topology(name: str) -> tuple[list[Any], Chip]:
+class Compiled(NamedTuple):
+  """A compiled program.
+
+  Attributes:
+    name: that of its function.
+    times: how often a step runs it.
+    memory: what compiled.memory_analysis() returns.
+    flops: by the compiler, which counts a loop once.
+    text: the HLO that runs on the chip.
+    schedules: {name: schedule} of its ops that the text has no estimate for.
+  """
+
+  name: str
+  times: int
+  memory: Any
+  flops: float
+  text: str
+  schedules: Mapping[str, str]
+
+
+def open_topology(name: str) -> tuple[list[Any], chips.Chip]:
   """Returns the devices of a topology such as "v4:2x2x1", and its Chip.
 
   Raises:
     UserError: there is no such topology, or libtpu is not installed.
   """
   kind, _, shape = name.partition(":")
-  chip = errors.pick(CHIPS, kind, f"the chip of --topology {name},")
+  chip = errors.pick(chips.CHIPS, kind, f"the chip of --topology {name},")
   if not re.fullmatch(r"\d+(x\d+)+", shape):
     raise errors.UserError(
       f'--topology is "{name}"; write one as v4:2x2x1, v5e:2x4, v5p:2x2x1 or '
@@ -108,6 +106,7 @@ def open_topology(name: str) -> tuple[list[Any], Chip]:
     raise errors.UserError(
       "the TPU compiler is not installed: pip install 'sigjax[aot]'"
     )
+  kernels.dump_schedules()
   # libtpu must not look for a real TPU, nor lock one.
   for key, value in dict(
     TPU_SKIP_MDS_QUERY="1",
@@ -199,11 +198,6 @@ def step_job(
     mesh: the devices to compile for.
     **others: values of the config, see train.main.
   """
-  if feed != "device":
-    raise errors.UserError(
-      f'config.feed is "{feed}", which splits the step into several programs; '
-      'only "device" can be compiled ahead of time'
-    )
   example = example_of(model, pp_image, pp_text, loss)
   times = config_lib.Durations(
     batch_size,
@@ -224,6 +218,7 @@ def step_job(
     lock=lock,
     lora=lora,
     microbatches=microbatches,
+    feed=feed,
     seed=seed,
   )
   batch = {
@@ -244,17 +239,23 @@ def step_job(
   flops = batch_size * towers + loss_flops(
     batch_size, E.shape[1], **(loss or {})
   )
-  return Job(
-    f"train step, batch {batch_size:,} {microbatches} microbatch(es)",
-    run.train_step.program.trace(run.state, batch),
-    {
-      f"parameters ({count / 1e6:.1f} M)": share(stored),
-      "optimizer state": share(run.state.opt_state),
-      "batch: images": share(batch["image"]),
-      "batch: texts": share(batch["text"]),
-    },
-    flops / mesh.size,
-  )
+  title = f"train step, batch {batch_size:,} {microbatches} microbatch(es)"
+  arguments = {
+    f"parameters ({count / 1e6:.1f} M)": share(stored),
+    "optimizer state": share(run.state.opt_state),
+  }
+  pieces, what, inputs = 1, "batch", None
+  if run.train_step.program:
+    traced = run.train_step.program.trace(run.state, batch)
+  else:
+    pieces, what = microbatches, "microbatch"
+    inputs = (run.state, batch)
+    put = lambda x, mesh: jax.device_put(x, sharding_lib.batch_sharding(mesh))
+    with mock.patch.object(sharding_lib, "put_batch", put):
+      traced = jax.jit(run.train_step.run).trace(*inputs)
+  arguments[f"{what}: images"] = share(batch["image"]) // pieces
+  arguments[f"{what}: texts"] = share(batch["text"]) // pieces
+  return Job(title, traced, arguments, flops / mesh.size, inputs)
 
 
 def loss_job(
@@ -358,38 +359,114 @@ def memory_of(device: Any) -> float:
     sharding=jax.sharding.SingleDeviceSharding(device),
   )
   try:
-    compile_job(Job("", jax.jit(jnp.cos).trace(far_too_large), {}, 0))
+    compile_traced(jax.jit(jnp.cos).trace(far_too_large))
   except DoesNotFit as e:
     return e.available
   raise errors.UserError("the compiler does not say how much memory a chip has")
 
 
-def compile_job(job: Job) -> jax.stages.Compiled:
-  """Compiles a program.
+def compile_job(job: Job) -> list[Compiled]:
+  """Compiles the program of a job, or each of its programs.
 
   Raises:
-    DoesNotFit: it needs too much memory.
-    UserError: the compiler refuses it for another reason.
+    DoesNotFit: one needs too much memory.
+    UserError: the compiler refuses one for another reason.
   """
-  try:
-    return job.traced.lower().compile()
-  except jax.errors.JaxRuntimeError as e:
-    sizes = re.findall(r"\(([\d.]+)([KMGT])\)", str(e))
-    if "RESOURCE_EXHAUSTED" not in str(e) or len(sizes) != 2:
-      raise errors.UserError(
-        f"the compiler says: {str(e).splitlines()[0]}"
+  if job.inputs is None:
+    return [compile_traced(job.traced)[0]]
+  return list(_compile_calls(job.traced.jaxpr.jaxpr, job.inputs))
+
+
+def _compile_calls(jaxpr: Any, inputs: Any) -> Iterator[Compiled]:
+  """Compiles the programs that a function calls, each as often as it has to be.
+
+  Args:
+    jaxpr: that of the function; what it does itself, it does on the host.
+    inputs: its arguments, ShapeDtypeStructs.
+  """
+  known: dict[Any, Any] = dict(zip(jaxpr.invars, jax.tree.leaves(inputs)))
+  done: dict[Any, tuple[Compiled, Any]] = {}
+  like = lambda x, sharding=None: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=sharding
+  )
+  for eqn in jaxpr.eqns:
+    results = eqn.outvars
+    if eqn.primitive.name != "jit":
+      given = eqn.params.get("devices", [eqn.params.get("sharding")])[0]
+      known.update((x, like(x.aval, given)) for x in results)
+      continue
+    read = lambda x: like(x.aval) if hasattr(x, "val") else known[x]
+    args = [read(x) for x in eqn.invars]
+    key = (id(eqn.params["jaxpr"]), *(x.sharding for x in args))
+    if key not in done:
+      done[key] = compile_traced(
+        jax.jit(
+          jax.extend.core.jaxpr_as_fun(eqn.params["jaxpr"]),
+          donate_argnums=[
+            i for i, given in enumerate(eqn.params["donated_invars"]) if given
+          ],
+        ).trace(*args),
+        eqn.params["name"],
+        times=0,
+      )
+    compiled, shardings = done[key]
+    done[key] = compiled._replace(times=compiled.times + 1), shardings
+    known.update(
+      (x, like(x.aval, sharding)) for x, sharding in zip(results, shardings)
+    )
+  yield from (compiled for compiled, _ in done.values())
+
+
+def compile_traced(
+  traced: Any, name: str = "step", times: int = 1
+) -> tuple[Compiled, Sequence[Any]]:
+  """Compiles a program.
+
+  Args:
+    traced: jax.jit(fn).trace(arguments).
+    name, times: fields of the result.
+
+  Returns:
+    (Compiled, the shardings of its results).
+
+  Raises:
+    DoesNotFit, UserError: as compile_job.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      compiled = traced.lower().compile(
+        compiler_options=dict(xla_dump_to=folder, xla_dump_hlo_as_text=True)
+      )
+    except jax.errors.JaxRuntimeError as e:
+      sizes = re.findall(r"\(([\d.]+)([KMGT])\)", str(e))
+      if "RESOURCE_EXHAUSTED" not in str(e) or len(sizes) != 2:
+        raise errors.UserError(
+          f"the compiler says: {str(e).splitlines()[0]}"
+        ) from e
+      raise DoesNotFit(
+        *(float(n) * 1024 ** (1 + "KMGT".index(unit)) for n, unit in sizes)
       ) from e
-    raise DoesNotFit(
-      *(float(n) * 1024 ** (1 + "KMGT".index(unit)) for n, unit in sizes)
-    ) from e
+    # compiled.as_text() refuses programs of v6e: "async-update".
+    (file,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+    text = file.read_text()
+  cost: Any = compiled.cost_analysis() or {}
+  result = Compiled(
+    name,
+    times,
+    compiled.memory_analysis(),
+    cost.get("flops", 0.0),
+    text,
+    kernels.take_schedules(hlo.Program(text).without_estimate()),
+  )
+  return result, jax.tree.leaves(compiled.output_shardings)
 
 
 def find_batch(
   build: Callable[[int], Job],
   batch_size: int,
   smallest: int,
-  report: Callable[[int, jax.stages.Compiled | DoesNotFit], None],
-) -> tuple[int, Job, jax.stages.Compiled]:
+  report: Callable[[int, list[Compiled] | DoesNotFit], None],
+) -> tuple[int, Job, list[Compiled]]:
   """Searches the largest batch that fits, to within an eighth.
 
   Doubles or halves the batch until one fits and its double does not, then

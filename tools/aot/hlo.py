@@ -3,9 +3,12 @@
 `compiled.as_text()` lists the ops of every computation in the order in which
 the chip runs them. XLA's own cost analysis counts the body of a loop once; here
 it counts as often as it runs.
+
+The compiler has no estimate of cycles for Pallas kernels, sorting and
+scattering: `kernels.py` reads their schedules.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import math
 import re
 from typing import NamedTuple
@@ -37,6 +40,7 @@ KINDS = (
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -89,7 +93,8 @@ class Program:
   """A compiled program.
 
   Args:
-    text: compiled.as_text() of a program compiled for TPU.
+    text: the HLO of a program compiled for TPU, as compiled.as_text() has it.
+    scheduled: returns the cycles of an op that the text has no estimate for.
 
   Attributes:
     computations: {name: list of Op in the order of the schedule}.
@@ -102,7 +107,8 @@ class Program:
   times: dict[str, int]
   uncounted: int
 
-  def __init__(self, text: str):
+  def __init__(self, text: str, scheduled: Callable[[Op], int] = lambda op: 0):
+    self._scheduled = scheduled
     self.computations, self._entry, ops = {}, "", None
     for line in text.splitlines():
       head = _HEAD.match(line)
@@ -151,28 +157,84 @@ class Program:
     return None
 
   def cycles(self, name: str | None = None) -> int:
-    """Returns the compiler's estimate of cycles of a computation, run once.
+    """Returns the estimate of cycles of a computation, run once.
 
     Collectives are left out. The default is the whole program.
     """
     return sum(map(self._cycles, self.computations[name or self._entry]))
 
   def _cycles(self, op: Op) -> int:
+    return sum(cycles for _, cycles in self._costs(op, 1))
+
+  def costs(self) -> Iterator[tuple[Op, int]]:
+    """Yields (op, its cycles in one call of the program), collectives left out.
+
+    Of a conditional, the branch that takes longest counts.
+    """
+    for op in self.computations[self._entry]:
+      yield from self._costs(op, 1)
+
+  def _costs(self, op: Op, times: int) -> Iterator[tuple[Op, int]]:
+    inner = ()
     if op.op == "while":
-      return (self._trips(op) or 1) * self.cycles(_attribute(op, "body"))
-    if op.op == "conditional":
-      return max(map(self.cycles, _branches(op)))
-    found = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
-    return int(found[1]) if found and not self._kind(op) else 0
+      times *= self._trips(op) or 1
+      inner = self.computations[_attribute(op, "body")]
+    elif op.op == "conditional":
+      inner = self.computations[max(_branches(op), key=self.cycles)]
+    elif not self._kind(op) or self.products(op):
+      found = _ESTIMATE.search(op.rest)
+      yield op, times * (int(found[1]) if found else self._scheduled(op))
+    for part in inner:
+      yield from self._costs(part, times)
+
+  def without_estimate(self) -> set[str]:
+    """Returns the names of ops that the compiler has no estimate for.
+
+    Those that take no time are among them.
+    """
+    return {
+      op.name
+      for name in self.times
+      for op in self.computations[name]
+      if not _ESTIMATE.search(op.rest) and not self._kind(op)
+    }
+
+  def inner(self, op: Op) -> list[Op]:
+    """Returns the ops of a fusion, fusions within it included; else the op."""
+    if op.op != "fusion":
+      return [op]
+    ops = self.computations[_attribute(op, "calls")]
+    return [part for x in ops for part in self.inner(x)]
+
+  def products(self, op: Op) -> list[Op]:
+    """Returns the matrix products and convolutions in a fusion, or the op."""
+    return [x for x in self.inner(op) if x.op in ("dot", "convolution")]
+
+  def kernels(self) -> Iterator[tuple[Op, int]]:
+    """Yields (op, how often it runs) for each Pallas kernel."""
+    for name, times in self.times.items():
+      for op in self.computations[name]:
+        if is_kernel(op):
+          yield op, times
 
   def collectives(self) -> list[Collective]:
-    """Returns all collectives."""
-    return [
-      self._collective(name, i, *found)
-      for name in self.times
-      for i, op in enumerate(self.computations[name])
-      if not op.op.endswith("-done") and (found := self._kind(op))
-    ]
+    """Returns all collectives.
+
+    The TPU compiler cuts a collective into steps, the fusions between its start
+    and its end, which compute something else as well. They have one channel.
+    """
+    found = []
+    for name in self.times:
+      channels = set()
+      for i, op in enumerate(self.computations[name]):
+        kind = None if op.op.endswith("-done") else self._kind(op)
+        if kind is None:
+          continue
+        channel = _channel(kind[1]) if op.op == "fusion" else None
+        if channel is None or channel not in channels:
+          found.append(self._collective(name, i, *kind))
+        channels.add(channel)
+    return found
 
   def _kind(self, op: Op) -> tuple[str, Op] | None:
     """Returns (kind, the op that says what is sent) if op is a collective."""
@@ -188,6 +250,18 @@ class Program:
         scatter = part.op == "all-reduce" and "scatter" in inner + op.name
         return "reduce-scatter" if scatter else part.op, part
     return None
+
+  def _last_step(self, ops: list[Op], i: int, inner: Op) -> int:
+    """Returns the last op of ops with the collective that the i-th has."""
+    if ops[i].op != "fusion" or (channel := _channel(inner)) is None:
+      return i
+    return max(
+      j
+      for j in range(i, len(ops))
+      if ops[j].op == "fusion"
+      and (kind := self._kind(ops[j]))
+      and _channel(kind[1]) == channel
+    )
 
   def _collective(self, name: str, i: int, kind: str, inner: Op) -> Collective:
     """Returns the collective that op i of a computation starts."""
@@ -212,7 +286,11 @@ class Program:
       ),
       None,
     )
-    hidden = None if done is None else sum(map(self._cycles, ops[i + 1 : done]))
+    if done is None and (last := self._last_step(ops, i, inner)) > i:
+      done = last
+    hidden = None if done is None else sum(map(self._cycles, ops[i:done]))
+    if done is None and self.products(ops[i]):
+      hidden = self._cycles(ops[i])
     array = found[0][0] if len(found) == 1 else f"{len(found)} arrays"
     return Collective(
       kind, array, round(size * factor), self.times[name], hidden
@@ -243,11 +321,29 @@ class Program:
           "bitcast",
         ) or op.op.endswith(("-start", "-done")):
           continue
-        made_by = re.search(r'op_name="([^"]*)"', op.rest)
         for array, size in arrays(op.type):
-          sizes.setdefault(array, (size, made_by[1] if made_by else ""))
+          sizes.setdefault(array, (size, op_name(op)))
     rows = [(array, *rest) for array, rest in sizes.items()]
     return sorted(rows, key=lambda row: -row[1])[:n]
+
+
+def is_kernel(op: Op) -> bool:
+  """Whether an op is a Pallas kernel."""
+  return 'custom_call_target="tpu_custom_call"' in op.rest
+
+
+def op_name(op: Op) -> str:
+  """Returns where the program made an op: scopes and primitive, "" if unknown.
+
+  Such as "jit(step)/jvp(TwoTowers)/img/encoderblock/MlpBlock_0/dot_general".
+  """
+  found = re.search(r'op_name="([^"]*)"', op.rest)
+  return found[1] if found else ""
+
+
+def _channel(op: Op) -> str | None:
+  found = re.search(r"channel_id=(\d+)", op.rest)
+  return found[1] if found else None
 
 
 def _attribute(op: Op, name: str) -> str:
