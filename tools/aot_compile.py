@@ -124,7 +124,7 @@ def place_rows(
   rows = []
   for name, row in {**found["ms"], "together": None}.items():
     ms = sum(row.values()) if row else total(found)
-    cells = [row[c] if row else "" for c in parts.COLUMNS]
+    cells = [row.get(c) if row else 0 for c in parts.COLUMNS]
     cells = [f"{x:.1f}" if x else "" for x in cells]
     if not other:
       rows.append((name, *cells, f"{ms:.1f}", f"{ms / total(found):.1%}"))

@@ -297,14 +297,12 @@ def test_configs_that_cannot_be(more, text, tiny_config):
 
 
 def test_a_step_fed_by_the_host_is_several_programs(tiny_config, monkeypatch):
-  """Compiled here for CPUs."""
   compiled = []
 
   def compile_traced(traced, name, times):
-    shardings = traced.lower().compile().output_shardings
     compiled.append(name)
     row = compiler.Compiled(name, times, None, 0.0, "", {})
-    return row, jax.tree.leaves(shardings)
+    return row, [None] * len(jax.tree.leaves(traced.out_info))
 
   monkeypatch.setattr(compiler, "compile_traced", compile_traced)
   config = dict(tiny_config, batch_size=64)

@@ -392,8 +392,9 @@ def _compile_calls(jaxpr: Any, inputs: Any) -> Iterator[Compiled]:
   for eqn in jaxpr.eqns:
     results = eqn.outvars
     if eqn.primitive.name != "jit":
-      given = eqn.params.get("devices", [eqn.params.get("sharding")])[0]
-      known.update((x, like(x.aval, given)) for x in results)
+      # Where device_put, or jnp.zeros(device=...), puts it.
+      to = *eqn.params.get("devices", ()), eqn.params.get("sharding")
+      known.update((x, like(x.aval, to[0])) for x in results)
       continue
     read = lambda x: like(x.aval) if hasattr(x, "val") else known[x]
     args = [read(x) for x in eqn.invars]
