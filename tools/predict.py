@@ -23,6 +23,7 @@ that tools.embed was given, such as configs/siglit_l16.py.
 """
 
 from collections.abc import Mapping, Sequence
+import functools
 import glob
 import os
 import pathlib
@@ -71,12 +72,14 @@ class Predictor:
 
   Attributes:
     name: the model's, for people.
+    pp_image: the preprocessing of its images.
 
   Raises:
     UserError: there is no such model, or no such tower; or it is damaged.
   """
 
   name: str
+  pp_image: str
 
   def __init__(
     self,
@@ -85,17 +88,20 @@ class Predictor:
   ):
     found = opened.open_model(weights)
     self.name, config, self._params = found.name, found.config, found.params
-    self._pp = {
-      key: preprocess.parse(config[f"pp_{key}"], tokenizer=found.tokenizer)
-      for key in ("image", "text")
-    }
-    self._apply = jax.jit(two_towers.of_config(config["model"]).apply)
+    self._model = two_towers.of_config(config["model"])
+    self._apply = jax.jit(self._model.apply)
     self._tower = None
+    self.pp_image = config["pp_image"]
     if config["model"]["image"].get("kind") == "precomputed":
-      self._open_tower(tower, config["data"])
+      self._tower = self._open_tower(tower, config["data"])
+      self.pp_image = self._tower.pp_image
+    self._prepare_image = preprocess.parse(self.pp_image)
+    self._prepare_text = preprocess.parse(
+      config["pp_text"], tokenizer=found.tokenizer
+    )
 
-  def _open_tower(self, config, data) -> None:
-    """Loads the tower that computed the embeddings of the run's data."""
+  def _open_tower(self, config, data) -> tower_lib.Tower:
+    """Returns the tower that computed the embeddings of the run's data."""
     about = embeddings.read_about(data["path"])
     made_by = dict(config=config) if config else about.get("made_by")
     if not about or not isinstance(made_by, dict):
@@ -106,22 +112,43 @@ class Predictor:
       )
     devices = jax.devices()[:1]
     if "weights" in made_by:
-      self._tower = tower_lib.open_tower(made_by["weights"], devices)
+      found = tower_lib.open_tower(made_by["weights"], devices)
     else:
       sections = made_by["config"]
-      self._tower = errors.call(
+      found = errors.call(
         tower_lib.of_config,
         {k: sections[k] for k in ("model", "init") if k in sections},
         "the config of --tower",
         about["pp_image"],
         devices=devices,
       )
-    if self._tower.checksum != about["tower"]:
+    if found.checksum != about["tower"]:
       raise errors.UserError(
         f"--tower is not the one of {data['path']}: other weights, another "
         "architecture or another dtype"
       )
-    self._pp["image"] = preprocess.parse(self._tower.pp_image)
+    return found
+
+  @functools.cached_property
+  def image_checksum(self) -> str:
+    """A text that tells what embeds images from what embeds them otherwise."""
+    of_tower = self._tower.checksum if self._tower else ""
+    own = {"img": self._params.get("img", {})}
+    found = tower_lib.checksum_of(self._model, own)
+    return f"{of_tower} {found} {self.pp_image}"
+
+  def prepared(self, data: bytes) -> np.ndarray:
+    """Returns an encoded image, preprocessed, as images() takes them.
+
+    Raises:
+      BadExample: it cannot be decoded.
+    """
+    return np.asarray(self._prepare_image({"image": data}, _rng())["image"])
+
+  def images(self, images: np.ndarray) -> Float[Array, "B E"]:
+    """Returns the embeddings of preprocessed images, (B, ...)."""
+    x = self._tower(images) if self._tower else jnp.asarray(images)
+    return self._apply({"params": self._params}, x, None)[0]
 
   def image(self, data: bytes) -> Float[Array, " E"]:
     """Returns the embedding of an encoded image.
@@ -129,14 +156,11 @@ class Predictor:
     Raises:
       BadExample: it cannot be decoded.
     """
-    x = np.asarray(self._pp["image"]({"image": data}, _rng())["image"])[None]
-    if self._tower:
-      x = self._tower(x)
-    return self._apply({"params": self._params}, jnp.asarray(x), None)[0][0]
+    return self.images(self.prepared(data)[None])[0]
 
   def text(self, text: str) -> Float[Array, " E"]:
     """Returns the embedding of a text."""
-    x = jnp.asarray(self._pp["text"]({"text": text}, _rng())["text"])[None]
+    x = jnp.asarray(self._prepare_text({"text": text}, _rng())["text"])[None]
     return self._apply({"params": self._params}, None, x)[1][0]
 
   def scores(
@@ -144,9 +168,12 @@ class Predictor:
   ) -> Scores:
     """Returns the scores of all pairs of N images and M texts."""
     cosine = jnp.stack(zimg) @ jnp.stack(ztxt).T
+    return Scores(cosine, self.probability(cosine))
+
+  def probability(self, cosine: Float[Array, "N M"]) -> Float[Array, "N M"]:
+    """Returns sigmoid(t * cosine + b)."""
     out: Any = self._apply({"params": self._params}, None, None)[2]
-    logits = cosine * out["t"][None] + out["b"][None]
-    return Scores(cosine, jax.nn.sigmoid(logits))
+    return jax.nn.sigmoid(cosine * out["t"][None] + out["b"][None])
 
 
 def _rng() -> np.random.Generator:

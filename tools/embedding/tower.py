@@ -117,7 +117,7 @@ def of_config(
   params: dict[str, Any] = {
     "img": _weights(shapes["params"], towers.dtype, init)
   }
-  checksum = _checksum(towers, params)
+  checksum = checksum_of(towers, params)
   params["t"] = jnp.zeros(1)
   return Tower(
     lambda p, x: towers.apply({"params": p}, x, None)[0],
@@ -218,8 +218,13 @@ def _weights(shapes, dtype, init):
   )
 
 
-def _checksum(towers, params):
-  """Returns the SHA-256 of architecture, compute dtype and weights."""
+def checksum_of(towers: two_towers.TwoTowers, params: Any) -> str:
+  """Returns the SHA-256 of the image tower in `params`.
+
+  Args:
+    towers: architecture and compute dtype.
+    params: {"img": its weights}.
+  """
   about = json.dumps(
     [dict(towers.image), towers.out_dim[0], towers.dtype],
     sort_keys=True,
