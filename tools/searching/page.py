@@ -138,8 +138,9 @@ def serve(finder: Finder, port: int, count: int) -> None:
   """Serves the page until the program is interrupted."""
   import gradio as gr  # pyright: ignore[reportMissingImports]
 
-  print(f"page: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-  build(finder, count).launch(
+  page = build(finder, count)
+  page.launch(
+    prevent_thread_lock=True,
     server_name="127.0.0.1",
     server_port=port,
     share=False,
@@ -151,3 +152,5 @@ def serve(finder: Finder, port: int, count: int) -> None:
       font=["system-ui", "sans-serif"], font_mono=["monospace"]
     ),
   )
+  print(f"page: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+  page.block_thread()

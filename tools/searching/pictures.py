@@ -172,7 +172,8 @@ def _read(file):
   if not file.exists():
     return {}
   try:
-    with np.load(file, allow_pickle=False) as found:
+    # Opened here: np.load leaves a damaged file open.
+    with open(file, "rb") as f, np.load(f, allow_pickle=False) as found:
       about, z = json.loads(found["about"].tobytes()), iter(found["z"])
     return {
       name: _Known((size, mark), next(z) if usable else None)
