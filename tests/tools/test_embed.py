@@ -109,14 +109,19 @@ def test_training_on_embeddings_is_training_on_the_tower(config, tmp_path):
 
   source = kinds.open_source(**config["data"])
   images, texts = [source[i]["image"] for i in (0, 9)], ["red disc", "a bar"]
+  both = [
+    predict.Predictor(tmp_path / "a"),
+    predict.Predictor(tmp_path / "b"),  # the folder says which tower
+  ]
   want, got = (
     p.scores([p.image(x) for x in images], [p.text(x) for x in texts])
-    for p in (
-      predict.Predictor(tmp_path / "a"),
-      predict.Predictor(tmp_path / "b"),  # the folder says which tower
-    )
+    for p in both
   )
   np.testing.assert_allclose(got.probability, want.probability, rtol=1e-4)
+  want, got = (p.images(np.stack(list(map(p.prepared, images)))) for p in both)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  tower = kinds.open_source("embeddings", path=str(out / "train")).tower
+  assert tower and tower in both[1].image_checksum
   index = out / "train/index.json"
   text = index.read_text()
   index.write_text(text.replace("made_by", "made"))  # of an older version

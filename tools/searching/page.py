@@ -56,18 +56,17 @@ class Answers:
     return self._shown(found, "The most similar, with their cosines.")
 
   def _shown(self, found: list[Found], line: str) -> Shown:
-    shown, gone = [], 0
+    shown = []
     for it in found:
       try:
         data = (self._finder.pictures.folder / it.file).read_bytes()
         small = images.decode_small(data, SIDE)
       except (OSError, BadExample):
-        gone += 1
-        continue
+        continue  # gone, or changed since the start
       score = finder_lib.percent(it.probability) or f"{it.cosine:.3f}"
       shown.append((small, f"{score}  {it.file}"))
-    if gone:
-      line += f" {gone} more have gone or changed since the start."
+    if len(shown) < len(found):
+      line += f" {len(found) - len(shown)} cannot be shown any more."
     return shown, line
 
 

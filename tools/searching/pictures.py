@@ -37,7 +37,7 @@ class Pictures(NamedTuple):
   """The pictures below a folder.
 
   Attributes:
-    folder: the folder.
+    folder: the folder, as it was given.
     files: paths within it, with "/", sorted.
     z: their embeddings, unit rows.
     left_out: paths of files that cannot be read or decoded.
@@ -72,12 +72,12 @@ def embed(folder: str | os.PathLike[str], predictor: Predictor) -> Pictures:
     UserError: there is no such folder, it has no pictures, none can be decoded,
       or the cache folder cannot be written.
   """
-  path = pathlib.Path(folder).absolute()
+  path = pathlib.Path(folder)
   names = _find(path)
   stamps = files_lib.stamps([f"{path}/{name}" for name in names])
   now = {name: stamp for name, stamp in zip(names, stamps) if stamp}
   key = hashlib.sha256(
-    json.dumps([str(path), predictor.image_checksum]).encode()
+    json.dumps([str(path.absolute()), predictor.image_checksum]).encode()
   )
   kept_in = files.cache_dir() / "search" / f"{key.hexdigest()[:32]}.npz"
   before = _read(kept_in)
