@@ -62,7 +62,7 @@ def build(
       divide, or dropout in a locked tower.
   """
   sharding_lib.check_batch_size(batch_size, mesh, microbatches)
-  towers = two_towers.of_config(model, batch_size)
+  towers = two_towers.of_config(model, batch_size, mesh)
   for tower, section in (("img", "image"), ("txt", "text")):
     if tower in lock and getattr(towers, section).get("dropout"):
       raise errors.UserError(

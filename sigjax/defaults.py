@@ -19,7 +19,7 @@ from sigjax import errors, losses, optim, sharding
 from sigjax.models import two_towers
 from sigjax.models.text import TextTransformer
 
-MODULE = ("parent", "name")  # of every flax module; no settings
+MODULE = ("parent", "name", "mesh")  # of flax modules; no settings
 TOWER = (*MODULE, "out_dim", "dtype")  # the model gives them to its towers
 UNITS = ("steps", "epochs", "examples", "percent")  # of durations
 

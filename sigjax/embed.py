@@ -26,6 +26,8 @@ def make_embed(
   output before its head, not normalised. All are float32.
   """
 
+  model = model.clone(mesh=mesh)
+
   @jax.jit
   def embed(params, image, text):
     found: Any = model.apply({"params": params}, image, text)

@@ -220,7 +220,7 @@ def main(
     data=source.identity(),
     tokenizer=made_from["sha256"],
     pp=pp,
-    model=_without_remat(model),
+    model=_without_how(model),
   )
   identity.check_hosts("the run", me)
   found = _resumed(saver, run, me, resume, eval_only, workdir)
@@ -384,10 +384,11 @@ def _shown(init: Mapping[str, Any] | None) -> str:
   return f"init={given}" if given.get("path") else ""
 
 
-def _without_remat(model: Mapping[str, Any]) -> dict[str, Any]:
+def _without_how(model: Mapping[str, Any]) -> dict[str, Any]:
   """Returns config.model without what changes memory and time alone."""
+  how = ("remat", "attention")
   towers = {
-    tower: {k: v for k, v in model[tower].items() if k != "remat"}
+    tower: {k: v for k, v in model[tower].items() if k not in how}
     for tower in ("image", "text")
   }
   return {**model, **towers}

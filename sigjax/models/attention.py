@@ -1,9 +1,22 @@
-"""Multi-head attention of both towers."""
+"""Multi-head attention of both towers, and the ways of computing it."""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
+
+from sigjax import errors
+
+# Rows of all heads side by side, (B, L, W), and the mask of keys -> the same.
+Rows = Float[Array, "B L W"]
+Mask = Bool[Array, "B M"] | None
 
 
 def attend(
@@ -26,21 +39,161 @@ def attend(
   return jnp.einsum("bhlm,bmhd->blhd", weights, value)
 
 
-def layer(num_heads: int, dtype: str) -> nn.Module:
-  """Returns a multi-head attention layer: layer(x) or layer(query, keys).
+class Way(NamedTuple):
+  """How attention is computed, and where.
 
-  Its argument `mask` is that of attend().
+  Attributes:
+    name: "auto", "xla", "pallas" or "cudnn".
+    mesh: the devices, over all of which batches are split; None: unknown, and
+      XLA computes it, whatever the name is.
   """
-  return nn.MultiHeadDotProductAttention(
-    num_heads,
-    dtype=dtype,
-    attention_fn=attend,
-    kernel_init=nn.initializers.xavier_uniform(),
-  )
+
+  name: str = "auto"
+  mesh: Mesh | None = None
 
 
-def of_keys(
-  mask: Bool[Array, "B M"] | None,
-) -> Bool[Array, "B 1 1 M"] | None:
-  """Returns the mask of attend() with which all tokens see the same keys."""
-  return None if mask is None else mask[:, None, None, :]
+def choose(way: Way, head: int, dtype: str) -> str:
+  """Returns "xla", "pallas" or "cudnn": the way's own name, or for "auto" the
+  fastest that its devices have.
+
+  Args:
+    way: the way.
+    head: the width of a head.
+    dtype: compute dtype.
+
+  Raises:
+    UserError: the way is not known, or its devices do not have it.
+  """
+  ways = dict(pallas=_no_pallas, cudnn=_no_cudnn, xla=lambda *_: None)
+  errors.pick(dict.fromkeys((*ways, "auto")), way.name, "attention")
+  if way.mesh is None:
+    return "xla"
+  device = way.mesh.devices.flat[0]
+  if way.name == "auto":
+    # On CPUs, Pallas is for tests.
+    names = [n for n in ways if (n, device.platform) != ("pallas", "cpu")]
+    return next(n for n in names if not ways[n](device, head, dtype))
+  if reason := ways[way.name](device, head, dtype):
+    raise errors.UserError(
+      f'attention "{way.name}" {reason}; "auto" takes what there is'
+    )
+  return way.name
+
+
+def _no_pallas(device: Any, head: int, dtype: str) -> str | None:
+  """Returns why there is no Pallas kernel; None if there is one."""
+  if device.platform not in ("tpu", "cpu"):
+    return f"is for TPUs, not for {device.platform}"
+  if head % 8 or head > 128:
+    return f"has heads of 8, 16 .. 128 numbers, not {head}"
+  return None
+
+
+def _no_cudnn(device: Any, head: int, dtype: str) -> str | None:
+  """Returns why there is no attention of cuDNN; None if there is one."""
+  if device.platform != "gpu":
+    return f"is for NVIDIA GPUs, not for {device.platform}"
+  if float(getattr(device, "compute_capability", 0)) < 8:
+    return f"needs an NVIDIA GPU from Ampere on, not {device.device_kind}"
+  if dtype not in ("bfloat16", "float16"):
+    return f'needs config.model.dtype "bfloat16", not "{dtype}"'
+  if head % 8 or head > 128:
+    return f"has heads of 8, 16 .. 128 numbers, not {head}"
+  return None
+
+
+def _xla(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Any):
+  del mesh
+  q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+  heads = [_heads(x, num_heads) for x in (q, k, v)]
+  allowed = None if mask is None else mask[:, None, None, :]
+  return checkpoint_name(attend(*heads, allowed).reshape(q.shape), "attended")
+
+
+def _pallas(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Mesh):
+  from sigjax.models import attention_tpu  # Pallas takes its time to import
+
+  return attention_tpu.attend(q, k, v, mask, num_heads, mesh)
+
+
+def _cudnn(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Mesh):
+  def local(q, k, v, mask):
+    q, k, v = (_heads(x, num_heads) for x in (q, k, v))
+    if mask is not None:
+      shape = (q.shape[0], 1, q.shape[1], k.shape[1])
+      mask = jnp.broadcast_to(mask[:, None, None, :], shape)
+    out = jax.nn.dot_product_attention(
+      q, k, v, mask=mask, implementation="cudnn"
+    )
+    return out.reshape(q.shape[0], q.shape[1], -1)
+
+  rows = P(mesh.axis_names)
+  specs = dict(in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
+  return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, mask)
+
+
+WAYS: dict[str, Callable] = dict(xla=_xla, pallas=_pallas, cudnn=_cudnn)
+
+
+def _heads(x: Rows, num_heads: int) -> Float[Array, "B L N H"]:
+  return x.reshape(x.shape[0], x.shape[1], num_heads, -1)
+
+
+class _Projection(nn.Module):
+  """flax's DenseGeneral from or to heads; computes (B, L, in) to (B, L, out).
+
+  Its arrays have the shapes of flax's, (W, N, H) or (N, H, W), and its product
+  is one of rows, with which no head moves in memory.
+  """
+
+  heads: tuple[int, int]
+  out: int | None  # W; None: to heads
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: Rows) -> Rows:
+    width = x.shape[-1]
+    if self.out is None:
+      shape, ends = (width, *self.heads), self.heads
+    else:
+      shape, ends = (*self.heads, self.out), (self.out,)
+    flat = (width, math.prod(ends))
+    init = nn.initializers.xavier_uniform()
+    kernel = self.param(
+      "kernel", lambda key, shape: init(key, flat).reshape(shape), shape
+    )
+    bias = self.param("bias", nn.initializers.zeros, ends)
+    kernel = kernel.reshape(flat).astype(self.dtype)
+    bias = bias.reshape(1, 1, -1).astype(self.dtype)
+    return x.astype(self.dtype) @ kernel + bias
+
+
+class MultiHeadDotProductAttention(nn.Module):
+  """flax's layer of this name, with the same parameters: layer(x) or
+  layer(query, keys).
+
+  Attributes:
+    num_heads: N; the heads are W / N wide.
+    dtype: compute dtype.
+    way: of computing it.
+  """
+
+  num_heads: int
+  dtype: str
+  way: Way = Way()
+
+  @nn.compact
+  def __call__(self, x: Rows, keys: Rows | None = None, mask: Mask = None):
+    width = x.shape[-1]
+    heads = (self.num_heads, width // self.num_heads)
+    project = lambda name, out=None: _Projection(
+      heads, out, self.dtype, name=name
+    )
+    keys = x if keys is None else keys
+    query = project("query")(x)
+    key, value = project("key")(keys), project("value")(keys)
+    name = choose(self.way, heads[1], self.dtype)
+    if self.is_initializing():  # of one example, which no mesh divides
+      name = "xla"
+    out = WAYS[name](query, key, value, mask, self.num_heads, self.way.mesh)
+    return project("out", width)(out)

@@ -8,10 +8,11 @@ the pooling. Positions are a table of 16 x 16, resized to each image's own grid.
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from sigjax import errors
-from sigjax.models import transformer
+from sigjax.models import attention, transformer
 
 
 def positions(
@@ -60,7 +61,7 @@ class NaFlex(nn.Module):
     variant: "B/16": sizes from transformer.VARIANTS and the patch size.
     width, depth, mlp_dim, num_heads, patch_size: instead of the variant's.
     pool_type: "map" attention pooling (released models), "gap" the mean.
-    out_dim, dropout, scan, remat, dtype: as in vit.ViT.
+    out_dim, dropout, scan, remat, attention, dtype, mesh: as in vit.ViT.
   """
 
   variant: str | None = None
@@ -74,7 +75,9 @@ class NaFlex(nn.Module):
   dropout: float = 0.0
   scan: bool = False
   remat: str = "none"
+  attention: str = "auto"
   dtype: str = "float32"
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -111,8 +114,9 @@ class NaFlex(nn.Module):
     x = x + positions(table, places, mask).astype(self.dtype)
     x = out["embedded"] = nn.Dropout(dropout, deterministic=False)(x)
 
+    way = attention.Way(self.attention, self.mesh)
     encoder = transformer.Encoder(
-      size, dropout, self.scan, self.remat, self.dtype, name="Transformer"
+      size, dropout, self.scan, self.remat, self.dtype, way, name="Transformer"
     )
     x = out["encoded"] = encoder(x, mask)
     pools = "map", "gap"

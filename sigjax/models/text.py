@@ -7,10 +7,11 @@ last position is always end-of-sequence, which "last" pooling reads
 
 from flax import linen as nn
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sigjax import errors
-from sigjax.models import transformer
+from sigjax.models import attention, transformer
 
 
 class TextTransformer(nn.Module):
@@ -25,7 +26,7 @@ class TextTransformer(nn.Module):
       not factored.
     pool_type: "last" position (released models), "map" or "gap" as in vit.
     out_dim: the size of a dense layer "head" at the end; None for no head.
-    dropout, scan, remat, dtype: as in vit.ViT.
+    dropout, scan, remat, attention, dtype, mesh: as in vit.ViT.
   """
 
   variant: str | None = None
@@ -40,7 +41,9 @@ class TextTransformer(nn.Module):
   dropout: float = 0.0
   scan: bool = False
   remat: str = "none"
+  attention: str = "auto"
   dtype: str = "float32"
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -64,8 +67,9 @@ class TextTransformer(nn.Module):
     x = x + self._positions(text.shape[1], size.width)
     x = x.astype(self.dtype)
     x = out["embedded"] = nn.Dropout(dropout, deterministic=False)(x)
+    way = attention.Way(self.attention, self.mesh)
     encoder = transformer.Encoder(
-      size, dropout, self.scan, self.remat, self.dtype, name="Encoder_0"
+      size, dropout, self.scan, self.remat, self.dtype, way, name="Encoder_0"
     )
     x = out["encoded"] = encoder(x)
     pools = "last", "map", "gap"

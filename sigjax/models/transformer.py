@@ -45,11 +45,17 @@ VARIANTS = {
 }
 
 # What the backward pass keeps in memory; the rest is computed again. "dots"
-# keeps the outputs of dense layers, but not the attention weights.
+# keeps the outputs of dense layers and of attention, but not its weights;
+# "attention" what goes into attention and what comes out, 4 numbers a token and
+# channel instead of 10.
+_policies = jax.checkpoint_policies
+_dots = _policies.dots_with_no_batch_dims_saveable
+_names = _policies.save_only_these_names
 REMAT = {
-  "none": jax.checkpoint_policies.everything_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
+  "none": _policies.everything_saveable,
+  "dots": _policies.save_from_both_policies(_dots, _names("attended")),
+  "attention": _names("qkv", "attended"),
+  "full": _policies.nothing_saveable,
 }
 
 
@@ -145,14 +151,17 @@ class EncoderBlock(nn.Module):
   num_heads: int
   dropout: float = 0.0
   dtype: str = "float32"
+  way: attention.Way = attention.Way()
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "B L W"], mask: Bool[Array, "B L"] | None = None
   ) -> tuple[Array, None]:
     drop = nn.Dropout(self.dropout, deterministic=False)
-    attend = attention.layer(self.num_heads, self.dtype)
-    x = x + drop(attend(LayerNorm()(x), mask=attention.of_keys(mask)))
+    attend = attention.MultiHeadDotProductAttention(
+      self.num_heads, self.dtype, self.way
+    )
+    x = x + drop(attend(LayerNorm()(x), mask=mask))
     mlp = MlpBlock(self.mlp_dim, self.dropout, self.dtype)
     x = x + drop(mlp(LayerNorm()(x)))
     return x, None  # nn.scan expects a carry and an output of each layer
@@ -173,6 +182,7 @@ class Encoder(nn.Module):
   scan: bool = False
   remat: str = "none"
   dtype: str = "float32"
+  way: attention.Way = attention.Way()
 
   @nn.compact
   def __call__(
@@ -184,7 +194,7 @@ class Encoder(nn.Module):
       # In a scan, XLA cannot merge the recomputation with the first one.
       block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
     size = self.size
-    args = (size.mlp_dim, size.num_heads, self.dropout, self.dtype)
+    args = (size.mlp_dim, size.num_heads, self.dropout, self.dtype, self.way)
     x = x.astype(self.dtype)
     if self.scan:
       stack = nn.scan(
@@ -220,8 +230,9 @@ class MAPHead(nn.Module):
       "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
     )
     probe = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
-    attend = attention.layer(self.num_heads, self.dtype)
-    x = attend(probe, x, mask=attention.of_keys(mask))
+    # One query takes no time: no other way than XLA's.
+    attend = attention.MultiHeadDotProductAttention(self.num_heads, self.dtype)
+    x = attend(probe, x, mask)
     x = x + MlpBlock(self.mlp_dim, dtype=self.dtype)(LayerNorm()(x))
     return x[:, 0]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from sigjax import errors
@@ -17,10 +18,10 @@ class TwoTowers(nn.Module):
   """Image and text towers that end in unit vectors of the same space.
 
   Attributes:
-    image: keyword arguments of vit.ViT, except out_dim and dtype; with
+    image: keyword arguments of vit.ViT, except out_dim, dtype and mesh; with
       kind="naflex" those of naflex.NaFlex, with kind="precomputed" those of
       precomputed.Precomputed.
-    text: keyword arguments of text.TextTransformer, except out_dim and dtype.
+    text: keyword arguments of text.TextTransformer, except the same.
     out_dim: sizes of the towers' heads, E or None each. Released models have
       none on the image: the width of that tower is E.
     temperature_init: exp(t') at the start (SigLIP, section 3.2: 10).
@@ -31,6 +32,8 @@ class TwoTowers(nn.Module):
       of_config alone, "auto".
     dtype: of every matrix product and the residual stream of both towers;
       "bfloat16" on accelerators. Parameters and results are float32.
+    mesh: the devices, over all of which batches are split; None if they are not
+      known. The attention of both towers depends on it, see attention.Way.
   """
 
   image: Mapping[str, Any]
@@ -40,6 +43,7 @@ class TwoTowers(nn.Module):
   bias: str | float = "learned"
   bias_init: float | str = -10.0
   dtype: str = "float32"
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -92,7 +96,9 @@ class TwoTowers(nn.Module):
 
 
 def of_config(
-  model: Mapping[str, Any], batch_size: int | None = None
+  model: Mapping[str, Any],
+  batch_size: int | None = None,
+  mesh: Mesh | None = None,
 ) -> TwoTowers:
   """Returns the TwoTowers of config.model, all its values resolved.
 
@@ -101,11 +107,12 @@ def of_config(
       which an untrained model is right on average. None, of an earlier version,
       is bias "none".
     batch_size: B; None where parameters are given, so that none starts.
+    mesh: see TwoTowers.
 
   Raises:
     UserError: a wrong key, or a wrong bias.
   """
-  towers = errors.call(TwoTowers, model, "config.model")
+  towers = errors.call(TwoTowers, model, "config.model", mesh=mesh)
   if towers.bias_init is None:
     return towers.clone(bias="none", bias_init=0.0)
   if towers.bias_init == "auto":
@@ -159,12 +166,15 @@ def image_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
   kind = options.pop("kind", "vit")
   tower = errors.pick(IMAGE_TOWERS, kind, "config.model.image.kind")()
   more = dict(out_dim=model.out_dim[0], dtype=model.dtype, **kwargs)
+  if kind != "precomputed":  # it has no attention
+    more["mesh"] = model.mesh
   return errors.call(tower, options, "model.image", **more)
 
 
 def text_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
   """Returns the TextTransformer of a TwoTowers, as image_tower does."""
   more = dict(out_dim=model.out_dim[1], dtype=model.dtype, **kwargs)
+  more["mesh"] = model.mesh
   return errors.call(TextTransformer, model.text, "model.text", **more)
 
 

@@ -2,11 +2,12 @@
 
 from flax import linen as nn
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 import numpy as np
 
 from sigjax import errors
-from sigjax.models import transformer
+from sigjax.models import attention, transformer
 
 
 def sincos2d(
@@ -40,8 +41,11 @@ class ViT(nn.Module):
     out_dim: the size of a dense layer "head" at the end; None for no head.
     dropout: rate while training.
     scan: keep the blocks stacked, see transformer.Encoder.
-    remat: "none", "dots" or "full", see transformer.REMAT.
+    remat: "none", "dots", "attention" or "full", see transformer.REMAT.
+    attention: how the blocks compute it: "pallas" on TPUs, "cudnn" on GPUs,
+      "xla" anywhere, or "auto", see attention.choose.
     dtype: compute dtype, see transformer.
+    mesh: the devices, see attention.Way.
   """
 
   variant: str | None = None
@@ -56,7 +60,9 @@ class ViT(nn.Module):
   dropout: float = 0.0
   scan: bool = False
   remat: str = "none"
+  attention: str = "auto"
   dtype: str = "float32"
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -101,8 +107,9 @@ class ViT(nn.Module):
       x = jnp.concatenate([cls, x], axis=1)
     x = out["embedded"] = nn.Dropout(dropout, deterministic=False)(x)
 
+    way = attention.Way(self.attention, self.mesh)
     encoder = transformer.Encoder(
-      size, dropout, self.scan, self.remat, self.dtype, name="Transformer"
+      size, dropout, self.scan, self.remat, self.dtype, way, name="Transformer"
     )
     x = out["encoded"] = encoder(x)
     pools = "map", "gap", "tok"

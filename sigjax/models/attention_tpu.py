@@ -1,0 +1,397 @@
+"""Attention of short sequences on TPUs: two Pallas kernels, there and back.
+
+Logits and weights never leave the chip: a step of the grid holds all keys of
+some images, and a part of their queries. So there is no running softmax, as in
+flash attention; up to 1,024 tokens it is not needed.
+
+Inputs and results are rows (B, L, W), heads side by side, as projections leave
+and take them: no head is ever moved in memory. Inside, a head is the 128 or 256
+lanes that hold it, with the lanes of its neighbours set to zero in one operand
+of each product. Logits are (keys, queries): sums over keys are then sums over
+registers, and each query's numbers are a row. `_ahead` has the next heads'
+products under way during the softmax of this one, since products and
+elementwise operations are of about equal length.
+
+The softmax is in float32, with base 2 (the scale of the logits has log2(e) in
+it); products are in the inputs' dtype and summed in float32.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+LANES = 128
+# Added to logits. A masked key counts as nothing beside any other, and a key of
+# another image as nothing beside a masked one.
+MASKED, FOREIGN = -1e30, -1e37
+WORK = (
+  800  # registers of logits in a step: more hide latencies, and compile long
+)
+
+
+class Plan(NamedTuple):
+  """What one step of the grid does.
+
+  Attributes:
+    packed: sequences that are joined to one of about 128 tokens.
+    images: joined sequences.
+    width: lanes, which are whole heads.
+    queries: of these sequences.
+  """
+
+  packed: int
+  images: int
+  width: int
+  queries: int
+
+
+def plan(batch: int, length: int, width: int, head: int) -> Plan:
+  """Returns the plan for (batch, length, width) rows with heads of a width."""
+  divisor = lambda n, most: max(
+    d for d in range(1, max(most, 1) + 1) if n % d == 0
+  )
+  # Joining is free if it moves no row to another place in its register.
+  packed = divisor(batch, 1 if length % 16 else LANES // length)
+  keys = packed * length
+  queries = keys if keys <= 2 * LANES else LANES
+  work = -(-keys // 8) * -(-queries // LANES)  # of a head
+  unit = math.lcm(head, LANES)
+  widths = [w for w in range(unit, width, unit) if width % w == 0] + [width]
+  widths = [w for w in widths if w // head * work <= WORK] or widths[:1]
+  images = divisor(batch // packed, WORK // (widths[-1] // head * work))
+  return Plan(packed, images, widths[-1], queries)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend(
+  query: Float[Array, "B L W"],
+  key: Float[Array, "B L W"],
+  value: Float[Array, "B L W"],
+  mask: Bool[Array, "B L"] | None,
+  num_heads: int,
+  mesh: Mesh,
+) -> Float[Array, "B L W"]:
+  """Attention of each token to the tokens of its row that the mask allows.
+
+  Args:
+    query, key, value: float32 or bfloat16, W = num_heads * head width.
+    mask: which keys there are, at least one in a row; None for all.
+    num_heads: heads, side by side.
+    mesh: the devices; B is split over all of them. If they are CPUs, the
+      kernels are interpreted, which is slow.
+
+  Returns:
+    In the inputs' dtype.
+  """
+  return _attend_fwd(query, key, value, mask, num_heads, mesh)[0]
+
+
+def _attend_fwd(query, key, value, mask, num_heads, mesh):
+  scale = (query.shape[-1] // num_heads) ** -0.5 * math.log2(math.e)
+  # The compiler puts this into the projection.
+  query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+  query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
+  bias = None
+  if mask is not None:
+    bias = jnp.where(mask[:, None, :], 0.0, MASKED)
+  args = (query, key, value, bias)
+  out, lse = _on(mesh, _forward, num_heads, args, 2)
+  out, lse = (checkpoint_name(x, "attended") for x in (out, lse))
+  return out, (*args, lse)
+
+
+def _attend_bwd(num_heads, mesh, residuals, dout):
+  query, key, value, bias, lse = residuals
+  args = (query, key, value, bias, lse, dout)
+  return *_on(mesh, _backward, num_heads, args, 3), None
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _on(
+  mesh: Mesh, fn: Callable, num_heads: int, args: Sequence[Any], results: int
+) -> Any:
+  """Calls fn with each device's share of args.
+
+  The compiler cannot split a kernel over devices by itself.
+  """
+  rows = P(mesh.axis_names)
+  interpret = mesh.devices.flat[0].platform == "cpu"
+  fn = functools.partial(fn, num_heads, interpret)
+  return jax.shard_map(
+    fn,
+    mesh=mesh,
+    in_specs=(rows,) * len(args),
+    out_specs=(rows,) * results,
+    check_vma=False,
+  )(*args)
+
+
+def _forward(num_heads, interpret, query, key, value, bias):
+  it = _Layout(*query.shape, num_heads)
+  inputs = [(query, it.tokens), (key, it.rows), (value, it.rows)]
+  if bias is not None:
+    inputs.append((bias, it.bias))
+  out, lse = pl.pallas_call(
+    functools.partial(_forward_kernel, it, bias is not None),
+    grid=it.grid,
+    in_specs=[block for _, block in inputs],
+    out_specs=[it.tokens, it.per_query],
+    out_shape=[it.like(query), it.sums],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+    interpret=interpret,
+    name="attention_forward",
+  )(*(it.join(x) for x, _ in inputs))
+  return out.reshape(query.shape), lse
+
+
+def _backward(num_heads, interpret, query, key, value, bias, lse, dout):
+  it = _Layout(*query.shape, num_heads)
+  inputs = [(query, it.tokens), (key, it.rows), (value, it.rows)]
+  if bias is not None:
+    inputs.append((bias, it.bias))
+  inputs += [(lse, it.per_query), (dout, it.tokens)]
+  # Over parts of the queries, gradients of keys and values add up.
+  sums = [pltpu.VMEM(it.rows.block_shape, jnp.float32)] * 2
+  found = pl.pallas_call(
+    functools.partial(_backward_kernel, it, bias is not None),
+    grid=it.grid,
+    in_specs=[block for _, block in inputs],
+    out_specs=[it.tokens, it.rows, it.rows],
+    out_shape=[it.like(query)] * 3,
+    scratch_shapes=sums if it.grid[2] > 1 else [],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary")
+    ),
+    interpret=interpret,
+    name="attention_backward",
+  )(*(it.join(x) for x, _ in inputs))
+  return tuple(x.reshape(query.shape) for x in found)
+
+
+class _Layout:
+  """The shapes and blocks that both kernels share, for one device's rows."""
+
+  def __init__(self, batch: int, length: int, width: int, num_heads: int):
+    self.length, self.head = length, width // num_heads
+    self.plan = plan(batch, length, width, self.head)
+    packed, n, w, queries = self.plan
+    self.joined, self.keys = batch // packed, packed * length
+    groups, heads = width // w, w // self.head
+    self.grid = (self.joined // n, groups, pl.cdiv(self.keys, queries))
+    # Blocks of queries, of keys, of the mask, and of a number for each query.
+    self.tokens = pl.BlockSpec((n, queries, w), lambda i, g, t: (i, t, g))
+    self.rows = pl.BlockSpec((n, self.keys, w), lambda i, g, t: (i, 0, g))
+    self.bias = pl.BlockSpec((n, 1, self.keys), lambda i, g, t: (i, 0, 0))
+    self.per_query = pl.BlockSpec(
+      (n, None, heads, queries), lambda i, g, t: (i, g, 0, t)
+    )
+    shape = (self.joined, groups, heads, self.keys)
+    self.sums = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  def like(self, x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((self.joined, self.keys, x.shape[2]), x.dtype)
+
+  def join(self, x: Array) -> Array:
+    """(B, L, W) or (B, 1, L) -> joined sequences; others as they are."""
+    if x.ndim == 4:
+      return x
+    rows = 1 if x.shape[1] == 1 else self.keys
+    return x.reshape(self.joined, rows, -1)
+
+  def heads(self) -> Iterator["_Head"]:
+    """Yields the heads of a step."""
+    _, n, width, _ = self.plan
+    unit = math.lcm(self.head, LANES)
+    unit = unit if width % unit == 0 else width
+    for i in range(n):
+      for start in range(0, width, unit):
+        for j in range(0, unit, self.head):
+          yield _Head(i, start, unit, j, self.head)
+
+  def logit_bias(self, mask: Any, i: int, queries: int) -> Array | None:
+    """Returns what is added to the logits (keys, queries) of sequence i."""
+    shape = (self.keys, queries)
+    bias = None
+    if mask is not None:
+      bias = jnp.broadcast_to(mask[i], shape[::-1]).T
+    if self.keys > self.length:
+      token = lambda axis: lax.broadcasted_iota(jnp.int32, shape, axis)
+      image = [lax.div(token(axis), self.length) for axis in (0, 1)]
+      foreign = jnp.where(image[0] == image[1], 0.0, FOREIGN)
+      bias = foreign if bias is None else bias + foreign
+    return bias
+
+
+class _Head(NamedTuple):
+  """A head, in a unit: the fewest heads that fill whole registers.
+
+  Attributes:
+    image: of the step.
+    start, unit: the lanes of the unit.
+    at, size: the lanes of the head in the unit.
+  """
+
+  image: int
+  start: int
+  unit: int
+  at: int
+  size: int
+
+  @property
+  def lanes(self) -> slice:
+    """The registers that hold it, which may hold its neighbours as well."""
+    first = self.at // LANES * LANES
+    last = -(-(self.at + self.size) // LANES) * LANES
+    return slice(self.start + first, self.start + min(last, self.unit))
+
+  @property
+  def is_last(self) -> bool:
+    return self.at + self.size == self.unit
+
+  @property
+  def units(self) -> slice:
+    return slice(self.start, self.start + self.unit)
+
+  def alone(self, x: Array) -> Array:
+    """Returns x, (L, lanes), with zeros in place of the neighbours."""
+    if x.shape[1] == self.size:
+      return x
+    at = self.start + self.at - self.lanes.start
+    lane = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+    return jnp.where((lane >= at) & (lane < at + self.size), x, 0)
+
+
+def _ahead(fn: Callable, heads: Iterator[_Head], n: int) -> Iterator[Any]:
+  """Yields (head, fn(head)); calls fn for n heads more than it has yielded."""
+  queue = []
+  for head in heads:
+    queue.append((head, fn(head)))
+    if len(queue) > n:
+      yield queue.pop(0)
+  yield from queue
+
+
+def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+  dims = (((x_axis,), (y_axis,)), ((), ()))
+  return lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+
+
+def _forward_kernel(it, masked, query, key, value, *refs):
+  mask, out, lse = refs if masked else (None, *refs)
+  n, queries, _ = query.shape
+  bias = [it.logit_bias(mask, i, queries) for i in range(n)]
+
+  def logits(head):
+    i, lanes = head.image, head.lanes
+    s = _dot(key[i, :, lanes], head.alone(query[i, :, lanes]), 1, 1)
+    return s if bias[i] is None else s + bias[i]
+
+  values, done = None, []
+  for number, (head, s) in enumerate(_ahead(logits, it.heads(), 3)):
+    i = head.image
+    top = jnp.max(s, axis=0, keepdims=True)
+    e = jnp.exp2(s - top).astype(value.dtype)
+    if values is None:
+      values = value[i, :, head.units].T
+    rows = values[head.at : head.at + head.size]
+    # A row of ones: the product has the sum, too. (The compiler has 16 rows.)
+    ones = jnp.ones((16, it.keys), rows.dtype)
+    found = _dot(jnp.concatenate([rows, ones]), e, 1, 0)
+    total = found[head.size : head.size + 1]
+    number %= lse.shape[1]
+    lse[i, number : number + 1] = top + jnp.log2(total)
+    done.append(found[: head.size] / total)
+    if head.is_last:
+      out[i, :, head.units] = jnp.concatenate(done).astype(out.dtype).T
+      values, done = None, []
+
+
+def _backward_kernel(it, masked, query, key, value, *refs):
+  mask, lse, dout, dquery, dkey, dvalue, *sums = (
+    refs
+    if masked
+    else (
+      None,
+      *refs,
+    )
+  )
+  n, queries, _ = query.shape
+  bias = [it.logit_bias(mask, i, queries) for i in range(n)]
+  # The last queries of a sequence may be fewer than a block has.
+  left = it.keys - pl.program_id(2) * queries
+  ragged = it.keys % queries
+
+  def present(x, axis):
+    if not ragged:
+      return x
+    shape = tuple(x.shape[i] if i == axis else 1 for i in range(2))
+    return jnp.where(lax.broadcasted_iota(jnp.int32, shape, axis) < left, x, 0)
+
+  def products(head):
+    i, lanes = head.image, head.lanes
+    q = present(head.alone(query[i, :, lanes]), 0)
+    do = present(head.alone(dout[i, :, lanes]), 0)
+    s = _dot(key[i, :, lanes], q, 1, 1)
+    if bias[i] is not None:
+      s = s + bias[i]
+    return q, do, s, _dot(value[i, :, lanes], do, 1, 1)
+
+  keys, done, dk, dv = None, [], {}, {}
+  for number, (head, (q, do, s, dp)) in enumerate(
+    _ahead(products, it.heads(), 1)
+  ):
+    i = head.image
+    number %= lse.shape[1]
+    p = present(jnp.exp2(s - lse[i, number : number + 1]), 1)
+    ds = p * (dp - jnp.sum(p * dp, axis=0, keepdims=True))
+    p, ds = p.astype(dout.dtype), ds.astype(dout.dtype)
+    for totals, x in ((dv, _dot(p, do, 1, 0)), (dk, _dot(ds, q, 1, 0))):
+      first = head.lanes.start
+      for lane in range(first, head.lanes.stop, LANES):
+        part = x[:, lane - first : lane - first + LANES]
+        totals[lane] = totals[lane] + part if lane in totals else part
+    if keys is None:
+      keys = key[i, :, head.units].T
+    found = _dot(keys[head.at : head.at + head.size], ds, 1, 0)
+    done.append(found * head.size**-0.5)
+    if head.is_last:
+      dquery[i, :, head.units] = jnp.concatenate(done).astype(dquery.dtype).T
+      # The logits are those of base 2.
+      _finish(dkey, sums[:1], i, dk, math.log(2))
+      _finish(dvalue, sums[1:], i, dv, 1.0)
+      keys, done, dk, dv = None, [], {}, {}
+
+
+def _finish(to, sums, i, parts, scale):
+  """Writes gradients {lane: (keys, LANES)}, or adds them to those before."""
+  for lane, x in parts.items():
+    at = (i, slice(None), slice(lane, lane + x.shape[1]))
+    if not sums:
+      to[at] = (x * scale).astype(to.dtype)
+      continue
+    (total,) = sums
+
+    @pl.when(pl.program_id(2) == 0)
+    def _(total=total, at=at, x=x):
+      total[at] = x
+
+    @pl.when(pl.program_id(2) > 0)
+    def _(total=total, at=at, x=x):
+      total[at] += x
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _(total=total, at=at):
+      to[at] = (total[at] * scale).astype(to.dtype)

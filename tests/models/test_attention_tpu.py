@@ -1,0 +1,132 @@
+"""The Pallas kernels, interpreted, against float64 NumPy; and in a tower."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sigjax import build, init, sharding
+from sigjax.models import attention_tpu, transformer, vit
+
+
+def numpy_attention(q, k, v, dout, mask, num_heads):
+  """Returns the result and the gradients of q, k and v."""
+  batch, length, width = q.shape
+  scale = (width // num_heads) ** -0.5
+
+  def heads(x):
+    x = np.asarray(x, np.float64).reshape(batch, length, num_heads, -1)
+    return x.swapaxes(1, 2)
+
+  q, k, v, dout = map(heads, (q, k, v, dout))
+  s = np.where(mask[:, None, None, :], q @ k.swapaxes(2, 3) * scale, -np.inf)
+  p = np.exp(s - s.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  dp = dout @ v.swapaxes(2, 3)
+  ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
+  found = p @ v, ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout
+  return [x.swapaxes(1, 2).reshape(batch, length, width) for x in found]
+
+
+@pytest.mark.parametrize(
+  "batch, length, num_heads, head, masked, dtype",
+  [
+    (2, 196, 2, 64, False, "float32"),
+    (16, 16, 2, 64, False, "float32"),  # 8 sequences are joined
+    (6, 64, 1, 72, True, "float32"),  # 2 are joined
+    (2, 49, 2, 72, True, "float32"),  # a head over two registers
+    (2, 260, 1, 128, True, "float32"),  # queries in parts, the last of 4
+    (2, 196, 2, 64, True, "bfloat16"),
+  ],
+)
+def test_against_numpy(batch, length, num_heads, head, masked, dtype):
+  rng = np.random.default_rng(0)
+  shape = 4, batch, length, num_heads * head
+  q, k, v, dout = jnp.asarray(rng.standard_normal(shape), dtype)
+  mask = rng.random((batch, length)) < 0.6
+  mask[:, length // 2] = True
+  given = mask if masked else None
+  mesh = sharding.make_mesh(devices=jax.devices()[:2])
+
+  @jax.jit
+  def run(*qkv):
+    fn = lambda *x: attention_tpu.attend(*x, given, num_heads, mesh)
+    out, vjp = jax.vjp(fn, *qkv)
+    return out, *vjp(dout)
+
+  got = run(q, k, v)
+  allowed = mask if masked else np.ones_like(mask)
+  want = numpy_attention(q, k, v, dout, allowed, num_heads)
+  tolerance = dict(float32=[2e-6] * 4, bfloat16=[2e-3, *[1e-2] * 3])[dtype]
+  for x, y, limit in zip(got, want, tolerance):
+    assert x.dtype == dtype
+    x = np.asarray(x, np.float64)
+    np.testing.assert_allclose(x, y, rtol=limit, atol=limit)
+
+
+def step_of(attention, scan, remat):
+  """Returns the state and metrics after a step of a tiny model."""
+  tower = dict(width=32, depth=2, num_heads=2, mlp_dim=32, scan=scan)
+  tower |= dict(remat=remat, attention=attention)
+  mesh, rng = sharding.make_mesh(), np.random.default_rng(0)
+  example = dict(
+    image=rng.integers(0, 256, (16, 16, 3), np.uint8),
+    text=rng.integers(0, 32, 16, np.int32),
+  )
+  batch = {
+    k: np.stack([np.roll(x, i) for i in range(16)]) for k, x in example.items()
+  }
+  run = build.build(
+    mesh,
+    example,
+    10,
+    batch_size=16,
+    model=dict(
+      image=dict(tower, patch_size=4),
+      text=dict(tower, vocab_size=32),
+      out_dim=(None, 32),
+    ),
+    optim=dict(name="adamw", lr=1e-3),
+  )
+  state = init.init_state(run.model, run.tx, 0, example, run.state)
+  return jax.device_get(run.train_step(state, batch))
+
+
+@pytest.mark.parametrize("scan, remat", [(True, "attention"), (False, "dots")])
+def test_a_train_step_on_eight_devices(scan, remat):
+  """Kernels inside a scan and remat, each device with its rows."""
+  (state, metrics), (want, wanted) = (
+    step_of(name, scan, remat) for name in ("pallas", "xla")
+  )
+  for key, value in wanted.items():
+    np.testing.assert_allclose(metrics[key], value, rtol=1e-4, err_msg=key)
+  # The first moments are the gradients.
+  for tree in state.opt_state, want.opt_state:
+    assert len(jax.tree.leaves(tree)) > 20
+  for x, y in zip(*map(jax.tree.leaves, (state.opt_state, want.opt_state))):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7)
+
+
+def test_what_is_computed_again():
+  """With "attention" and "dots", no kernel runs twice; with "full" one does."""
+  mesh = sharding.make_mesh()
+  image = jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32)
+
+  def kernels(remat):
+    tower = vit.ViT(
+      width=32,
+      depth=1,
+      num_heads=2,
+      patch_size=4,
+      attention="pallas",
+      remat=remat,
+      mesh=mesh,
+    )
+    params = jax.eval_shape(tower.init, jax.random.key(0), image)
+    loss = lambda params, image: tower.apply(params, image)[0].sum()
+    return str(jax.make_jaxpr(jax.grad(loss))(params, image)).count(
+      "name=attention_forward"
+    )
+
+  counts = {name: kernels(name) for name in transformer.REMAT}
+  assert counts == dict(none=1, dots=1, attention=1, full=2)
