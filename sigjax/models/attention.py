@@ -52,54 +52,74 @@ class Way(NamedTuple):
   mesh: Mesh | None = None
 
 
-def choose(way: Way, head: int, dtype: str) -> str:
-  """Returns "xla", "pallas" or "cudnn": the way's own name, or for "auto" the
-  fastest that its devices have.
+class Case(NamedTuple):
+  """What a way may be able to compute, or not.
 
-  Args:
-    way: the way.
+  Attributes:
     head: the width of a head.
     dtype: compute dtype.
+    length: tokens, L.
+    masked: whether there is a mask.
+  """
+
+  head: int
+  dtype: str
+  length: int
+  masked: bool
+
+
+def choose(way: Way, case: Case) -> str:
+  """Returns "xla", "pallas" or "cudnn".
+
+  That is the way's own name, or for "auto" the kernel of its devices, and "xla"
+  where they have none for this case.
 
   Raises:
     UserError: the way is not known, or its devices do not have it.
   """
-  ways = dict(pallas=_no_pallas, cudnn=_no_cudnn, xla=lambda *_: None)
-  errors.pick(dict.fromkeys((*ways, "auto")), way.name, "attention")
+  errors.pick(dict.fromkeys((*WAYS, "auto")), way.name, "attention")
   if way.mesh is None:
     return "xla"
   device = way.mesh.devices.flat[0]
   if way.name == "auto":
     # On CPUs, Pallas is for tests.
-    names = [n for n in ways if (n, device.platform) != ("pallas", "cpu")]
-    return next(n for n in names if not ways[n](device, head, dtype))
-  if reason := ways[way.name](device, head, dtype):
+    kernel = dict(tpu="pallas", gpu="cudnn").get(device.platform, "xla")
+    return "xla" if WHY_NOT[kernel](device, case) else kernel
+  if reason := WHY_NOT[way.name](device, case):
     raise errors.UserError(
       f'attention "{way.name}" {reason}; "auto" takes what there is'
     )
   return way.name
 
 
-def _no_pallas(device: Any, head: int, dtype: str) -> str | None:
+def _no_pallas(device: Any, case: Case) -> str | None:
   """Returns why there is no Pallas kernel; None if there is one."""
   if device.platform not in ("tpu", "cpu"):
     return f"is for TPUs, not for {device.platform}"
-  if head % 8 or head > 128:
-    return f"has heads of 8, 16 .. 128 numbers, not {head}"
-  return None
+  return _no_heads(case)
 
 
-def _no_cudnn(device: Any, head: int, dtype: str) -> str | None:
-  """Returns why there is no attention of cuDNN; None if there is one."""
+def _no_cudnn(device: Any, case: Case) -> str | None:
+  """Returns why cuDNN has no attention; None if it has."""
   if device.platform != "gpu":
     return f"is for NVIDIA GPUs, not for {device.platform}"
-  if float(getattr(device, "compute_capability", 0)) < 8:
+  major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+  if not major.isdecimal() or int(major) < 8:
     return f"needs an NVIDIA GPU from Ampere on, not {device.device_kind}"
-  if dtype not in ("bfloat16", "float16"):
-    return f'needs config.model.dtype "bfloat16", not "{dtype}"'
-  if head % 8 or head > 128:
-    return f"has heads of 8, 16 .. 128 numbers, not {head}"
+  if case.dtype != "bfloat16":
+    return f'needs config.model.dtype "bfloat16", not "{case.dtype}"'
+  if case.masked and case.length % 2:
+    return f"needs an even number of tokens with a mask, not {case.length}"
+  return _no_heads(case)
+
+
+def _no_heads(case: Case) -> str | None:
+  if case.head % 8 or case.head > 128:
+    return f"takes heads of 8, 16 .. 128 numbers, not {case.head}"
   return None
+
+
+WHY_NOT = dict(xla=lambda *_: None, pallas=_no_pallas, cudnn=_no_cudnn)
 
 
 def _xla(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Any):
@@ -192,7 +212,8 @@ class MultiHeadDotProductAttention(nn.Module):
     keys = x if keys is None else keys
     query = project("query")(x)
     key, value = project("key")(keys), project("value")(keys)
-    name = choose(self.way, heads[1], self.dtype)
+    case = Case(heads[1], self.dtype, x.shape[1], mask is not None)
+    name = choose(self.way, case)
     if self.is_initializing():  # of one example, which no mesh divides
       name = "xla"
     out = WAYS[name](query, key, value, mask, self.num_heads, self.way.mesh)

@@ -7,6 +7,7 @@ import pytest
 
 from sigjax import build, init, sharding
 from sigjax.models import attention_tpu, transformer, vit
+from tools.aot import compiler
 
 
 def numpy_attention(q, k, v, dout, mask, num_heads):
@@ -57,17 +58,81 @@ def test_against_numpy(batch, length, num_heads, head, masked, dtype):
   got = run(q, k, v)
   allowed = mask if masked else np.ones_like(mask)
   want = numpy_attention(q, k, v, dout, allowed, num_heads)
-  tolerance = dict(float32=[2e-6] * 4, bfloat16=[2e-3, *[1e-2] * 3])[dtype]
+  # Plain attention in bfloat16 is off by 2.3e-3 here, and by 3e-3 backward.
+  tolerance = dict(float32=[1e-6] * 4, bfloat16=[3e-3, *[5e-3] * 3])[dtype]
   for x, y, limit in zip(got, want, tolerance):
     assert x.dtype == dtype
-    x = np.asarray(x, np.float64)
-    np.testing.assert_allclose(x, y, rtol=limit, atol=limit)
+    error = np.linalg.norm(np.asarray(x, np.float64) - y)
+    assert error < limit * np.linalg.norm(y)
 
 
-def step_of(attention, scan, remat):
+@pytest.fixture
+def tpu(monkeypatch):
+  """Devices of a topology, where the compiler is installed."""
+  pytest.importorskip("libtpu")
+  for key, value in dict(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v4-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+  ).items():
+    monkeypatch.setenv(key, value)  # and away again afterwards
+  return lambda name: compiler.open_topology(name)[0]
+
+
+@pytest.mark.parametrize(
+  "topology, length, num_heads, head",
+  [
+    ("v4:2x2x1", 196, 2, 64),
+    ("v5e:2x2", 260, 1, 128),  # queries in parts
+    ("v5p:2x2x1", 49, 2, 72),
+    ("v6e:2x2", 16, 3, 64),  # joined; a register and a half
+  ],
+)
+def test_compiled_for(topology, length, num_heads, head, tpu):
+  mesh = sharding.make_mesh(devices=tpu(topology))
+  x = jax.ShapeDtypeStruct(
+    (16, length, num_heads * head),
+    jnp.bfloat16,
+    sharding=sharding.batch_sharding(mesh),
+  )
+  mask = jax.ShapeDtypeStruct(
+    (16, length), bool, sharding=sharding.batch_sharding(mesh)
+  )
+
+  def fn(q, k, v, mask):
+    run = lambda *x: attention_tpu.attend(*x, mask, num_heads, mesh)
+    out, vjp = jax.vjp(run, q, k, v)
+    return vjp(out)
+
+  compiled = jax.jit(fn).lower(x, x, x, mask).compile()
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+
+
+def test_compiled_in_a_train_step(tpu):
+  """Each tower has both kernels, and no rows move between devices."""
+  tower = dict(depth=1, width=128, mlp_dim=128, num_heads=2, remat="attention")
+  job = compiler.step_job(
+    sharding.make_mesh(devices=tpu("v4:2x2x1")),
+    batch_size=32,
+    model=dict(
+      image=dict(tower, patch_size=8, pool_type="gap"),
+      text=dict(tower, vocab_size=32),
+      out_dim=(None, 128),
+      dtype="bfloat16",
+    ),
+    optim=dict(lr=1e-3),
+    total_steps=10,
+    pp_image="decode|resize(32)",
+    pp_text="tokenize(16)",
+  )
+  text = compiler.compile_job(job).as_text() or ""
+  assert text.count('custom_call_target="tpu_custom_call"') == 4
+  assert "all-to-all" not in text and "all-gather" not in text
+
+
+def step_of(attention):
   """Returns the state and metrics after a step of a tiny model."""
-  tower = dict(width=32, depth=2, num_heads=2, mlp_dim=32, scan=scan)
-  tower |= dict(remat=remat, attention=attention)
+  tower = dict(width=16, num_heads=2, mlp_dim=16, attention=attention)
   mesh, rng = sharding.make_mesh(), np.random.default_rng(0)
   example = dict(
     image=rng.integers(0, 256, (16, 16, 3), np.uint8),
@@ -82,9 +147,9 @@ def step_of(attention, scan, remat):
     10,
     batch_size=16,
     model=dict(
-      image=dict(tower, patch_size=4),
-      text=dict(tower, vocab_size=32),
-      out_dim=(None, 32),
+      image=dict(tower, patch_size=4, depth=2, scan=True, remat="attention"),
+      text=dict(tower, vocab_size=32, depth=1, remat="dots"),
+      out_dim=(None, 16),
     ),
     optim=dict(name="adamw", lr=1e-3),
   )
@@ -92,12 +157,9 @@ def step_of(attention, scan, remat):
   return jax.device_get(run.train_step(state, batch))
 
 
-@pytest.mark.parametrize("scan, remat", [(True, "attention"), (False, "dots")])
-def test_a_train_step_on_eight_devices(scan, remat):
+def test_a_train_step_on_eight_devices():
   """Kernels inside a scan and remat, each device with its rows."""
-  (state, metrics), (want, wanted) = (
-    step_of(name, scan, remat) for name in ("pallas", "xla")
-  )
+  (state, metrics), (want, wanted) = map(step_of, ("pallas", "xla"))
   for key, value in wanted.items():
     np.testing.assert_allclose(metrics[key], value, rtol=1e-4, err_msg=key)
   # The first moments are the gradients.
