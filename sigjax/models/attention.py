@@ -147,9 +147,31 @@ def _cudnn(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Mesh):
     )
     return out.reshape(q.shape[0], q.shape[1], -1)
 
-  rows = P(mesh.axis_names)
-  specs = dict(in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
-  return jax.shard_map(local, mesh=mesh, **specs)(q, k, v, mask)
+  return on_each_device(local, mesh)(q, k, v, mask)
+
+
+def on_each_device(
+  fn: Callable, mesh: Mesh, results: int | None = None
+) -> Callable:
+  """Returns fn in a shard_map over all devices: arrays are split by rows.
+
+  Args:
+    fn: of arrays (b, ...), or None, each.
+    mesh: the devices. In a shard_map over some of its axes, as in microbatches,
+      the others are left to split.
+    results: how many results fn has; None: one, by itself.
+  """
+  done = jax.sharding.get_abstract_mesh().manual_axes
+  left = tuple(axis for axis in mesh.axis_names if axis not in done)
+  rows = P(left)
+  return jax.shard_map(
+    fn,
+    mesh=None if done else mesh,
+    in_specs=rows,
+    out_specs=rows if results is None else (rows,) * results,
+    axis_names=set(left),
+    check_vma=False,
+  )
 
 
 WAYS: dict[str, Callable] = dict(xla=_xla, pallas=_pallas, cudnn=_cudnn)

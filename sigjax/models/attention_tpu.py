@@ -28,8 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
+
+from sigjax.models import attention
 
 LANES = 128
 # Added to logits. A masked key counts as nothing beside any other, and a key of
@@ -127,16 +128,9 @@ def _on(
 
   The compiler cannot split a kernel over devices by itself.
   """
-  rows = P(mesh.axis_names)
   interpret = mesh.devices.flat[0].platform == "cpu"
   fn = functools.partial(fn, num_heads, interpret)
-  return jax.shard_map(
-    fn,
-    mesh=mesh,
-    in_specs=(rows,) * len(args),
-    out_specs=(rows,) * results,
-    check_vma=False,
-  )(*args)
+  return attention.on_each_device(fn, mesh, results)(*args)
 
 
 def _forward(num_heads, interpret, query, key, value, bias):

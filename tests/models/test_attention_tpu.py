@@ -125,15 +125,17 @@ def test_compiled_in_a_train_step(tpu):
     pp_image="decode|resize(32)",
     pp_text="tokenize(16)",
   )
-  text = compiler.compile_job(job).as_text() or ""
+  [program] = compiler.compile_job(job)
+  text = program.text
   assert text.count('custom_call_target="tpu_custom_call"') == 4
   assert "all-to-all" not in text and "all-gather" not in text
 
 
-def step_of(attention):
+def step_of(attention, microbatches=1, fsdp=1):
   """Returns the state and metrics after a step of a tiny model."""
   tower = dict(width=16, num_heads=2, mlp_dim=16, attention=attention)
-  mesh, rng = sharding.make_mesh(), np.random.default_rng(0)
+  mesh = sharding.make_mesh(fsdp=fsdp)
+  rng = np.random.default_rng(0)
   example = dict(
     image=rng.integers(0, 256, (16, 16, 3), np.uint8),
     text=rng.integers(0, 32, 16, np.int32),
@@ -146,6 +148,7 @@ def step_of(attention):
     example,
     10,
     batch_size=16,
+    microbatches=microbatches,
     model=dict(
       image=dict(tower, patch_size=4, depth=2, scan=True, remat="attention"),
       text=dict(tower, vocab_size=32, depth=1, remat="dots"),
@@ -158,10 +161,11 @@ def step_of(attention):
 
 
 def test_a_train_step_on_eight_devices():
-  """Kernels inside a scan and remat, each device with its rows."""
-  (state, metrics), (want, wanted) = map(step_of, ("pallas", "xla"))
+  """Kernels inside a scan, remat and microbatches, each device's rows alone."""
+  state, metrics = step_of("pallas", microbatches=2, fsdp=2)
+  want, wanted = step_of("xla")
   for key, value in wanted.items():
-    np.testing.assert_allclose(metrics[key], value, rtol=1e-4, err_msg=key)
+    np.testing.assert_allclose(metrics[key], value, rtol=1e-3, err_msg=key)
   # The first moments are the gradients.
   for tree in state.opt_state, want.opt_state:
     assert len(jax.tree.leaves(tree)) > 20
