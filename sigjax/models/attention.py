@@ -124,10 +124,11 @@ WHY_NOT = dict(xla=lambda *_: None, pallas=_no_pallas, cudnn=_no_cudnn)
 
 def _xla(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Any):
   del mesh
+  rows = q.shape
   q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-  heads = [_heads(x, num_heads) for x in (q, k, v)]
+  q, k, v = (_heads(x, num_heads) for x in (q, k, v))
   allowed = None if mask is None else mask[:, None, None, :]
-  return checkpoint_name(attend(*heads, allowed).reshape(q.shape), "attended")
+  return checkpoint_name(attend(q, k, v, allowed).reshape(rows), "attended")
 
 
 def _pallas(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Mesh):

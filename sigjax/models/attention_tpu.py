@@ -134,7 +134,7 @@ def _on(
 
 
 def _forward(num_heads, interpret, query, key, value, bias):
-  it = _Layout(*query.shape, num_heads)
+  it = _Layout(query.shape, num_heads)
   inputs = [(query, it.tokens), (key, it.rows), (value, it.rows)]
   if bias is not None:
     inputs.append((bias, it.bias))
@@ -152,20 +152,19 @@ def _forward(num_heads, interpret, query, key, value, bias):
 
 
 def _backward(num_heads, interpret, query, key, value, bias, lse, dout):
-  it = _Layout(*query.shape, num_heads)
+  it = _Layout(query.shape, num_heads)
   inputs = [(query, it.tokens), (key, it.rows), (value, it.rows)]
   if bias is not None:
     inputs.append((bias, it.bias))
   inputs += [(lse, it.per_query), (dout, it.tokens)]
-  # Over parts of the queries, gradients of keys and values add up.
-  sums = [pltpu.VMEM(it.rows.block_shape, jnp.float32)] * 2
   found = pl.pallas_call(
     functools.partial(_backward_kernel, it, bias is not None),
     grid=it.grid,
     in_specs=[block for _, block in inputs],
     out_specs=[it.tokens, it.rows, it.rows],
     out_shape=[it.like(query)] * 3,
-    scratch_shapes=sums if it.grid[2] > 1 else [],
+    # Over parts of the queries, gradients of keys and values add up.
+    scratch_shapes=[it.total] * 2 if it.grid[2] > 1 else [],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary")
     ),
@@ -178,7 +177,8 @@ def _backward(num_heads, interpret, query, key, value, bias, lse, dout):
 class _Layout:
   """The shapes and blocks that both kernels share, for one device's rows."""
 
-  def __init__(self, batch: int, length: int, width: int, num_heads: int):
+  def __init__(self, shape: Sequence[int], num_heads: int):
+    batch, length, width = shape
     self.length, self.head = length, width // num_heads
     self.plan = plan(batch, length, width, self.head)
     packed, n, w, queries = self.plan
@@ -194,6 +194,7 @@ class _Layout:
     )
     shape = (self.joined, groups, heads, self.keys)
     self.sums = jax.ShapeDtypeStruct(shape, jnp.float32)
+    self.total = pltpu.VMEM((n, self.keys, w), jnp.float32)
 
   def like(self, x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((self.joined, self.keys, x.shape[2]), x.dtype)

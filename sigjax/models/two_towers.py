@@ -165,7 +165,7 @@ def image_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
   options = dict(model.image)
   kind = options.pop("kind", "vit")
   tower = errors.pick(IMAGE_TOWERS, kind, "config.model.image.kind")()
-  more = dict(out_dim=model.out_dim[0], dtype=model.dtype, **kwargs)
+  more = dict(kwargs, out_dim=model.out_dim[0], dtype=model.dtype)
   if kind != "precomputed":  # it has no attention
     more["mesh"] = model.mesh
   return errors.call(tower, options, "model.image", **more)
@@ -173,7 +173,7 @@ def image_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
 
 def text_tower(model: TwoTowers, **kwargs: Any) -> nn.Module:
   """Returns the TextTransformer of a TwoTowers, as image_tower does."""
-  more = dict(out_dim=model.out_dim[1], dtype=model.dtype, **kwargs)
+  more = dict(kwargs, out_dim=model.out_dim[1], dtype=model.dtype)
   more["mesh"] = model.mesh
   return errors.call(TextTransformer, model.text, "model.text", **more)
 

@@ -164,9 +164,10 @@ def test_a_train_step_on_eight_devices():
   """Kernels inside a scan, remat and microbatches, each device's rows alone."""
   state, metrics = step_of("pallas", microbatches=2, fsdp=2)
   want, wanted = step_of("xla")
-  for key, value in wanted.items():
-    np.testing.assert_allclose(metrics[key], value, rtol=1e-3, err_msg=key)
-  # The first moments are the gradients.
+  for key in ("loss", "grad_norm"):
+    np.testing.assert_allclose(metrics[key], wanted[key], rtol=1e-5)
+  # Adam's moments are those of the gradients. (Its update is not compared: of a
+  # key's bias, whose gradient is 0, it makes 1 or -1.)
   for tree in state.opt_state, want.opt_state:
     assert len(jax.tree.leaves(tree)) > 20
   for x, y in zip(*map(jax.tree.leaves, (state.opt_state, want.opt_state))):
