@@ -121,15 +121,17 @@ def place_rows(
     other: the one to compare with.
   """
   total = lambda x: sum(sum(row.values()) for row in x["ms"].values())
+  gone = {name: {} for name in (other or found)["ms"]}
   rows = []
-  for name, row in {**found["ms"], "together": None}.items():
-    ms = sum(row.values()) if row else total(found)
-    cells = [row.get(c) if row else 0 for c in parts.COLUMNS]
+  for name, row in {**gone, **found["ms"], "together": None}.items():
+    ms = total(found) if row is None else sum(row.values())
+    cells = [(row or {}).get(c) for c in parts.COLUMNS]
     cells = [f"{x:.1f}" if x else "" for x in cells]
     if not other:
       rows.append((name, *cells, f"{ms:.1f}", f"{ms / total(found):.1%}"))
       continue
-    before = sum(other["ms"].get(name, {}).values()) if row else total(other)
+    before = other["ms"].get(name, {})
+    before = total(other) if row is None else sum(before.values())
     ratio = f"{ms / before:.3f}" if before else ""
     rows.append((name, *cells, f"{ms:.1f}", f"{before:.1f}", ratio))
   return rows
@@ -247,10 +249,12 @@ the mesh are up to {hops(mesh)} link(s) apart; wrap-around links are not\
 bundles, one a cycle, or its bytes: whichever is more.""")
   if examples:
     days = examples / saved["rate"] / mesh.size / 86400
+    least = days * job.flops / peak / saved["seconds"]
     print(f"""
 {examples:,.0f} examples take {days:.2f} days on {mesh.size} chips, if every\
  step takes what is estimated:
-no wait for data, no evaluation, no checkpoint, no restart.""")
+no wait for data, no evaluation, no checkpoint, no restart. At the chips' peak\
+ they would take {least:.2f}.""")
 
 
 def hops(mesh: jax.sharding.Mesh) -> int:
@@ -323,12 +327,10 @@ def compile_config(
     print(f"batch {n:,}: {text}", flush=True)
 
   capacity = compiler.memory_of(devices[0])
-  batch_size = config["batch_size"]
+  B = config["batch_size"]
   if find:
     smallest = piece if k > 1 and not rest else mesh.size
-    batch_size, job, compiled = compiler.find_batch(
-      build, batch_size, smallest, tried
-    )
+    B, job, compiled = compiler.find_batch(build, B, smallest, tried)
   else:
     job = errors.call(make, config, "config", mesh)
     compiled = compiler.compile_job(job)
@@ -337,7 +339,7 @@ def compile_config(
     f"{devices[0].device_kind}, mesh {dict(mesh.shape)}"
   )
   print(title)
-  found = estimate.of(title, compiled, chip, batch_size / mesh.size)
+  found = estimate.of(title, compiled, chip, B / mesh.size)
   report(job, compiled, found, mesh, chip, capacity, other, examples)
   if out:
     pathlib.Path(out).write_text(json.dumps(found.saved, indent=1) + "\n")

@@ -168,7 +168,7 @@ def _moved(window: Any, block: Any, functions: dict, grid: list[int]) -> int:
 
 
 def _bits(element: Any) -> int:
-  return int(re.search(r"\d+", str(element))[0])
+  return int(re.findall(r"\d+", str(element))[0])
 
 
 def _needs(values: Any) -> set[int]:
