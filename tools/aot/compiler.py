@@ -13,6 +13,7 @@ from unittest import mock
 
 import jax
 from jax.experimental import topologies
+from jax.extend import core
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -402,7 +403,7 @@ def _compile_calls(jaxpr: Any, inputs: Any) -> Iterator[Compiled]:
     if key not in done:
       done[key] = compile_traced(
         jax.jit(
-          jax.extend.core.jaxpr_as_fun(eqn.params["jaxpr"]),
+          core.jaxpr_as_fun(eqn.params["jaxpr"]),
           donate_argnums=[
             i for i, given in enumerate(eqn.params["donated_invars"]) if given
           ],
