@@ -147,7 +147,7 @@ class Program:
     limits = {
       op.name: int(op.rest.split(")")[0])
       for op in condition
-      if op.op == "constant" and op.type.startswith("s32[]")
+      if op.op == "constant" and op.type.startswith(("s32[]", "u32[]"))
     }
     for op in condition:
       if op.root and "direction=LT" in op.rest:
