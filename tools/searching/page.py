@@ -4,6 +4,7 @@ It is served to this machine alone, sends nothing elsewhere, and shows small
 copies: no file of the folder can be asked for by its path.
 """
 
+import os
 import pathlib
 from typing import Any
 
@@ -17,6 +18,16 @@ from tools.searching import finder as finder_lib
 from tools.searching.finder import Finder, Found
 
 SIDE = 320  # of the copies, the shorter side in pixels
+# Of the gallery: all of it is seen, in as many columns as there is room for,
+# and captions stand below the pictures, not on them.
+CSS = """
+.grid-wrap {max-height: none !important}
+.grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important}
+.thumbnail-lg img {padding-bottom: 28px}
+.thumbnail-lg .caption-label {
+  left: 0; right: 0; bottom: 0; max-width: 100%; border: 0}
+"""
 HINT = "Type a text, or drop a picture."
 
 # What the page shows: (picture, caption) of each, and a line of text.
@@ -95,7 +106,8 @@ def build(finder: Finder, count: int) -> Any:
   ) as page:
     gr.Markdown(
       f"### {len(finder.pictures.files):,} pictures in "
-      f"`{finder.pictures.folder}`, by `{finder.name}`"
+      f"`{finder.pictures.folder}`, by "
+      f"`{finder.name.removeprefix(f'{os.getcwd()}/')}`"
     )
     with gr.Row():
       with gr.Column(scale=1, min_width=240):
@@ -114,7 +126,6 @@ def build(finder: Finder, count: int) -> Any:
         line = gr.Markdown(HINT)
         gallery = gr.Gallery(
           show_label=False,
-          columns=4,
           object_fit="contain",
           format="jpeg",
           buttons=["fullscreen"],
@@ -146,6 +157,7 @@ def serve(finder: Finder, port: int, count: int) -> None:
     quiet=True,
     ssr_mode=False,
     footer_links=[],
+    css=CSS,
     # No fonts from a server.
     theme=gr.themes.Default(
       font=["system-ui", "sans-serif"], font_mono=["monospace"]
