@@ -5,8 +5,9 @@
     --config configs/siglip_b16.py:kind=tar,path=data/{00000..00999}.tar
 
 Hardware: the paper used 32 TPUv4 chips and WebLI, which is not public: 2 days
-for 3B examples (ImageNet 72.1) or 5 days for 9B (73.4). With fewer chips set
-microbatches: gradients stay the same and memory falls.
+for 3B examples (ImageNet 72.1) or 5 days for 9B (73.4). There the step takes
+29.1 of 30.75 GiB (docs/tpu.md). With fewer or smaller chips set microbatches:
+gradients stay the same and memory falls.
 
 The tokenizer is a SentencePiece model whose token 1 is end-of-sequence. The
 paper's, c4_en, has 32,000 pieces. `python -m tools.train_tokenizer` trains one
@@ -63,8 +64,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
   # Public ViTs have a "cls" token and pool by it.
   pool_type = "tok" if args["pretrained"] else "map"
   config.model = dict(
-    image=dict(variant="B/16", pool_type=pool_type, scan=True, remat="dots"),
-    text=dict(variant="B", vocab_size=args["vocab"], scan=True, remat="dots"),
+    image=dict(
+      variant="B/16", pool_type=pool_type, scan=True, remat="attention"
+    ),
+    text=dict(
+      variant="B", vocab_size=args["vocab"], scan=True, remat="attention"
+    ),
     out_dim=(None, 768),
     temperature_init=10.0,
     bias_init=-10.0,

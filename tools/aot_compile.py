@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 import jax
 
-from sigjax import defaults, errors
+from sigjax import defaults, errors, ring
 from sigjax import sharding as sharding_lib
 from sigjax.runtime import metrics, program
 from tools.aot import chips, compiler, estimate, hlo, kernels, parts
@@ -244,7 +244,7 @@ assumed: {peak / 1e12:.0f} TFLOP/s in bfloat16, {chip.clock / 1e9:.2f} GHz,\
  {chip.link / 1e9:.0f} GB/s over a link one way,
 {chip.hbm / 1e9:.0f} GB/s to the memory; collectives are rings over one link at\
  a time. Neighbours in
-the mesh are up to {hops(mesh)} link(s) apart; wrap-around links are not\
+the ring are up to {hops(mesh)} link(s) apart; wrap-around links are not\
  counted. A kernel takes its
 bundles, one a cycle, or its bytes: whichever is more.""")
   if examples:
@@ -258,8 +258,9 @@ no wait for data, no evaluation, no checkpoint, no restart. At the chips' peak\
 
 
 def hops(mesh: jax.sharding.Mesh) -> int:
-  """Returns the most links between consecutive devices of the mesh."""
-  order = [device.coords for device in mesh.devices.flat]
+  """Returns the most links between consecutive devices of the loss's ring."""
+  devices = list(mesh.devices.flat)
+  order = [devices[i].coords for i in ring.order(devices)]
   return max(
     sum(abs(x - y) for x, y in zip(a, b))
     for a, b in zip(order, order[1:] + order[:1])

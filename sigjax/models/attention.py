@@ -164,6 +164,8 @@ def on_each_device(
   """
   done = jax.sharding.get_abstract_mesh().manual_axes
   left = tuple(axis for axis in mesh.axis_names if axis not in done)
+  if not left:
+    return fn
   rows = P(left)
   return jax.shard_map(
     fn,
