@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from sigjax import sharding
 from sigjax.state import TrainState
@@ -37,10 +36,6 @@ def make_train_step(
   def update(state, z, loss, grads, own):
     return step.update(state, z, loss, step.add_up(grads, own))
 
-  def zeros(x):  # split over "fsdp" like x
-    spec = NamedSharding(mesh, P("data", *x.sharding.spec))
-    return jnp.zeros((mesh.shape["data"], *x.shape), x.dtype, device=spec)
-
   def train_step(state: TrainState, batch: Batch):
     devices = mesh.size // jax.process_count()
     cut = lambda x: x.reshape(devices, step.k, -1, *x.shape[1:])
@@ -58,7 +53,7 @@ def make_train_step(
       jax.block_until_ready(z[i - 1])
     groups = sharding.put_batch(batch.get("group"), mesh)
     z, loss, grads, dz = loss_and_gradients(state, stack(*z), groups)
-    own, before = jax.tree.map(zeros, state.trained), loss
+    own, before = None, loss
     for i in range(step.k):
       own, done = pull_back(state, part(i), i, dz, own)
       jax.block_until_ready(before)

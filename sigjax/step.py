@@ -212,14 +212,15 @@ class Step(NamedTuple):
     return z, loss, grads, dz
 
   def pull_back(
-    self, state: TrainState, part: Batch, i: Any, dz: Any, own: dict
+    self, state: TrainState, part: Batch, i: Any, dz: Any, own: dict | None
   ) -> dict:
-    """Adds to `own` the gradients through microbatch i."""
+    """Adds to `own`, None at first, the gradients through microbatch i."""
 
     def fn(state, part, i, dz, own):
       embed = lambda trained: self.part_of_towers(trained, state, part, i)
       (grads,) = jax.vjp(embed, state.trained)[1](dz)
-      return jax.tree.map(lambda x, y: x + y[None], own, grads)
+      grads = jax.tree.map(lambda x: x[None], grads)
+      return grads if own is None else jax.tree.map(jnp.add, own, grads)
 
     specs = P(), P("data"), P(), P("data"), P("data")
     return self.on_data(fn, specs)(state, part, i, dz, own)

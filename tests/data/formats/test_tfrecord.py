@@ -124,7 +124,7 @@ def test_a_brief_of_every_kind_of_feature():
       "scores": lib.Sequence(np.float32),
       "box": lib.BBoxFeature(),
       "objects": lib.Sequence({"name": lib.Text(), "id": np.int64}),
-      "about": {"source": lib.Text(), "year": np.int32},
+      "about": {"source": lib.Text(), "year": np.int32, "map": lib.Image()},
     }
   )
   example = dict(
@@ -138,13 +138,13 @@ def test_a_brief_of_every_kind_of_feature():
     scores=[0.1, 3],
     box=lib.BBox(0.0, 0.25, 0.5, 1.0),
     objects=[dict(name="x", id=1), dict(name="y", id=2)],
-    about=dict(source="web", year=2026),
+    about=dict(source="web", year=2026, map=io.BytesIO(b"encoded, too")),
   )
   data = features.serialize_example(features.encode_example(example))
-  whole = features.deserialize_example_np(
-    data, decoders={"image": tfds.decode.SkipDecoding()}
-  )
-  brief = tfds_lib.brief_parser(features)(data)
+  skip = tfds.decode.SkipDecoding()
+  decoders = {"image": skip, "about": {"map": skip}}
+  whole = features.deserialize_example_np(data, decoders=decoders)
+  brief = tfds_lib.brief_parser(features, decoders)(data)
   whole.pop("image")
   assert set(brief) == set(whole)
   for key, value in whole.items():
