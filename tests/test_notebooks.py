@@ -69,6 +69,9 @@ def execute(name: str, settings: dict[str, str]) -> nbformat.NotebookNode:
     record_timing=False,
   )
   client.execute(cwd=str(ROOT / "notebooks"), env={**os.environ, **settings})
+  for out in outputs_of(notebook):  # checkpoints are named by their whole path
+    if "text" in out:
+      out["text"] = out["text"].replace(f"{ROOT}/", "")
   return notebook
 
 
