@@ -6,6 +6,8 @@ follow:
   python tests/test_notebooks.py released WEIGHTS=workdirs/siglip_emoji
 """
 
+import base64
+import io
 import os
 import pathlib
 import random
@@ -15,6 +17,7 @@ import sys
 
 import nbclient
 import nbformat
+from PIL import Image
 import pytest
 
 from sigjax import errors, train
@@ -69,9 +72,6 @@ def execute(name: str, settings: dict[str, str]) -> nbformat.NotebookNode:
     record_timing=False,
   )
   client.execute(cwd=str(ROOT / "notebooks"), env={**os.environ, **settings})
-  for out in outputs_of(notebook):  # checkpoints are named by their whole path
-    if "text" in out:
-      out["text"] = out["text"].replace(f"{ROOT}/", "")
   return notebook
 
 
@@ -178,6 +178,20 @@ def test_nothing_stored_is_called_released():
   assert "not a released model" in text and "siglip2/" not in text
 
 
+def store(notebook: nbformat.NotebookNode, path: pathlib.Path) -> None:
+  """Writes a notebook, small enough to be read on the web."""
+  for out in outputs_of(notebook):
+    if "text" in out:  # checkpoints are named by their whole path
+      out["text"] = out["text"].replace(f"{ROOT}/", "")
+    if png := out.get("data", {}).get("image/png"):
+      image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+      small = io.BytesIO()
+      image.quantize(64).save(small, "PNG", optimize=True)
+      out["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
+  nbformat.write(notebook, path)
+
+
 if __name__ == "__main__":
-  stored = execute(sys.argv[1], dict(x.split("=", 1) for x in sys.argv[2:]))
-  nbformat.write(stored, ROOT / "notebooks" / f"{sys.argv[1]}.ipynb")
+  name, *settings = sys.argv[1:]
+  done = execute(name, dict(x.split("=", 1) for x in settings))
+  store(done, ROOT / "notebooks" / f"{name}.ipynb")
