@@ -137,6 +137,21 @@ def tiny_config(shapes_dir) -> dict[str, Any]:
   )
 
 
+@pytest.fixture
+def tpu(monkeypatch):
+  """Opens a topology, where the TPU compiler is installed: (devices, chip)."""
+  pytest.importorskip("libtpu")
+  for key, value in dict(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v4-8",
+    TPU_WORKER_HOSTNAMES="localhost",
+  ).items():
+    monkeypatch.setenv(key, value)  # and away again afterwards
+  from tools.aot import compiler  # few tests need it
+
+  return compiler.open_topology
+
+
 @pytest.fixture(scope="session")
 def spm_path(tmp_path_factory) -> pathlib.Path:
   """Returns the path of a SentencePiece model of 26 pieces of corpus.TEXTS."""

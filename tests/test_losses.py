@@ -7,7 +7,6 @@ import functools
 import re
 
 import jax
-from jax.experimental import topologies
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
@@ -412,25 +411,15 @@ def test_float32_is_not_rounded_before_it_is_multiplied(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"direction": "both"}], ids=str)
-def test_tpu_sends_texts_and_sums_while_it_computes(options, monkeypatch):
+def test_tpu_sends_texts_and_sums_while_it_computes(options, tpu):
   """By the schedule of the real TPU compiler, which needs no TPU."""
-  pytest.importorskip("libtpu")
-  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # do not look for one
-  monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v4-8")
-  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-  topology = topologies.get_topology_desc(
-    platform="tpu",
-    topology_name="v4:2x2x1",
-    chip_config_name="megacore",
-    chips_per_host_bounds=(2, 2, 1),
-    num_slices=1,
-  )
+  devices, _ = tpu("v4:2x2x1")
   compiled = lowered(
     all_grads,
     n=131072,
     width=1024,
     dtype=jnp.bfloat16,
-    mesh=jax.sharding.Mesh(topology.devices, "data"),
+    mesh=jax.sharding.Mesh(devices, "data"),
     tile=1024,
     **options,
   ).compile()

@@ -66,19 +66,6 @@ def test_against_numpy(batch, length, num_heads, head, masked, dtype):
     assert error < limit * np.linalg.norm(y)
 
 
-@pytest.fixture
-def tpu(monkeypatch):
-  """Devices of a topology, where the compiler is installed."""
-  pytest.importorskip("libtpu")
-  for key, value in dict(
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v4-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-  ).items():
-    monkeypatch.setenv(key, value)  # and away again afterwards
-  return lambda name: compiler.open_topology(name)[0]
-
-
 @pytest.mark.parametrize(
   "topology, length, num_heads, head",
   [
@@ -89,7 +76,7 @@ def tpu(monkeypatch):
   ],
 )
 def test_compiled_for(topology, length, num_heads, head, tpu):
-  mesh = sharding.make_mesh(devices=tpu(topology))
+  mesh = sharding.make_mesh(devices=tpu(topology)[0])
   x = jax.ShapeDtypeStruct(
     (16, length, num_heads * head),
     jnp.bfloat16,
@@ -112,7 +99,7 @@ def test_compiled_in_a_train_step(tpu):
   """Each tower has both kernels, and no rows move between devices."""
   tower = dict(depth=1, width=128, mlp_dim=128, num_heads=2, remat="attention")
   job = compiler.step_job(
-    sharding.make_mesh(devices=tpu("v4:2x2x1")),
+    sharding.make_mesh(devices=tpu("v4:2x2x1")[0]),
     batch_size=32,
     model=dict(
       image=dict(tower, patch_size=8, pool_type="gap"),

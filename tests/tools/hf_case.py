@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -94,6 +95,15 @@ def write_config(folder, image=(), text=(), res=32, length=12, **kwargs):
   return config
 
 
+def golden_folder(folder):
+  """Fills a folder as tools.convert_from_hf does, with a golden model."""
+  write_config(
+    folder, pp_image="decode|resize(32)|value_range(-1,1)|keep('image')"
+  )
+  shutil.copy(GOLDEN / "siglip_tiny.npz", folder / "params.npz")
+  return folder
+
+
 def convert_golden(folder, name="siglip_tiny"):
   """Converts a golden file, with what write_config wrote, to folder / "hf"."""
   convert_to_hf.convert(
@@ -122,6 +132,15 @@ def random_params(model, res, length, seed=0):
   return jax.tree.map(
     lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes
   )
+
+
+def jpeg(path, seed):
+  """Writes a picture of coloured blocks, 60 x 45."""
+  rng = np.random.default_rng(seed)
+  blocks = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(blocks).resize((60, 45)).save(path, "JPEG", quality=95)
+  return path
 
 
 def png(seed, height, width, mode="RGB"):

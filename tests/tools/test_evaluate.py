@@ -22,27 +22,12 @@ RES, LENGTH = 32, 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A folder as tools.convert_from_hf writes it, with a golden model."""
-  folder = tmp_path_factory.mktemp("model")
-  hf_case.write_config(
-    folder, pp_image=f"decode|resize({RES})|value_range(-1,1)|keep('image')"
-  )
-  shutil.copy(hf_case.GOLDEN / "siglip_tiny.npz", folder / "params.npz")
-  return folder
+  return hf_case.golden_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def model(folder):
   return opened.open_model(folder)
-
-
-def jpeg(path, seed):
-  """Writes a picture of three coloured blocks, 60 x 45."""
-  rng = np.random.default_rng(seed)
-  blocks = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(blocks).resize((60, 45)).save(path, "JPEG", quality=95)
-  return path
 
 
 def pixels(path, size=RES, crop=None):
@@ -86,7 +71,7 @@ def values(results):
 def test_class_folders(model, tmp_path):
   names = ["Red_Cat, small", "dogs", "some green grass"]
   files = [
-    jpeg(tmp_path / name / f"{i}.jpg", 10 * k + i)
+    hf_case.jpeg(tmp_path / name / f"{i}.jpg", 10 * k + i)
     for k, name in enumerate(sorted(names))
     for i in range(4)
   ]
@@ -124,7 +109,7 @@ def test_imagenet_and_real(model, tmp_path, monkeypatch):
   for i in range(1000):
     (val / f"n{i:08d}").mkdir(parents=True)
   files = [
-    jpeg(val / f"n{k:08d}/ILSVRC2012_val_{9 - i:08d}.JPEG", k)
+    hf_case.jpeg(val / f"n{k:08d}/ILSVRC2012_val_{9 - i:08d}.JPEG", k)
     for i, k in enumerate(right)
   ]
   z = embed(model, [pixels(f, 37, 32) for f in files])[0]
@@ -158,7 +143,7 @@ def recall(scores, owners):
 
 def test_coco_xm3600_and_fewshot(model, tmp_path):
   texts = ["a photo", "the red cat", "two dogs", "grass", "a red cat", "above"]
-  files = [jpeg(tmp_path / f"val2014/{i}.jpg", i) for i in range(3)]
+  files = [hf_case.jpeg(tmp_path / f"val2014/{i}.jpg", i) for i in range(3)]
   images = [
     dict(
       filepath="val2014",
@@ -317,7 +302,7 @@ def test_probabilities_are_those_of_transformers(hf, tmp_path, golden):
     tmp_path, pp_image=f"decode|resize({RES})|value_range(-1,1)|keep('image')"
   )
   hf_case.convert_golden(tmp_path, golden)
-  files = [jpeg(tmp_path / f"{i}.jpg", i) for i in range(3)]
+  files = [hf_case.jpeg(tmp_path / f"{i}.jpg", i) for i in range(3)]
   texts = ["a photo of the red cat", "two small dogs", "grass"]
   processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
   theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()

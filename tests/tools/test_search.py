@@ -32,13 +32,7 @@ NAMES = ["0.jpg", "2.jpg", "4.jpg", "more/1.jpg", "more/3.jpg"]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-  """A folder as tools.convert_from_hf writes it, with a golden model."""
-  folder = tmp_path_factory.mktemp("model")
-  hf_case.write_config(
-    folder, pp_image=f"decode|resize({RES})|value_range(-1,1)|keep('image')"
-  )
-  shutil.copy(hf_case.GOLDEN / "siglip_tiny.npz", folder / "params.npz")
-  return folder
+  return hf_case.golden_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +51,12 @@ def fixture_folder(tmp_path, monkeypatch):
 def make_folder(folder):
   """Makes a folder of five pictures, NAMES, and a broken one."""
   for i in range(5):
-    jpeg(folder / f"{'more/' * (i % 2)}{i}.jpg", i)
+    hf_case.jpeg(folder / f"{'more/' * (i % 2)}{i}.jpg", i)
   (folder / "broken.png").write_bytes(b"no picture")
   (folder / "notes.txt").write_text("no picture, either")
-  jpeg(folder / ".thumbnails/0.jpg", 0)
-  jpeg(folder / ".0.jpg", 0)
+  hf_case.jpeg(folder / ".thumbnails/0.jpg", 0)
+  hf_case.jpeg(folder / ".0.jpg", 0)
   return folder
-
-
-def jpeg(path, seed):
-  """Writes a picture of coloured blocks, 60 x 45."""
-  rng = np.random.default_rng(seed)
-  blocks = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.fromarray(blocks).resize((60, 45)).save(path, "JPEG", quality=95)
 
 
 @pytest.fixture(scope="module", name="by_hand")
@@ -79,7 +65,7 @@ def fixture_by_hand(weights, tmp_path_factory):
   x = []
   for i in (0, 2, 4, 1, 3):
     file = tmp_path_factory.mktemp("one") / "0.jpg"
-    jpeg(file, i)
+    hf_case.jpeg(file, i)
     with Image.open(file) as image:
       x.append(np.asarray(image.resize((RES, RES), Image.Resampling.BILINEAR)))
   model = opened.open_model(weights)
@@ -155,9 +141,9 @@ def test_only_new_and_changed_pictures_are_embedded(
 
   assert embed([*NAMES, "broken.png"], ["broken.png"]) == NAMES
   assert embed([], ["broken.png"]) == NAMES
-  jpeg(folder / "2.jpg", 22)  # changed
-  jpeg(folder / "a.png", 5)  # new
-  jpeg(folder / "broken.png", 6)  # repaired
+  hf_case.jpeg(folder / "2.jpg", 22)  # changed
+  hf_case.jpeg(folder / "a.png", 5)  # new
+  hf_case.jpeg(folder / "broken.png", 6)  # repaired
   (folder / "more/1.jpg").unlink()
   images = ["0.jpg", "2.jpg", "4.jpg", "a.png", "broken.png", "more/3.jpg"]
   assert embed(["2.jpg", "a.png", "broken.png"], []) == images
@@ -178,7 +164,7 @@ def test_only_new_and_changed_pictures_are_embedded(
 
   # Interrupted in the second batch.
   for i in range(3):
-    jpeg(folder / f"b{i}.jpg", 30 + i)
+    hf_case.jpeg(folder / f"b{i}.jpg", 30 + i)
   given = predict.Predictor.images
   calls = []
 
