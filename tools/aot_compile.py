@@ -120,21 +120,23 @@ def place_rows(
     found: an estimate, see estimate.of.
     other: the one to compare with.
   """
-  total = lambda x: sum(sum(row.values()) for row in x["ms"].values())
-  gone = {name: {} for name in (other or found)["ms"]}
+  now, before = found["ms"], (other or {"ms": {}})["ms"]
+  total = lambda table: sum(sum(row.values()) for row in table.values())
+
+  def line(name: str, cells: Mapping[str, float], ms: float, was: float) -> Row:
+    numbers = [f"{cells[c]:.1f}" if cells.get(c) else "" for c in parts.COLUMNS]
+    if other:
+      last = [f"{was:.1f}", f"{ms / was:.3f}" if was else ""]
+    else:
+      last = [f"{ms / total(now):.1%}"]
+    return name, *numbers, f"{ms:.1f}", *last
+
   rows = []
-  for name, row in {**gone, **found["ms"], "together": None}.items():
-    ms = total(found) if row is None else sum(row.values())
-    cells = [(row or {}).get(c) for c in parts.COLUMNS]
-    cells = [f"{x:.1f}" if x else "" for x in cells]
-    if not other:
-      rows.append((name, *cells, f"{ms:.1f}", f"{ms / total(found):.1%}"))
-      continue
-    before = other["ms"].get(name, {})
-    before = total(other) if row is None else sum(before.values())
-    ratio = f"{ms / before:.3f}" if before else ""
-    rows.append((name, *cells, f"{ms:.1f}", f"{before:.1f}", ratio))
-  return rows
+  for name in dict.fromkeys((*before, *now)):
+    cells = now.get(name, {})
+    was = sum(before.get(name, {}).values())
+    rows.append(line(name, cells, sum(cells.values()), was))
+  return [*rows, line("together", {}, total(now), total(before))]
 
 
 def show(rows: Sequence[Row], *header: str) -> None:

@@ -36,9 +36,8 @@ LANES = 128
 # Added to logits. A masked key counts as nothing beside any other, and a key of
 # another image as nothing beside a masked one.
 MASKED, FOREIGN = -1e30, -1e37
-WORK = (
-  800  # registers of logits in a step: more hide latencies, and compile long
-)
+# Registers of logits in a step: more hide latencies, and compile long.
+WORK = 800
 
 
 class Plan(NamedTuple):
@@ -135,9 +134,7 @@ def _on(
 
 def _forward(num_heads, interpret, query, key, value, bias):
   it = _Layout(query.shape, num_heads)
-  inputs = [(query, it.tokens), (key, it.rows), (value, it.rows)]
-  if bias is not None:
-    inputs.append((bias, it.bias))
+  inputs = it.inputs(query, key, value, bias)
   out, lse = pl.pallas_call(
     functools.partial(_forward_kernel, it, bias is not None),
     grid=it.grid,
@@ -153,9 +150,7 @@ def _forward(num_heads, interpret, query, key, value, bias):
 
 def _backward(num_heads, interpret, query, key, value, bias, lse, dout):
   it = _Layout(query.shape, num_heads)
-  inputs = [(query, it.tokens), (key, it.rows), (value, it.rows)]
-  if bias is not None:
-    inputs.append((bias, it.bias))
+  inputs = it.inputs(query, key, value, bias)
   inputs += [(lse, it.per_query), (dout, it.tokens)]
   found = pl.pallas_call(
     functools.partial(_backward_kernel, it, bias is not None),
@@ -195,6 +190,11 @@ class _Layout:
     shape = (self.joined, groups, heads, self.keys)
     self.sums = jax.ShapeDtypeStruct(shape, jnp.float32)
     self.total = pltpu.VMEM((n, self.keys, w), jnp.float32)
+
+  def inputs(self, query, key, value, bias) -> list[tuple[Array, Any]]:
+    """Returns (array, its blocks) of what both kernels take first."""
+    found = [(query, self.tokens), (key, self.rows), (value, self.rows)]
+    return found if bias is None else [*found, (bias, self.bias)]
 
   def like(self, x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((self.joined, self.keys, x.shape[2]), x.dtype)
@@ -285,7 +285,8 @@ def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
 
 
 def _forward_kernel(it, masked, query, key, value, *refs):
-  mask, out, lse = refs if masked else (None, *refs)
+  mask, *refs = refs if masked else (None, *refs)
+  out, lse = refs
   n, queries, _ = query.shape
   bias = [it.logit_bias(mask, i, queries) for i in range(n)]
 
@@ -315,14 +316,8 @@ def _forward_kernel(it, masked, query, key, value, *refs):
 
 
 def _backward_kernel(it, masked, query, key, value, *refs):
-  mask, lse, dout, dquery, dkey, dvalue, *sums = (
-    refs
-    if masked
-    else (
-      None,
-      *refs,
-    )
-  )
+  mask, *refs = refs if masked else (None, *refs)
+  lse, dout, dquery, dkey, dvalue, *sums = refs
   n, queries, _ = query.shape
   bias = [it.logit_bias(mask, i, queries) for i in range(n)]
   # The last queries of a sequence may be fewer than a block has.

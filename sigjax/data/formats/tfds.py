@@ -26,19 +26,26 @@ class ArrayRecordRecords:
     builder: a TFDS builder.
     split: "train[:90%]" and the like.
     decoders: of the features that are to stay encoded.
+    parse_brief: fn(bytes) -> dict of features without images.
 
   Raises:
     ValueError: there is no such split.
     UserError: all of its files are missing.
   """
 
-  def __init__(self, builder: Any, split: str, decoders: dict[str, Any]):
+  def __init__(
+    self,
+    builder: Any,
+    split: str,
+    decoders: dict[str, Any],
+    parse_brief: Callable[[bytes], dict[str, Any]],
+  ):
     # Slow to import, so only where they are used.
     from tensorflow_datasets.core import splits
     from tensorflow_datasets.core.data_sources import base
 
     self._source = builder.as_data_source(split, decoders=decoders)
-    self._parse_brief = brief_parser(builder.info.features, decoders)
+    self._parse_brief = parse_brief
     wanted = base.file_instructions(builder.info, splits.Split(split))
     self._paths = [str(part.filename) for part in wanted]
     if not any(epath.Path(path).exists() for path in self._paths):
@@ -103,7 +110,7 @@ def brief_parser(
       others[key] = feature
   rest: Any = lib.FeaturesDict(others)
   decoders = {key: value for key, value in decoders.items() if key in others}
-  brief = [key for key in sorted(features) if key in plain or key in others]
+  brief = sorted({**plain, **others})
 
   def parse(data: bytes) -> dict[str, Any]:
     found = proto.Example.FromString(data).features.feature
@@ -139,16 +146,15 @@ def from_builder(builder: Any, split: str) -> source_lib.Source:
     return skips
 
   decoders, faults = skip_images(builder.info.features), {}
+  brief = brief_parser(builder.info.features, decoders)
   name = f"{builder.info.name}[{split}]"
   try:
     if builder.info.file_format.value == "tfrecord":
       from sigjax.data.formats import tfrecord
 
-      records, faults = tfrecord.of_builder(
-        builder, split, decoders, brief_parser(builder.info.features, decoders)
-      )
+      records, faults = tfrecord.of_builder(builder, split, decoders, brief)
     else:
-      records = ArrayRecordRecords(builder, split, decoders)
+      records = ArrayRecordRecords(builder, split, decoders, brief)
   except errors.UserError:
     raise
   except ValueError as e:
