@@ -7,14 +7,13 @@ import math
 import os
 import pathlib
 import socket
-import struct
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import record_writer
-from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer import record_writer
 
 from sigjax.runtime import files, hosts
 
@@ -90,8 +89,8 @@ class Writer:
       if path.exists():
         _cut(path, first_step)
       self._file = _AppendedFile(path)
-      self._events = _AppendedFile(
-        workdir / f"events.out.tfevents.{time.time_ns()}.{host}"
+      self._events = record_writer.RecordWriter(
+        _AppendedFile(workdir / f"events.out.tfevents.{time.time_ns()}.{host}")
       )
     except OSError as e:
       if first_step is not None:
@@ -138,17 +137,11 @@ class Writer:
     )
 
   def _write_event(self, **fields) -> None:
-    """Appends an event as a TFRecord: lengths and checksums around it."""
+    """Appends an event as a TFRecord."""
     if self._events is None:
       return
     data = _event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
-    length = struct.pack("<Q", len(data))
-    self._events.write(
-      b"".join(
-        part + struct.pack("<I", record_writer.masked_crc32c(part))
-        for part in (length, data)
-      )
-    )
+    self._events.write(data)
 
   def __enter__(self) -> "Writer":
     return self

@@ -4,8 +4,8 @@ import json
 import resource
 
 import pytest
-from tensorboardX import record_writer
-from tensorboardX.proto import event_pb2
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer import record_writer
 
 from sigjax.runtime import metrics
 

@@ -11,7 +11,7 @@ import struct
 from typing import Any
 
 import numpy as np
-from tensorboardX import record_writer
+from tensorboard.summary.writer import record_writer
 
 from sigjax.data import faults
 from sigjax.data.faults import BadExample

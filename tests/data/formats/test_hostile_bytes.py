@@ -195,10 +195,10 @@ def test_damaged_tfrecords(shapes_dir, tmp_path):
     split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     split["shardLengths"] = ["4"]
   (path / "dataset_info.json").write_text(json.dumps(info))
-  from tensorboardX import record_writer
+  from tensorboard.summary.writer import record_writer
 
   file = path / "shapes-test.tfrecord-00000-of-00001"
-  writer = record_writer.RecordWriter(str(file))
+  writer = record_writer.RecordWriter(file.open("wb"))
   for record in records:
     writer.write(record)
   writer.close()
