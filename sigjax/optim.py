@@ -9,6 +9,7 @@ settings (lr 1e-3, wd 1e-4): it follows the schedule alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import re
 from typing import Any
 
 import jax
@@ -136,7 +137,58 @@ def lion(
   return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=mu_dtype)
 
 
-OPTIMIZERS = dict(adamw=adamw, adafactor=adafactor, lion=lion)
+def muon(
+  beta: float = 0.95,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  rms: float = 0.2,
+  mu_dtype: str | None = None,
+) -> optax.GradientTransformation:
+  """Muon for the kernels of encoder blocks, Adam for everything else.
+
+  A kernel's momentum is replaced by the nearest matrix whose singular values
+  are all about 1 (arXiv 2502.16982). Heads are side by side in one matrix, as
+  in the product that the kernel is used in. Embeddings, the head and the
+  pooling, biases and scales, t and b follow Adam.
+
+  Args:
+    beta: decay of the momentum.
+    b1, b2: Adam's.
+    rms: of a kernel's direction. Adam's has about .2, so that lr and wd of
+      AdamW fit.
+    mu_dtype: of the momentum and of Adam's first moment.
+  """
+  return optax.contrib.muon(
+    learning_rate=-1.0,  # the direction itself: optax takes its negative
+    beta=beta,
+    adam_b1=b1,
+    adam_b2=b2,
+    consistent_rms=rms,
+    mu_dtype=mu_dtype,
+    muon_weight_dimension_numbers=_matrices,
+  )
+
+
+def _matrices(params: Any) -> Any:
+  """Returns which axes of a kernel are summed over, and which are its outputs.
+
+  None for an array that is not such a matrix. The layers of a scan are an axis
+  in front.
+  """
+
+  def axes(name, array):
+    found = re.search(r"/encoderblock(_\d+)?/.*/(\w+)/kernel$", name)
+    if not found:
+      return None
+    first = array.ndim - (2 if found[2].startswith("Dense") else 3)
+    rest = tuple(range(first, array.ndim))
+    inputs = 2 if found[2] == "out" else 1  # (heads, D, W), or (W, heads, D)
+    return optax.contrib.MuonDimensionNumbers(rest[:inputs], rest[inputs:])
+
+  return trees.map_named(axes, params)
+
+
+OPTIMIZERS = dict(adamw=adamw, adafactor=adafactor, lion=lion, muon=muon)
 
 
 def make_optimizer(

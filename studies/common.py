@@ -36,12 +36,16 @@ def siglit(batch_size: int = 256, examples: int = 102_400) -> Config:
 
 
 def scratch(batch_size: int = 256, examples: int = 30_720) -> Config:
-  """Returns a SigLIP run: both towers from scratch, on 64 pixels."""
+  """Returns a SigLIP run: both towers from scratch, on 64 pixels.
+
+  The optimizer is the paper's, with b2 = .95.
+  """
   steps = examples // batch_size
   config: Config = siglip_emoji.get_config(
     f"steps={steps},batch_size={batch_size}"
   )
   config.model.text.update(width=64, mlp_dim=256)
+  config.optim.update(name="adamw", options=dict(b2=0.95))
   return short(config, "held_style_zeroshot")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sigjax import errors, optim
+from sigjax import errors, optim, trees
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -61,6 +61,12 @@ def adam(g, memory, n, b1=0.9, b2=0.95):
   return m / (np.sqrt(v) + 1e-8)
 
 
+def nadam(g, memory, n, b1=0.9, b2=0.95):
+  adam(g, memory, n, b1, b2)
+  m = b1 * memory["m"] / (1 - b1 ** (n + 1)) + (1 - b1) * g / (1 - b1**n)
+  return m / (np.sqrt(memory["v"] / (1 - b2**n)) + 1e-8)
+
+
 def lion(g, memory, n, b1=0.9, b2=0.99):
   del n
   m = memory.get("m", 0)
@@ -90,6 +96,57 @@ def test_optimizer_is_the_rule(name, direction):
     rtol=1e-5,
     atol=1e-9,
   )
+
+
+def muon(g, memory, n, beta=0.95):
+  """Nesterov's momentum with singular values near 1, and an RMS of about .2."""
+  memory["m"] = beta * memory.get("m", 0) + (1 - beta) * g
+  m = beta * memory["m"] / (1 - beta ** (n + 1))  # Nesterov: of the next step
+  m += (1 - beta) * g / (1 - beta**n)
+  u, values, v = np.linalg.svd(m, full_matrices=False)
+  values /= np.linalg.norm(values)
+  for _ in range(5):  # Newton and Schulz, with the coefficients of K. Jordan
+    values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+  return 0.2 * np.sqrt(max(g.shape)) * (u * values) @ v
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_muon_makes_the_blocks_kernels_orthogonal(scan):
+  # The kernels of a block, as (inputs, outputs) of the product they are for.
+  W, H, D, M = 32, 2, 16, 48
+  heads, name = "MultiHeadDotProductAttention_0", "txt/Transformer/encoderblock"
+  shapes = {
+    f"{heads}/query/kernel": ((W, H, D), (W, H * D)),
+    f"{heads}/out/kernel": ((H, D, W), (H * D, W)),
+    "MlpBlock_0/Dense_0/kernel": ((W, M), (W, M)),
+    "MlpBlock_0/Dense_1/kernel": ((M, W), (M, W)),
+  }
+  rng = np.random.default_rng(1)
+  normal = lambda shape: rng.normal(size=(2, *shape) if scan else shape)
+  block = name if scan else f"{name}_3"
+  flat = {f"{block}/{key}": shape for key, (shape, _) in shapes.items()}
+  flat |= {"txt/head/kernel": (W, W), f"{block}/{heads}/query/bias": (H, D)}
+  grads = [
+    trees.unflatten({k: normal(s) for k, s in flat.items()}) for _ in range(3)
+  ]
+  params = F32(jax.tree.map(np.zeros_like, grads[0]))
+  direction, memory = optim.muon(), {}
+  state, update = direction.init(params), jax.jit(direction.update)
+  for n, g in enumerate(grads, start=1):
+    with jax.numpy_dtype_promotion("standard"):  # as in make_optimizer
+      u, state = update(F32(g), state, params)
+    got, given = trees.flatten(u), trees.flatten(g)
+    for key, (_, matrix) in shapes.items():
+      layers = 2 if scan else 1
+      a = np.reshape(got[f"{block}/{key}"], (layers, *matrix))
+      b = np.reshape(given[f"{block}/{key}"], (layers, *matrix))
+      for i in range(layers):
+        want = muon(b[i], memory.setdefault((key, i), {}), n)
+        np.testing.assert_allclose(a[i], want, rtol=1e-3, atol=1e-4)
+    # Everything else is Adam's.
+    for key in ("txt/head/kernel", f"{block}/{heads}/query/bias"):
+      want = nadam(given[key], memory.setdefault(key, {}), n)
+      np.testing.assert_allclose(got[key], want, rtol=1e-4, atol=1e-5)
 
 
 def test_adafactor_factors_and_descends():

@@ -105,7 +105,9 @@ class LayerNorm(nn.Module):
   """LayerNorm over the last axis; epsilon 1e-6.
 
   Always in float32, also where x, or the scale and bias of a locked tower, are
-  in another compute dtype (flax's own promotes implicitly).
+  in another compute dtype (flax's own promotes implicitly). The variance is
+  E[x^2] - E[x]^2, so that x is read once for both, as in flax and in the
+  training of the released weights.
   """
 
   @nn.compact
@@ -113,8 +115,11 @@ class LayerNorm(nn.Module):
     x = x.astype(jnp.float32)
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    x -= jnp.mean(x, axis=-1, keepdims=True)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    squares = jnp.mean(x * x, axis=-1, keepdims=True)
+    # Rounding may make the difference of a constant row negative.
+    variance = jnp.maximum(squares - mean * mean, 0)
+    x = (x - mean) * jax.lax.rsqrt(variance + 1e-6)
     # Broadcast explicitly: JAX can be told to refuse implicit rank promotion.
     scale, bias = (
       p.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
