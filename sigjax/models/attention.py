@@ -185,7 +185,7 @@ def _heads(x: Rows, num_heads: int) -> Float[Array, "B L N H"]:
 
 
 class _Projection(nn.Module):
-  """flax's DenseGeneral from or to heads; computes (B, L, in) to (B, L, out).
+  """flax's DenseGeneral from or to heads: returns x @ kernel, and the bias.
 
   Its arrays have the shapes of flax's, (W, N, H) or (N, H, W), and its product
   is one of rows, with which no head moves in memory.
@@ -196,7 +196,7 @@ class _Projection(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x: Rows) -> Rows:
+  def __call__(self, x: Rows) -> tuple[Rows, Float[Array, "1 1 W"]]:
     width = x.shape[-1]
     if self.out is None:
       shape, ends = (width, *self.heads), self.heads
@@ -210,12 +210,17 @@ class _Projection(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, ends)
     kernel = kernel.reshape(flat).astype(self.dtype)
     bias = bias.reshape(1, 1, -1).astype(self.dtype)
-    return x.astype(self.dtype) @ kernel + bias
+    return x.astype(self.dtype) @ kernel, bias
 
 
 class MultiHeadDotProductAttention(nn.Module):
   """flax's layer of this name, with the same parameters: layer(x) or
   layer(query, keys).
+
+  The biases of keys and values cost nothing. The keys' adds the same to all
+  logits of a query, so the softmax does not see it, and its gradient is zero.
+  The weights of a query sum to one, so the values' is added to each attended
+  row, and with it goes through the last product once for all rows.
 
   Attributes:
     num_heads: N; the heads are W / N wide.
@@ -235,11 +240,16 @@ class MultiHeadDotProductAttention(nn.Module):
       heads, out, self.dtype, name=name
     )
     keys = x if keys is None else keys
-    query = project("query")(x)
-    key, value = project("key")(keys), project("value")(keys)
+    query, query_bias = project("query")(x)
+    key, _ = project("key")(keys)
+    value, value_bias = project("value")(keys)
     case = Case(heads[1], self.dtype, x.shape[1], mask is not None)
     name = choose(self.way, case)
     if self.is_initializing():  # of one example, which no mesh divides
       name = "xla"
-    out = WAYS[name](query, key, value, mask, self.num_heads, self.way.mesh)
-    return project("out", width)(out)
+    attended = WAYS[name](
+      query + query_bias, key, value, mask, self.num_heads, self.way.mesh
+    )
+    out = project("out", width)
+    rows, bias = out(attended)
+    return rows + (out(value_bias)[0] + bias)

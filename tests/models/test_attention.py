@@ -98,10 +98,20 @@ def test_the_layer_is_flax_own(masked):
   jax.tree.map(
     np.testing.assert_array_equal, params, flax.init(jax.random.key(0), x, keys)
   )
-  params = jax.tree.map(lambda p: p + 0.1, params)
+  noise = lambda p: p + rng.normal(0, 0.3, p.shape).astype(np.float32)
+  params = jax.tree.map(noise, params)
+  weights = rng.standard_normal((2, 6, 16)).astype(np.float32)
+
+  def value_and_gradients(layer, mask):
+    def fn(params, x, keys):
+      out = layer.apply(params, x, keys, mask=mask)
+      return jnp.sum(out * weights), out
+
+    return jax.grad(fn, (0, 1, 2), has_aux=True)(params, x, keys)
+
   allowed = None if mask is None else mask[:, None, None, :]
-  np.testing.assert_allclose(
-    ours.apply(params, x, keys, mask),
-    flax.apply(params, x, keys, mask=allowed),
-    atol=1e-5,
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+    value_and_gradients(ours, mask),
+    value_and_gradients(flax, allowed),
   )
