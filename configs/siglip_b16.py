@@ -34,6 +34,7 @@ Arguments (defaults in brackets):
 
 Settings for other needs, as overrides on the command line:
   --config.optim.name=lion: a smaller optimizer state; divide lr by ten.
+  --config.optim.name=muon: learns more in short runs.
   --config.optim.schedule.name=rsqrt: for runs that may be extended.
   --config.model.text.bottleneck=96: for vocabularies of 250,000 pieces.
   --config.model.image.posemb=sincos2d: fixed positions.
