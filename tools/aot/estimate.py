@@ -1,6 +1,6 @@
 """How long a compiled step takes, and where the time goes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ def of(
   for x in compiled:
     scheduled = _Scheduled(x.schedules, chip)
     program = hlo.Program(x.text, scheduled.cycles)
+    scheduled.share(op for op, _ in program.kernels())
     programs.append((program, x.times))
     costs += [
       (scheduled.kernel(op), n * x.times) for op, n in program.kernels()
@@ -80,10 +81,17 @@ class _Scheduled:
   def __init__(self, schedules: Mapping[str, str], chip: Chip):
     self._schedules, self._chip = schedules, chip
     self._costs: dict[str, kernels.Cost] = {}
+    self._twins: dict[str, str] = {}
+
+  def share(self, ops: Iterable[hlo.Op]) -> None:
+    """Of equal kernels the compiler schedules one; the others take its."""
+    for op in ops:
+      if op.name in self._schedules:
+        self._twins[kernels.code(op.rest)] = op.name
 
   def kernel(self, op: hlo.Op) -> kernels.Cost:
     if op.name not in self._costs:
-      schedule = self._schedules[op.name]
+      schedule = self._schedules[self._twins[kernels.code(op.rest)]]
       self._costs[op.name] = kernels.cost(op.rest, schedule, self._chip)
     return self._costs[op.name]
 

@@ -52,7 +52,8 @@ def take_schedules(names: Collection[str]) -> dict[str, str]:
   return found
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+  """Returns a kernel's program, encoded, from its op's attributes; "" if none."""
   found = re.search(r'"body": ?"([^"]*)"', text)
   return found[1] if found else ""
 
@@ -122,7 +123,7 @@ def read(rest: str) -> Kernel:
   context = ir.Context()
   context.allow_unregistered_dialects = True
   tpu.register_dialect(context)
-  module: Any = ir.Module.parse(base64.b64decode(_code(rest)), context)
+  module: Any = ir.Module.parse(base64.b64decode(code(rest)), context)
   functions = {
     ir.StringAttr(op.attributes["sym_name"]).value: op for op in module.body
   }
