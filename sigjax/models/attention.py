@@ -196,7 +196,7 @@ class _Projection(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x: Rows) -> tuple[Rows, Float[Array, "1 1 W"]]:
+  def __call__(self, x: Array) -> tuple[Array, Float[Array, " W"]]:
     width = x.shape[-1]
     if self.out is None:
       shape, ends = (width, *self.heads), self.heads
@@ -209,7 +209,7 @@ class _Projection(nn.Module):
     )
     bias = self.param("bias", nn.initializers.zeros, ends)
     kernel = kernel.reshape(flat).astype(self.dtype)
-    bias = bias.reshape(1, 1, -1).astype(self.dtype)
+    bias = bias.reshape((1,) * (x.ndim - 1) + (-1,)).astype(self.dtype)
     return x.astype(self.dtype) @ kernel, bias
 
 
@@ -233,8 +233,21 @@ class MultiHeadDotProductAttention(nn.Module):
   way: Way = Way()
 
   @nn.compact
-  def __call__(self, x: Rows, keys: Rows | None = None, mask: Mask = None):
-    width = x.shape[-1]
+  def __call__(
+    self,
+    x: Array,
+    keys: Rows | None = None,
+    mask: Mask = None,
+    length: int | None = None,
+  ) -> Array:
+    """Returns an array like x.
+
+    Args:
+      x: queries (B, L, W), or (B L, W) if their length L is given.
+      keys: (B, M, W); None: x.
+      mask: which keys there are; None for all.
+    """
+    shape, width = x.shape, x.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
     project = lambda name, out=None: _Projection(
       heads, out, self.dtype, name=name
@@ -243,13 +256,17 @@ class MultiHeadDotProductAttention(nn.Module):
     query, query_bias = project("query")(x)
     key, _ = project("key")(keys)
     value, value_bias = project("value")(keys)
-    case = Case(heads[1], self.dtype, x.shape[1], mask is not None)
+    query = query + query_bias
+    if length:
+      query, key, value = (
+        y.reshape(-1, length, width) for y in (query, key, value)
+      )
+    case = Case(heads[1], self.dtype, query.shape[1], mask is not None)
     name = choose(self.way, case)
     if self.is_initializing():  # of one example, which no mesh divides
       name = "xla"
-    attended = WAYS[name](
-      query + query_bias, key, value, mask, self.num_heads, self.way.mesh
-    )
+    attend = WAYS[name]
+    attended = attend(query, key, value, mask, self.num_heads, self.way.mesh)
     out = project("out", width)
-    rows, bias = out(attended)
+    rows, bias = out(attended.reshape(shape))
     return rows + (out(value_bias)[0] + bias)

@@ -65,12 +65,16 @@ def plan(batch: int, length: int, width: int, head: int) -> Plan:
   packed = divisor(batch, 1 if length % 16 else LANES // length)
   keys = packed * length
   queries = keys if keys <= 2 * LANES else LANES
-  work = -(-keys // 8) * -(-queries // LANES)  # of a head
+  # The fewest sequences that fill whole registers of 8 rows.
+  least = 8 // math.gcd(keys, 8)
+  if queries < keys or batch // packed % least:
+    least = 1
+  work = least * -(-keys // 8) * -(-queries // LANES)  # of a head
   unit = math.lcm(head, LANES)
   widths = [w for w in range(unit, width, unit) if width % w == 0] + [width]
   widths = [w for w in widths if w // head * work <= WORK] or widths[:1]
-  images = divisor(batch // packed, WORK // (widths[-1] // head * work))
-  return Plan(packed, images, widths[-1], queries)
+  times = divisor(batch // packed // least, WORK // (widths[-1] // head * work))
+  return Plan(packed, least * times, widths[-1], queries)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -98,42 +102,61 @@ def attend(
 
 
 def _attend_fwd(query, key, value, mask, num_heads, mesh):
-  scale = (query.shape[-1] // num_heads) ** -0.5 * math.log2(math.e)
+  shape = query.shape
+  scale = (shape[2] // num_heads) ** -0.5 * math.log2(math.e)
   # The compiler puts this into the projection.
   query = (query.astype(jnp.float32) * scale).astype(query.dtype)
-  query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
+  query, key, value = (
+    checkpoint_name(x.reshape(-1, shape[2]), "qkv") for x in (query, key, value)
+  )
   bias = None
   if mask is not None:
     bias = jnp.where(mask[:, None, :], 0.0, MASKED)
   args = (query, key, value, bias)
-  out, lse = _on(mesh, _forward, num_heads, args, 2)
-  out, lse = (checkpoint_name(x, "attended") for x in (out, lse))
-  return out, (*args, lse)
+  out, lse = _on(mesh, _forward, shape[1], num_heads, args, 2)
+  out, lse = _attended(out), _attended(lse)
+  return out.reshape(shape), (*args, lse)
 
 
 def _attend_bwd(num_heads, mesh, residuals, dout):
   query, key, value, bias, lse = residuals
-  args = (query, key, value, bias, lse, dout)
-  return *_on(mesh, _backward, num_heads, args, 3), None
+  args = (query, key, value, bias, lse, dout.reshape(query.shape))
+  grads = _on(mesh, _backward, dout.shape[1], num_heads, args, 3)
+  return *(x.reshape(dout.shape) for x in grads), None
+
+
+def _attended(x: Array) -> Array:
+  """Names x, as integers: of floats that it saves, JAX makes a copy.
+
+  That is a "reduce_precision", which other arrays have in the product that they
+  come from.
+  """
+  bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
+  return lax.bitcast_convert_type(checkpoint_name(bits, "attended"), x.dtype)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _on(
-  mesh: Mesh, fn: Callable, num_heads: int, args: Sequence[Any], results: int
+  mesh: Mesh,
+  fn: Callable,
+  length: int,
+  num_heads: int,
+  args: Sequence[Any],
+  results: int,
 ) -> Any:
   """Calls fn with each device's share of args.
 
   The compiler cannot split a kernel over devices by itself.
   """
   interpret = mesh.devices.flat[0].platform == "cpu"
-  fn = functools.partial(fn, num_heads, interpret)
+  fn = functools.partial(fn, length, num_heads, interpret)
   return attention.on_each_device(fn, mesh, results)(*args)
 
 
-def _forward(num_heads, interpret, query, key, value, bias):
-  it = _Layout(query.shape, num_heads)
+def _forward(length, num_heads, interpret, query, key, value, bias):
+  it = _Layout(query.shape, length, num_heads)
   inputs = it.inputs(query, key, value, bias)
   out, lse = pl.pallas_call(
     functools.partial(_forward_kernel, it, bias is not None),
@@ -148,8 +171,10 @@ def _forward(num_heads, interpret, query, key, value, bias):
   return out.reshape(query.shape), lse
 
 
-def _backward(num_heads, interpret, query, key, value, bias, lse, dout):
-  it = _Layout(query.shape, num_heads)
+def _backward(
+  length, num_heads, interpret, query, key, value, bias, lse, dout
+):
+  it = _Layout(query.shape, length, num_heads)
   inputs = it.inputs(query, key, value, bias)
   inputs += [(lse, it.per_query), (dout, it.tokens)]
   found = pl.pallas_call(
@@ -170,19 +195,31 @@ def _backward(num_heads, interpret, query, key, value, bias, lse, dout):
 
 
 class _Layout:
-  """The shapes and blocks that both kernels share, for one device's rows."""
+  """The shapes and blocks that both kernels share, for one device's rows.
 
-  def __init__(self, shape: Sequence[int], num_heads: int):
-    batch, length, width = shape
+  Attributes:
+    flat: whether tokens are rows (B L, W) for the kernels, too, so that the
+      rows of a step are whole registers; else they are (B, L, W), for which the
+      compiler pads and copies unless L is a multiple of 8.
+  """
+
+  def __init__(self, shape: Sequence[int], length: int, num_heads: int):
+    rows, width = shape
+    batch = rows // length
     self.length, self.head = length, width // num_heads
     self.plan = plan(batch, length, width, self.head)
     packed, n, w, queries = self.plan
     self.joined, self.keys = batch // packed, packed * length
     groups, heads = width // w, w // self.head
     self.grid = (self.joined // n, groups, pl.cdiv(self.keys, queries))
+    self.flat = self.grid[2] == 1 and n * self.keys % 8 == 0
     # Blocks of queries, of keys, of the mask, and of a number for each query.
-    self.tokens = pl.BlockSpec((n, queries, w), lambda i, g, t: (i, t, g))
-    self.rows = pl.BlockSpec((n, self.keys, w), lambda i, g, t: (i, 0, g))
+    if self.flat:
+      self.rows = pl.BlockSpec((n * self.keys, w), lambda i, g, t: (i, g))
+      self.tokens = self.rows
+    else:
+      self.rows = pl.BlockSpec((n, self.keys, w), lambda i, g, t: (i, 0, g))
+      self.tokens = pl.BlockSpec((n, queries, w), lambda i, g, t: (i, t, g))
     self.bias = pl.BlockSpec((n, 1, self.keys), lambda i, g, t: (i, 0, 0))
     self.per_query = pl.BlockSpec(
       (n, None, heads, queries), lambda i, g, t: (i, g, 0, t)
@@ -197,14 +234,21 @@ class _Layout:
     return found if bias is None else [*found, (bias, self.bias)]
 
   def like(self, x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((self.joined, self.keys, x.shape[2]), x.dtype)
+    return jax.ShapeDtypeStruct(self.join(x).shape, x.dtype)
 
   def join(self, x: Array) -> Array:
-    """(B, L, W) or (B, 1, L) -> joined sequences; others as they are."""
-    if x.ndim == 4:
-      return x
-    rows = 1 if x.shape[1] == 1 else self.keys
-    return x.reshape(self.joined, rows, -1)
+    """Rows, or (B, 1, L), as the kernels take them; others as they are."""
+    if x.ndim == 3:
+      return x.reshape(self.joined, 1, self.keys)
+    if x.ndim == 2 and not self.flat:
+      return x.reshape(self.joined, self.keys, -1)
+    return x
+
+  def at(self, i: int, lanes: slice) -> tuple:
+    """Returns where the tokens of sequence i are in a block of tokens."""
+    if self.flat:
+      return slice(i * self.keys, (i + 1) * self.keys), lanes
+    return i, slice(None), lanes
 
   def heads(self) -> Iterator["_Head"]:
     """Yields the heads of a step."""
@@ -287,12 +331,13 @@ def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
 def _forward_kernel(it, masked, query, key, value, *refs):
   mask, *refs = refs if masked else (None, *refs)
   out, lse = refs
-  n, queries, _ = query.shape
+  _, n, _, queries = it.plan
   bias = [it.logit_bias(mask, i, queries) for i in range(n)]
 
   def logits(head):
     i, lanes = head.image, head.lanes
-    s = _dot(key[i, :, lanes], head.alone(query[i, :, lanes]), 1, 1)
+    at = it.at(i, lanes)
+    s = _dot(key[at], head.alone(query[at]), 1, 1)
     return s if bias[i] is None else s + bias[i]
 
   values, done = None, []
@@ -301,7 +346,7 @@ def _forward_kernel(it, masked, query, key, value, *refs):
     top = jnp.max(s, axis=0, keepdims=True)
     e = jnp.exp2(s - top).astype(value.dtype)
     if values is None:
-      values = value[i, :, head.units].T
+      values = value[it.at(i, head.units)].T
     rows = values[head.at : head.at + head.size]
     # A row of ones: the product has the sum, too. (The compiler has 16 rows.)
     ones = jnp.ones((16, it.keys), rows.dtype)
@@ -311,14 +356,15 @@ def _forward_kernel(it, masked, query, key, value, *refs):
     lse[i, number : number + 1] = top + jnp.log2(total)
     done.append(found[: head.size] / total)
     if head.is_last:
-      out[i, :, head.units] = jnp.concatenate(done).astype(out.dtype).T
+      at = it.at(i, head.units)
+      out[at] = jnp.concatenate(done).astype(out.dtype).T
       values, done = None, []
 
 
 def _backward_kernel(it, masked, query, key, value, *refs):
   mask, *refs = refs if masked else (None, *refs)
   lse, dout, dquery, dkey, dvalue, *sums = refs
-  n, queries, _ = query.shape
+  _, n, _, queries = it.plan
   bias = [it.logit_bias(mask, i, queries) for i in range(n)]
   # The last queries of a sequence may be fewer than a block has.
   left = it.keys - pl.program_id(2) * queries
@@ -332,12 +378,13 @@ def _backward_kernel(it, masked, query, key, value, *refs):
 
   def products(head):
     i, lanes = head.image, head.lanes
-    q = present(head.alone(query[i, :, lanes]), 0)
-    do = present(head.alone(dout[i, :, lanes]), 0)
-    s = _dot(key[i, :, lanes], q, 1, 1)
+    at = it.at(i, lanes)
+    q = present(head.alone(query[at]), 0)
+    do = present(head.alone(dout[at]), 0)
+    s = _dot(key[at], q, 1, 1)
     if bias[i] is not None:
       s = s + bias[i]
-    return q, do, s, _dot(value[i, :, lanes], do, 1, 1)
+    return q, do, s, _dot(value[at], do, 1, 1)
 
   keys, done, dk, dv = None, [], {}, {}
   for number, (head, (q, do, s, dp)) in enumerate(
@@ -354,21 +401,22 @@ def _backward_kernel(it, masked, query, key, value, *refs):
         part = x[:, lane - first : lane - first + LANES]
         totals[lane] = totals[lane] + part if lane in totals else part
     if keys is None:
-      keys = key[i, :, head.units].T
+      keys = key[it.at(i, head.units)].T
     found = _dot(keys[head.at : head.at + head.size], ds, 1, 0)
     done.append(found * head.size**-0.5)
     if head.is_last:
-      dquery[i, :, head.units] = jnp.concatenate(done).astype(dquery.dtype).T
+      at = it.at(i, head.units)
+      dquery[at] = jnp.concatenate(done).astype(dquery.dtype).T
       # The logits are those of base 2.
-      _finish(dkey, sums[:1], i, dk, math.log(2))
-      _finish(dvalue, sums[1:], i, dv, 1.0)
+      _finish(dkey, sums[:1], it, i, dk, math.log(2))
+      _finish(dvalue, sums[1:], it, i, dv, 1.0)
       keys, done, dk, dv = None, [], {}, {}
 
 
-def _finish(to, sums, i, parts, scale):
+def _finish(to, sums, it, i, parts, scale):
   """Writes gradients {lane: (keys, LANES)}, or adds them to those before."""
   for lane, x in parts.items():
-    at = (i, slice(None), slice(lane, lane + x.shape[1]))
+    at = it.at(i, slice(lane, lane + x.shape[1]))
     if not sums:
       to[at] = (x * scale).astype(to.dtype)
       continue

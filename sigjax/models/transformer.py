@@ -150,8 +150,9 @@ class MlpBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """(B, L, W): x + attention(norm(x)), then x + MLP(norm(x))."""
+  """Rows (B L, W): x + attention(norm(x)), then x + MLP(norm(x))."""
 
+  length: int  # L
   mlp_dim: int
   num_heads: int
   dropout: float = 0.0
@@ -160,13 +161,13 @@ class EncoderBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B L W"], mask: Bool[Array, "B L"] | None = None
+    self, x: Float[Array, "N W"], mask: Bool[Array, "B L"] | None = None
   ) -> tuple[Array, None]:
     drop = nn.Dropout(self.dropout, deterministic=False)
     attend = attention.MultiHeadDotProductAttention(
       self.num_heads, self.dtype, self.way
     )
-    x = x + drop(attend(LayerNorm()(x), mask=mask))
+    x = x + drop(attend(LayerNorm()(x), mask=mask, length=self.length))
     mlp = MlpBlock(self.mlp_dim, self.dropout, self.dtype)
     x = x + drop(mlp(LayerNorm()(x)))
     return x, None  # nn.scan expects a carry and an output of each layer
@@ -198,9 +199,12 @@ class Encoder(nn.Module):
     if self.remat != "none":
       # In a scan, XLA cannot merge the recomputation with the first one.
       block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
-    size = self.size
+    # Rows: of (B, L, W), a TPU pads each L to a multiple of 8 or puts L first,
+    # and copies where an op needs the other.
+    size, shape = self.size, x.shape
     args = (size.mlp_dim, size.num_heads, self.dropout, self.dtype, self.way)
-    x = x.astype(self.dtype)
+    args = shape[1], *args
+    x = x.astype(self.dtype).reshape(-1, shape[2])
     if self.scan:
       stack = nn.scan(
         block,
@@ -213,7 +217,7 @@ class Encoder(nn.Module):
     else:
       for i in range(size.depth):
         x, _ = block(*args, name=f"encoderblock_{i}")(x, mask)
-    return LayerNorm(name="encoder_norm")(x)
+    return LayerNorm(name="encoder_norm")(x).reshape(shape)
 
 
 class MAPHead(nn.Module):

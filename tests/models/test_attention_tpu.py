@@ -32,12 +32,12 @@ def numpy_attention(q, k, v, dout, mask, num_heads):
 @pytest.mark.parametrize(
   "batch, length, num_heads, head, masked, dtype",
   [
-    (2, 196, 2, 64, False, "float32"),
+    (4, 196, 2, 64, False, "float32"),  # 2 fill whole registers
     (16, 16, 2, 64, False, "float32"),  # 8 sequences are joined
     (6, 64, 1, 72, True, "float32"),  # 2 are joined
     (2, 49, 2, 72, True, "float32"),  # a head over two registers
     (2, 260, 1, 128, True, "float32"),  # queries in parts, the last of 4
-    (2, 196, 2, 64, True, "bfloat16"),
+    (4, 196, 2, 64, True, "bfloat16"),
   ],
 )
 def test_against_numpy(batch, length, num_heads, head, masked, dtype):
