@@ -171,9 +171,7 @@ def _forward(length, num_heads, interpret, query, key, value, bias):
   return out.reshape(query.shape), lse
 
 
-def _backward(
-  length, num_heads, interpret, query, key, value, bias, lse, dout
-):
+def _backward(length, num_heads, interpret, query, key, value, bias, lse, dout):
   it = _Layout(query.shape, length, num_heads)
   inputs = it.inputs(query, key, value, bias)
   inputs += [(lse, it.per_query), (dout, it.tokens)]

@@ -53,7 +53,7 @@ def take_schedules(names: Collection[str]) -> dict[str, str]:
 
 
 def code(text: str) -> str:
-  """Returns a kernel's program, encoded, from its op's attributes; "" if none."""
+  """Returns a kernel's encoded program from its op's attributes, or ""."""
   found = re.search(r'"body": ?"([^"]*)"', text)
   return found[1] if found else ""
 
