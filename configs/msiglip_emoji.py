@@ -12,8 +12,8 @@ told by language, with the mean: on a drawing style and on families of emoji
 that are not trained on in any language; and on languages that are never trained
 on. Of these, Afrikaans is close to Dutch and Ukrainian to Russian and Polish,
 which are trained on: what transfers are words and parts of words they share.
-With 800 steps and one seed, text->image recall@10 in the held-out style was
-19.9 % on average (chance 0.7 %), and 10.3 % and 5.5 % in these two.
+With one seed, text->image recall@10 in the held-out style is 22.6 % on average
+(chance 0.7 %), and 11.8 % and 4.9 % in these two; docs/paper.md has each.
 
 Arguments (defaults in brackets):
   embeddings: the folder that the first program wrote (embeddings/emoji).

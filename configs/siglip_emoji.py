@@ -27,7 +27,7 @@ RES, LENGTH, VOCAB = 64, 12, 2048
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the config; the module's docstring lists the arguments."""
   args = config_lib.parse_arg(
-    arg, shuffle_captions=False, steps=1250, batch_size=256
+    arg, shuffle_captions=False, steps=900, batch_size=256
   )
   config = ConfigDict()
   config.batch_size = args["batch_size"]
