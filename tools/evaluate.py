@@ -92,11 +92,12 @@ def _imagenet(spec: str) -> dict[str, Any]:
 
 
 def _imagenet_real(spec: str) -> dict[str, Any]:
-  data = opened.data_of(spec, "classes")
+  label = "real_label"  # as TFDS calls it
+  data = opened.data_of(spec, "classes", label)
   if data["kind"] == "classes":
     data["labels"] = os.path.join(spec, "real.json")
-    return dict(_imagenet(spec), data=data)
-  return dict(_imagenet(spec), label="real_label")  # as TFDS calls it
+    label = "label"
+  return dict(_imagenet(spec), data=data, label=label)
 
 
 def _retrieval(spec: str) -> dict[str, Any]:
@@ -107,8 +108,10 @@ def _retrieval(spec: str) -> dict[str, Any]:
 
 def _karpathy(name: str, spec: str) -> dict[str, Any]:
   section = _retrieval(spec)
-  if os.path.isfile(os.path.join(spec, name)):
-    section["data"].update(table=name, split="test")
+  data = section["data"]
+  ours = data["kind"] == "folder" and data.get("table", name) == name
+  if ours and os.path.isfile(os.path.join(data["path"], name)):
+    data.update(table=name, split="test")
   return section
 
 
@@ -220,10 +223,10 @@ def evaluate(
   for name, spec in tasks:
     task = errors.pick(TASKS, name, "--task")
     for path in spec.split(",") if name == "fewshot" else [spec]:
-      is_folder = opened.data_of(path, "folder")["kind"] == "folder"
-      if is_folder and not os.path.isdir(path):
+      folder = opened.data_of(path, "folder").get("path")
+      if folder and not os.path.isdir(folder):
         raise errors.UserError(
-          f"--task {name}: there is no folder {path}; it needs {task.needs}"
+          f"--task {name}: there is no folder {folder}; it needs {task.needs}"
         )
   model = (
     weights
@@ -256,12 +259,21 @@ def evaluate(
       bad_fraction=config.get("bad_fraction", BAD_FRACTION),
       batch_size=batch_size,
     )
-    evaluator = evaluators.make(
-      f"--task {name}", pathlib.Path(), task.section(spec), shared
-    )
+    section = task.section(spec)
+    try:
+      evaluator = evaluators.make(
+        f"--task {name}", pathlib.Path(), section, shared
+      )
+    except errors.UserError as e:
+      raise errors.UserError(
+        f"--task {name}: {e}; it needs {task.needs}"
+      ) from None
     labels = evaluator.source.label_names.get("label", ())
     _check_classes(name, spec, labels)
-    found = published(model.name, name)
+    data = section.get("data", {})
+    # A table without Karpathy's splits has other images than the published.
+    others = data.get("kind") == "folder" and "split" not in data
+    found = {} if others else published(model.name, name)
     results += [
       Result(name, row, found.get(task.published.get(row.metric, "")))
       for row in evaluator.run(embedder, mesh)
@@ -307,8 +319,12 @@ def _check_classes(task: str, spec: str, names: Sequence[str]) -> None:
   ]
   if task == "classes" and ids:
     raise errors.UserError(
-      f'--task classes: nothing says what "{ids[0]}" in {spec} is; write '
-      f'classes.txt there, with lines such as "{ids[0]} tench"'
+      f'--task classes: nothing says what "{ids[0]}" in {spec} is; '
+      + (
+        f'write classes.txt there, with lines such as "{ids[0]} tench"'
+        if os.path.isdir(spec)
+        else "take a folder for each class, named after it"
+      )
     )
 
 

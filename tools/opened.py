@@ -9,8 +9,9 @@ The programs take --weights, which is one of these:
   a folder that tools.convert_from_hf wrote, or the .npz file in it; or a .npz
       file (or its URL) that is called as a released one
 
---data is a folder; or tfds:NAME:SPLIT for a dataset of TensorFlow Datasets; or
-tar or Parquet files, whose names may contain globs and braces.
+--data is a folder, or the table of captions in it; or tfds:NAME:SPLIT for a
+dataset of TensorFlow Datasets; or tar or Parquet files, whose names may contain
+globs and braces.
 """
 
 from collections.abc import Mapping
@@ -73,11 +74,7 @@ def open_model(
       nothing says how its images and texts are prepared.
   """
   weights = str(weights)
-  by_file = {os.path.basename(k.url): n for n, k in known.KNOWN.items()}
-  name = weights if weights in known.KNOWN else ""
-  if not os.path.exists(os.path.join(os.path.dirname(weights), "config.json")):
-    name = name or by_file.get(os.path.basename(weights), "")
-  if name:
+  if name := known.name_of(weights):
     return _released(name, weights, resolution, patches)
   for flag, value in ("resolution", resolution), ("patches", patches):
     if value is not None:
@@ -200,12 +197,17 @@ def _check(config: Mapping[str, Any], path: pathlib.Path, notes: str) -> None:
       )
 
 
-def data_of(spec: str, kind: str) -> dict[str, Any]:
+def data_of(spec: str, kind: str, label: str = "label") -> dict[str, Any]:
   """Returns the data section of what --data names.
 
   Args:
-    spec: see the top of this file.
+    spec: see the top of this file. A table in a folder "annotations", as COCO
+      has them, is one of the folder around it.
     kind: how a folder is read, "classes" or "folder".
+    label: of "classes", the feature with the class, or classes, of an image.
+
+  Raises:
+    UserError: a dataset has no split, or tars are to have classes.
   """
   if spec.startswith("tfds:"):
     name, _, split = spec.removeprefix("tfds:").rpartition(":")
@@ -215,7 +217,19 @@ def data_of(spec: str, kind: str) -> dict[str, Any]:
         "tfds:coco_captions:test"
       )
     return dict(kind="tfds", name=name, split=split)
-  for ending, of_files in ((".tar", "tar"), (".parquet", "parquet")):
-    if spec.endswith(ending):
-      return dict(kind=of_files, shards=spec)
+  if spec.endswith(".parquet"):
+    classes = dict(captions={}, columns=(label,)) if kind == "classes" else {}
+    return dict(kind="parquet", shards=spec, **classes)
+  if spec.endswith(".tar"):
+    if kind == "classes":
+      raise errors.UserError(
+        f"--data {spec}: of tars only captions are read, no classes; unpack "
+        "them into a folder of images for each class"
+      )
+    return dict(kind="tar", shards=spec)
+  if kind == "folder" and spec.endswith((".csv", ".tsv", ".jsonl", ".json")):
+    folder, table = os.path.split(spec)
+    if os.path.basename(folder) == "annotations":
+      folder, table = os.path.dirname(folder), f"annotations/{table}"
+    return dict(kind="folder", path=folder or ".", table=table)
   return dict(kind=kind, path=spec)

@@ -24,7 +24,8 @@ class FewShot:
   """Accuracy of a linear probe that has seen a few examples of each class.
 
   The classes are the values of `label` in the training examples. Test examples
-  of other classes, or without one, are left out.
+  of other classes, or without one, are left out. Where both datasets name their
+  classes, those of one name are the same, whatever their numbers.
 
   Args:
     data: keyword arguments of kinds.open_source for the training examples.
@@ -83,6 +84,12 @@ class FewShot:
     self._names = self._train.label_names.get(label)
     number = {x: i for i, x in enumerate(self._classes)}
     self._y = np.array([number.get(x, -1) for x in labels])
+    # A number of the test set means the class that has its name in training.
+    names = self.source.label_names.get(label)
+    if self._names and names and names != self._names:
+      place = {name: i for i, name in enumerate(self._names)}
+      of_test = {i: place.get(name) for i, name in enumerate(names)}
+      number = {i: number.get(n, -1) for i, n in of_test.items()}
     self._y_test = np.array(
       [number.get(x, -1) for x in self._labels(self.source, label)]
     )

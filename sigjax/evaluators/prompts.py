@@ -83,8 +83,8 @@ def from_labels(source: Source, label: str, bad_fraction: float) -> _Found:
   """Takes integer labels; the dataset knows the names of the classes."""
   if not source.label_names:
     raise errors.UserError(
-      f"{source.name} has no class labels with names; set "
-      'classes="captions" to name classes by their captions'
+      f"{source.name} has no class labels with names; a folder of images for "
+      'each class has, or set classes="captions" to name them by captions'
     )
   names = errors.pick(
     source.label_names, label, f"{source.name}: the class label"

@@ -217,6 +217,24 @@ def get(name: str) -> Known:
   return errors.pick(KNOWN, name, "checkpoint")
 
 
+def name_of(weights: str) -> str:
+  """Returns the name of the released checkpoint that `weights` is, or "".
+
+  Args:
+    weights: a name in KNOWN; or a file or URL that is called as a released one,
+      unless a config.json beside it says what it is.
+  """
+  folder, file = os.path.split(weights)
+  if weights in KNOWN or os.path.exists(os.path.join(folder, "config.json")):
+    return weights if weights in KNOWN else ""
+  return _names_of_files().get(file, "")
+
+
+def _names_of_files() -> dict[str, str]:
+  """Returns {file: name} of KNOWN."""
+  return {os.path.basename(it.url): name for name, it in KNOWN.items()}
+
+
 def pp_image(
   name: str, resolution: int | None = None, patches: int | None = None
 ) -> str:
@@ -278,8 +296,7 @@ def names() -> str:
 
 def no_file(path: str) -> str:
   """Returns the error for a path where there is no file."""
-  by_file = {os.path.basename(known.url): n for n, known in KNOWN.items()}
-  name = by_file.get(os.path.basename(path))
+  name = _names_of_files().get(os.path.basename(path))
   if name:
     return f'there is no file {path}; the name "{name}" would fetch it'
   if path.endswith(".npz"):

@@ -1,14 +1,19 @@
 """Evaluating by name: each layout of data, against sums done by hand."""
 
+import csv
 import dataclasses
+import io
+import itertools
 import json
 import shutil
+import tarfile
 
 import hf_case  # beside this file
 import jax
 import numpy as np
 from PIL import Image
 import pytest
+import tensorflow_datasets as tfds
 
 from sigjax import errors
 from sigjax.data import kinds
@@ -202,6 +207,288 @@ def test_coco_xm3600_and_fewshot(model, tmp_path):
   assert found["5-shot top-1"] == 1  # each class has a picture of its own
 
 
+# ---- The same pictures in each layout that people have ----
+
+NAMES = ["red cat", "dogs", "grass"]
+LABELS = [0, 2, 1, 1, 0, 2]  # of NAMES
+WIDE = [3, 700, 999, 20, 3, 51]  # of ImageNet's classes
+REAL = [[], [700, 8], [4, 5, 6], [20], [3], [51, 2]]
+CAPTIONS = [
+  ["a photo", "the red cat"],
+  ["two dogs", "grass"],
+  ["a red cat", "a photo"],  # of another picture, too
+  ["above", "some bird"],
+  ["the cat", "a drawing"],
+  ["small dogs", "green"],
+]
+LAYOUTS = {
+  "class folders, WordNet ids": ("classes", "AT/classes"),
+  "classes, TFDS": ("classes", "tfds:AT/few/made/1.0.0:test"),
+  "classes, Parquet": ("classes", "AT/few.parquet"),
+  "ImageNet, TFDS": ("imagenet", "tfds:AT/wide/made/1.0.0:test"),
+  "ImageNet, Parquet": ("imagenet", "AT/wide.parquet"),
+  "ImageNetV2, folders 0 to 999": ("imagenet_v2", "AT/v2"),
+  "ReaL, TFDS": ("imagenet_real", "tfds:AT/wide/made/1.0.0:test"),
+  "ReaL, Parquet": ("imagenet_real", "AT/wide.parquet"),
+  "few-shot, folders and TFDS": (
+    "fewshot",
+    "AT/train,tfds:AT/few/made/1.0.0:test",
+  ),
+  "few-shot, TFDS and Parquet": (
+    "fewshot",
+    "tfds:AT/few/made/1.0.0:train,AT/few.parquet",
+  ),
+  "COCO, TFDS": ("coco", "tfds:AT/few/made/1.0.0:test"),
+  "COCO, its own JSON": ("coco", "AT/coco/annotations/captions_val2017.json"),
+  "Flickr30k": ("flickr30k", "AT/flickr30k"),
+  "retrieval, tars": ("retrieval", "AT/{0,1}.tar"),
+  "retrieval, Parquet": ("retrieval", "AT/captions-*.parquet"),
+  "retrieval, a table": ("retrieval", "AT/table/pairs.csv"),
+}
+
+
+def write_tfds(at, features, **splits):
+  class Made(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      image = tfds.features.Image(encoding_format="jpeg")
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict(dict(features, image=image)),
+      )
+
+    def _split_generators(self, dl_manager):
+      return {k: self._generate_examples(v) for k, v in splits.items()}
+
+    def _generate_examples(self, rows):
+      yield from enumerate(rows)
+
+  tfds.disable_progress_bar()
+  Made(data_dir=at, file_format="array_record").download_and_prepare()
+
+
+def write_parquet(path, classes=None, **columns):
+  pa = pytest.importorskip("pyarrow")
+  import pyarrow.parquet
+
+  image = [dict(bytes=x, path=None) for x in columns.pop("image")]
+  table = pa.table(dict(image=image, **columns))
+  if classes:  # as Hugging Face's datasets writes it
+    label = dict(names=classes, _type="ClassLabel")
+    features = dict(image=dict(_type="Image"), label=label)
+    about = json.dumps(dict(info=dict(features=features)))
+    table = table.replace_schema_metadata({"huggingface": about})
+  pyarrow.parquet.write_table(table, path, row_group_size=2)
+
+
+def write_layouts(at):
+  """Writes all layouts; returns six pictures, and 25 of each class."""
+  files = [hf_case.jpeg(at / f"pictures/{i}.jpg", i) for i in range(6)]
+  data = [file.read_bytes() for file in files]
+  train = {
+    k: [hf_case.jpeg(at / "train" / n / f"{i:02}.jpg", 99 * k + i + 9)
+        for i in range(25)]
+    for k, n in enumerate(NAMES)
+  }  # fmt: skip
+
+  def copies(folder, names):
+    for file, name in zip(files, names, strict=True):
+      (at / folder / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(file, at / folder / name)
+
+  # Classes.
+  copies("classes", [f"n{9 - k}/{i}.JPEG" for i, k in enumerate(LABELS)])
+  lines = [f"n{9 - k} {name}, and more\n" for k, name in enumerate(NAMES)]
+  (at / "classes/classes.txt").write_text("".join(lines))
+  for i in range(1000):
+    (at / f"v2/{i}").mkdir(parents=True)
+  copies("v2", [f"{k}/{i}.jpg" for i, k in enumerate(WIDE)])
+  label, lib = tfds.features.ClassLabel, tfds.features
+  write_tfds(
+    at / "wide",
+    dict(
+      label=label(num_classes=1000),
+      real_label=lib.Sequence(label(num_classes=1000)),
+    ),
+    test=[
+      dict(image=x, label=k, real_label=several)
+      for x, k, several in zip(data, WIDE, REAL)
+    ],
+  )
+  write_parquet(at / "wide.parquet", image=data, label=WIDE, real_label=REAL)
+  write_parquet(at / "few.parquet", NAMES, image=data, label=LABELS)
+  text = dict(id=lib.Scalar(np.int64), text=lib.Text())
+  write_tfds(
+    at / "few",
+    dict(label=label(names=NAMES), captions=lib.Sequence(text)),
+    train=[
+      dict(image=file.read_bytes(), label=k, captions=[])
+      for k, several in train.items()
+      for file in several
+    ],
+    test=[
+      dict(image=x, label=k, captions=[dict(id=0, text=t) for t in texts])
+      for x, k, texts in zip(data, LABELS, CAPTIONS)
+    ],
+  )
+
+  # Captions.
+  copies("coco/val2017", [f"{i:012}.jpg" for i in range(6)])
+  (at / "coco/annotations").mkdir()
+  for part, names in ("val", range(6)), ("train", range(70, 76)):
+    notes = [
+      dict(image_id=100 + i, id=2 * i + j, caption=text)
+      for j in (1, 0)
+      for i, texts in enumerate(CAPTIONS)
+      for text in texts[j : j + 1]
+    ]
+    images = [
+      dict(id=100 + i, file_name=f"{name:012}.jpg", width=60, height=45)
+      for i, name in enumerate(names)
+    ]
+    (at / f"coco/annotations/captions_{part}2017.json").write_text(
+      json.dumps(dict(info={}, images=images, annotations=notes))
+    )
+  copies("flickr30k/flickr30k-images", [f"{i}.jpg" for i in range(6)])
+  karpathy = [
+    dict(filename=f"{i}.jpg", split="test", sentences=[dict(raw=t) for t in x])
+    for i, x in enumerate(CAPTIONS)
+  ]
+  karpathy.insert(1, dict(karpathy[0], filename="9.jpg", split="train"))
+  (at / "flickr30k/dataset_flickr30k.json").write_text(
+    json.dumps(dict(dataset="flickr30k", images=karpathy))
+  )
+  for part in 0, 1:
+    mine = range(4 * part, 4 + 2 * part)
+    with tarfile.open(at / f"{part}.tar", "w") as tar:
+      for i in mine:
+        about = json.dumps(dict(caption=CAPTIONS[i])).encode()
+        for name, member in ((f"{i}.jpg", data[i]), (f"{i}.json", about)):
+          info = tarfile.TarInfo(name)
+          info.size = len(member)
+          tar.addfile(info, io.BytesIO(member))
+    write_parquet(
+      at / f"captions-{part}.parquet",
+      image=[data[i] for i in mine],
+      caption=[CAPTIONS[i] for i in mine],
+    )
+  copies("table", [f"{i}.jpg" for i in range(6)])
+  with (at / "table/pairs.csv").open("w") as file:
+    csv.writer(file).writerows(
+      [["file", "caption"]]
+      + [[f"{i}.jpg", t] for i, x in enumerate(CAPTIONS) for t in x]
+    )
+  return files, train
+
+
+def by_rank(form, scores, right, ks):
+  """Returns {metric: share of rows with a right column among the k best}."""
+  best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+  rank = np.sum(~right & (scores >= best), axis=1)
+  return {form.format(k): np.mean(rank < k) for k in ks}
+
+
+def probe(model, files, train):
+  """Returns {metric: accuracy}: ridge regression by its normal equations."""
+  towers = two_towers.of_config(model.config["model"])
+
+  def features(files):
+    images = np.stack([pixels(f, 37, RES) for f in files]).astype(np.float32)
+    out = towers.apply({"params": model.params}, images, None)[2]
+    return np.asarray(out["img/pre_logits"], np.float64)
+
+  # In the order of the folders' names: dogs, grass, red cat.
+  order = sorted(range(3), key=NAMES.__getitem__)
+  x = np.stack([features(train[k]) for k in order])  # (3, 25, W)
+  x_test, right = features(files), [order.index(k) for k in LABELS]
+  found = {}
+  for shots in (1, 5, 10, 25):
+    each = []
+    for seed in (0, 1, 2):
+      rng = np.random.default_rng(seed)
+      rows = np.concatenate(
+        [x[c][rng.permutation(25)[:shots]] for c in (0, 1, 2)]
+      )
+      mean, std = rows.mean(axis=0), rows.std(axis=0) + 1e-5
+      a, b = (
+        np.column_stack([(f - mean) / std, np.full(len(f), 100.0)])
+        for f in (rows, x_test)
+      )
+      y = 2 * np.repeat(np.eye(3), shots, axis=0) - 1
+      w = np.linalg.solve(a.T @ a + 1024 * np.eye(a.shape[1]), a.T @ y)
+      each.append(np.mean((b @ w).argmax(axis=1) == right))
+    found[f"{shots}-shot top-1"] = np.mean(each)
+  return found
+
+
+def by_hand(model, files, train):
+  """Returns {task: {metric: value}}."""
+  cropped = embed(model, [pixels(f, 37, RES) for f in files])[0]
+  of = lambda labels, n: np.array([np.isin(np.arange(n), x) for x in labels])
+  few = cropped @ embed(model, texts=NAMES)[1].T
+  names = [n.split(",")[0] for n in prompts._CLIP["imagenet"]]
+  wide = cropped @ embed(model, texts=list(map(prompts.canonical, names)))[1].T
+  strings = sorted({t for texts in CAPTIONS for t in texts})
+  z, ztxt = embed(model, [pixels(f) for f in files], strings)
+  places = [strings.index(t) for texts in CAPTIONS for t in texts]
+  scores = z @ ztxt[places].T
+  own = np.arange(6)[:, None] == np.repeat(np.arange(6), 2)
+  top = "1000-way top-{}"
+  return dict(
+    classes=by_rank("3-way top-{}", few, of(LABELS, 3), [1]),
+    imagenet=by_rank(top, wide, of(WIDE, 1000), [1, 5, 10]),
+    imagenet_v2=by_rank(top, wide, of(WIDE, 1000), [1, 5, 10]),
+    imagenet_real=by_rank(top, wide[1:], of(REAL[1:], 1000), [1, 5, 10]),
+    fewshot=probe(model, files, train),
+    retrieval={
+      **by_rank("image->text recall@{}", scores, own, [1, 5, 10]),
+      **by_rank("text->image recall@{}", scores.T, own.T, [1, 5]),
+    },
+  )
+
+
+@pytest.fixture(scope="module")
+def measured(model, tmp_path_factory):
+  """Returns {layout: its results in the JSON file}, and the sums by hand."""
+  at = tmp_path_factory.mktemp("layouts")
+  files, train = write_layouts(at)
+  want = by_hand(model, files, train)
+  tasks = [(k, spec.replace("AT", str(at))) for k, spec in LAYOUTS.values()]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(prompts.TEMPLATES, "clip_7", ("{}",))  # fewer texts
+    released = dataclasses.replace(model, name="siglip/b16_256")
+    results = evaluate.evaluate(released, tasks, batch_size=64)
+  rows = iter(json.loads(evaluate.as_json("w", tasks, results))["results"])
+  found = {}
+  for layout, (task, _) in LAYOUTS.items():
+    count = len(want.get(task, want["retrieval"]))
+    found[layout] = list(itertools.islice(rows, count))
+  assert next(rows, None) is None
+  return found, want
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_against_sums_by_hand(measured, layout):
+  found, want = measured
+  task, spec = LAYOUTS[layout]
+  rows = {row["metric"]: row for row in found[layout]}
+  assert {row["task"] for row in found[layout]} == {task}
+  sums = want.get(task, want["retrieval"])
+  assert rows.keys() == sums.keys()
+  if spec.startswith("tfds:") and task == "fewshot":
+    # TFDS shuffles what it writes, so that other pictures are drawn.
+    sums = {"25-shot top-1": sums["25-shot top-1"]}
+  for metric, value in sums.items():
+    assert rows[metric]["value"] == pytest.approx(value), metric
+    real = task == "imagenet_real"
+    n = 12 if metric.startswith("text->image") else 6 - real
+    assert (rows[metric]["n"], rows[metric]["left_out"]) == (n, real)
+  if task == "coco":  # what is published is of Karpathy's test split
+    published = 65.1 if spec.startswith("tfds:") else None
+    assert rows["image->text recall@1"]["published"] == published
+
+
 @pytest.mark.parametrize(
   "task, spec, says",
   [
@@ -213,6 +500,8 @@ def test_coco_xm3600_and_fewshot(model, tmp_path):
     ("fewshot", "DIR", "needs two"),
     ("retrieval", "tfds:coco", "tfds:NAME:SPLIT"),
     ("xm3600", "DIR", "captions.jsonl of Crossmodal-3600"),
+    ("imagenet", "DIR/{0..9}.tar", "of tars only captions are read, no class"),
+    ("coco", "DIR/none/annotations/captions_val2017.json", "no folder .*none;"),
   ],
 )
 def test_data_that_is_not_there(model, tmp_path, task, spec, says):

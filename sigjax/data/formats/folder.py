@@ -131,7 +131,8 @@ def _find_table(tree: _Tree) -> str | None:
   if len(found) > 1:
     raise errors.UserError(
       f"{tree.path} has several tables: {', '.join(found[:5])}"
-      f"{', ...' if len(found) > 5 else ''}; choose one: table={found[0]!r}"
+      f"{', ...' if len(found) > 5 else ''}; choose one: table={found[0]!r}, "
+      f"or of a program --data {tree.path}/{found[0]}"
     )
   return found[0] if found else None
 

@@ -283,11 +283,25 @@ def _usual(schema: Any, names: Sequence[str], given: str | None) -> str:
   return given or next((n for n in names if n in schema.names), names[0])
 
 
+def _label_names(schema: Any) -> dict[str, list[str]]:
+  """Returns the names of classes that Hugging Face's datasets wrote, or {}."""
+  try:
+    about = json.loads((schema.metadata or {})[b"huggingface"])
+    return {
+      column: list(map(str, feature["names"]))
+      for column, feature in about["info"]["features"].items()
+      if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    return {}
+
+
 class ParquetRecords:
   """Random access to the rows of Parquet files; see parquet().
 
   Attributes:
     identity: of the files.
+    label_names: {column: names of its classes}, as Hugging Face notes them.
   """
 
   def __init__(
@@ -313,6 +327,7 @@ class ParquetRecords:
     for name in columns:
       errors.pick(dict.fromkeys(schema.names), name, f"column of {path}")
     self._image = _usual(schema, _IMAGE, image)
+    self.label_names = _label_names(schema)
     if not isinstance(captions, Mapping):
       captions = {"": _usual(schema, _CAPTION, captions)}
     self._read = self._image_column(schema, path)
@@ -325,7 +340,7 @@ class ParquetRecords:
       '%s: column "%s" has the images, %s the captions',
       shards.what,
       self._image,
-      ", ".join(f'"{name}"' for name in captions.values()),
+      ", ".join(f'"{name}"' for name in captions.values()) or "none",
     )
 
   def _image_column(self, schema: Any, path: str) -> str:
@@ -439,6 +454,8 @@ class ParquetRecords:
           f"{where} has no bytes of an image", kind="missing image"
         )
       example["image"] = image
+    if not self._captions:
+      return example
     texts, languages = captions_lib.of_languages(
       {
         language: _texts(values.get(column), fields)
@@ -518,7 +535,7 @@ def parquet(
       structs, or lists of structs, the field is named, too: "sentences.raw".
       Or a column for each language, {"en": "caption_en", ...}, which gives the
       feature "language", too. None: caption, captions, text, sentences or
-      title.
+      title. {}: examples have no captions, but their `columns`.
     columns: further columns that become features. Filters (`only`) may also use
       columns that are not listed here.
     cache_mb: MiB of decoded row groups that are kept in memory.
@@ -538,4 +555,5 @@ def parquet(
     source_lib.brief_name("parquet", shards),
     records,
     faults=faults.counts(found.faults),
+    label_names=records.label_names,
   )
