@@ -7,6 +7,7 @@ from typing import Any
 
 from sigjax import errors
 from sigjax.data.formats import embeddings
+from sigjax.weights import known
 
 # A config section, before it is put into a ConfigDict.
 Section = dict[str, Any]
@@ -53,12 +54,49 @@ def config_of_run(workdir: str) -> Section:
     UserError: there is none.
   """
   try:
-    return json.loads(pathlib.Path(workdir, "config.json").read_text())
+    found = json.loads(pathlib.Path(workdir, "config.json").read_text())
   except (OSError, ValueError) as e:
     raise errors.UserError(
       f"{workdir} is no workdir of sigjax.train: its config.json cannot be "
       f"read ({e})"
     ) from None
+  if not isinstance(found, dict) or "optim" not in found:
+    raise errors.UserError(
+      f"{workdir} is no workdir of sigjax.train: its config.json is something "
+      "else; tools.convert_from_hf converts a folder of Hugging Face"
+    )
+  return found
+
+
+def config_of_file(weights: str) -> tuple[str, Section]:
+  """Returns a .npz file of weights, and the config.json beside it.
+
+  Args:
+    weights: the file, or the folder that tools.convert_from_hf wrote.
+
+  Raises:
+    UserError: what tools.convert_from_hf writes beside the file is not there.
+  """
+  file = weights if weights.endswith(".npz") else f"{weights}/params.npz"
+  folder = pathlib.Path(file).parent
+  if not pathlib.Path(file).is_file():
+    raise errors.UserError(known.no_file(file))
+  try:
+    about = json.loads((folder / "config.json").read_text())
+  except (OSError, ValueError):
+    about = None
+  about = about if isinstance(about, dict) else {}
+  missing = [k for k in ("model", "pp_image", "pp_text") if k not in about]
+  if missing or not (folder / "tokenizer.model").is_file():
+    what = f'config.json with "{missing[0]}"' if missing else "tokenizer.model"
+    raise errors.UserError(
+      f"weights={weights}: there is no {what} in {folder}; beside the file "
+      'have to be config.json, with "model", "pp_image" and "pp_text", and '
+      "tokenizer.model, as tools.convert_from_hf writes them; a released file "
+      "is known by its own name, such as "
+      f"{known.get('siglip2/b16_256').url.rpartition('/')[2]}"
+    )
+  return file, about
 
 
 def width_of_embeddings(path: str) -> int:

@@ -12,7 +12,8 @@ one sees what the training brings. docs/finetune.md compares the ways.
 Hardware: docs/finetune.md has what fits one accelerator of 16 GB.
 
 Arguments (defaults in brackets):
-  weights: the name of a released model, or a workdir (siglip2/b16_256).
+  weights: the name of a released model, its .npz file, a workdir, or a folder
+    that tools.convert_from_hf wrote (siglip2/b16_256).
   path: the folder, or shards: data/{00000..00099}.tar, data/*.parquet
     (pictures).
   kind: folder, tar, parquet; or embeddings, for a run on embeddings (folder).
@@ -32,6 +33,8 @@ tower (section 4.5), the run's own for adapters. For a head 1e-3, for t and b
 1e-2: they start from what fits other data. There is no weight decay (section
 4.5), a tenth of the steps is warmup, and the decay is a cosine.
 """
+
+import os
 
 from ml_collections import ConfigDict
 
@@ -74,7 +77,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.microbatches = args["microbatches"]
   config.total_epochs = args["epochs"]
   lr = _start(config, args["weights"], whole=not rank)
-  config.init = dict(path=args["weights"])
+  on_embeddings = config.model.image.get("kind") == "precomputed"
+  if on_embeddings and (train == "img" or rank and train == "all"):
+    raise errors.UserError(
+      f"weights={args['weights']} has no image tower that could learn: it is a "
+      "run on embeddings; take train=txt"
+    )
   if rank:
     config.lora = dict(
       rank=rank, towers=("img", "txt") if train == "all" else (train,)
@@ -114,28 +122,36 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def _start(config: common.Config, weights: str, whole: bool) -> float:
   """Sets what comes from the weights; returns the learning rate of towers."""
-  if weights not in known.KNOWN:
-    old = common.config_of_run(weights)
+  config.init = dict(path=weights)
+  about: common.Section
+  if name := known.name_of(weights):
+    it = known.get(name)
+    if it.tokenizer is None:
+      raise errors.UserError(
+        f"weights={weights} is an image tower alone; configs/siglip_b16.py: "
+        "pretrained= starts from it"
+      )
+    config.pp_image, config.pp_text = known.pp_image(name), known.pp_text(name)
+    config.tokenizer = dict(path=it.tokenizer)
+    model = it.model
+  elif weights.endswith(".npz") or os.path.exists(f"{weights}/params.npz"):
+    config.init.path, about = common.config_of_file(weights)
+    config.pp_image, config.pp_text = about["pp_image"], about["pp_text"]
+    folder = os.path.dirname(config.init.path)
+    config.tokenizer = dict(path=os.path.join(folder, "tokenizer.model"))
+    model = about["model"]
+  else:
+    about = common.config_of_run(weights)
     for key in ("model", "pp_image", "pp_text"):
-      config[key] = old[key]
+      config[key] = about[key]
     config.tokenizer = dict(path=f"{weights}/tokenizer.model")
-    return old["optim"].get("lr", 1e-3) * (0.1 if whole else 1.0)
-  it = known.get(weights)
-  if it.tokenizer is None:
-    raise errors.UserError(
-      f"weights={weights} is an image tower alone; configs/siglip_b16.py: "
-      "pretrained= starts from it"
-    )
-  model = it.model
+    return about["optim"].get("lr", 1e-3) * (0.1 if whole else 1.0)
   # Stacked blocks compile faster; of their outputs nothing is kept.
   towers = {
     tower: dict(model[tower], scan=True, remat="full")
     for tower in ("image", "text")
   }
   config.model = dict(model, **towers, dtype="bfloat16")
-  config.pp_image = known.pp_image(weights)
-  config.pp_text = known.pp_text(weights)
-  config.tokenizer = dict(path=it.tokenizer)
   config.loss = dict(dtype="bfloat16")
   return 1e-5 if whole else 2e-4
 

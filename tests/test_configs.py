@@ -2,15 +2,21 @@
 
 import importlib
 import inspect
+import io
+import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
+import train_program
 
 from sigjax import build, errors, optim, sharding, train, trees
 from sigjax import config as config_lib
 from sigjax.data.example import captions, preprocess
+from sigjax.weights import npz
 
 CONFIGS = [
   p.stem
@@ -45,10 +51,6 @@ class CountingTokenizer:
 def test_config(name, arg):
   config = get(name, arg).lock().to_dict()
   parse = lambda s: preprocess.parse(s, tokenizer=CountingTokenizer())
-  import io  # pylint: disable=g-import-not-at-top
-
-  from PIL import Image  # pylint: disable=g-import-not-at-top
-
   data = io.BytesIO()
   Image.new("RGB", (50, 40)).save(data, "PNG")
   rng = np.random.default_rng(0)
@@ -214,6 +216,63 @@ def test_fine_tuning_a_released_model():
     get("finetune", "weights=augreg/B_16")
   with pytest.raises(errors.UserError, match="is no workdir of sigjax.train"):
     get("finetune", "weights=siglip2/b16_25")
+  # Its file is known by its name, wherever it is.
+  file = "files/siglip2_b16_256.npz"
+  of_file = get("finetune", f"weights={file},lora=8")
+  assert of_file.init.path == file
+  of_file.init.path = config.init.path
+  assert of_file.to_dict() == config.to_dict()
+
+
+def test_fine_tuning_a_file(tmp_path, spm_path):
+  """The whole run: pictures with a table, evaluated before and after."""
+  new, arg = tmp_path / "new", f"weights={tmp_path}/x.npz,batch_size=8"
+  golden = pathlib.Path(__file__).parent / "golden/siglip_tiny.npz"
+  with pytest.raises(errors.UserError, match="there is no file .*x.npz"):
+    get("finetune", arg)
+  shutil.copy(golden, tmp_path / "x.npz")
+  with pytest.raises(errors.UserError, match='no config.json with "model" in'):
+    get("finetune", arg)
+  tower = dict(width=48, depth=2, mlp_dim=96, num_heads=3)
+  about = dict(
+    model=dict(
+      image=dict(tower, patch_size=8, pool_type="map"),
+      text=dict(tower, vocab_size=97),
+      out_dim=[None, 48],
+    ),
+    pp_image="decode|resize(32)|value_range(-1,1)|keep('image')",
+    pp_text="lower|tokenize(12)|keep('text')",
+  )
+  (tmp_path / "config.json").write_text(json.dumps(about))
+  with pytest.raises(errors.UserError, match="there is no tokenizer.model in"):
+    get("finetune", arg)
+  shutil.copy(spm_path, tmp_path / "tokenizer.model")
+  with pytest.raises(errors.UserError, match="its config.json is something"):
+    get("finetune", f"weights={tmp_path}")
+
+  pictures = tmp_path / "pictures"
+  pictures.mkdir()
+  lines = ["file,caption"]
+  for i in range(32):
+    Image.new("RGB", (40, 32), (8 * i, 0, 90)).save(pictures / f"{i}.png")
+    lines.append(f"{i}.png,a red apple in the forest {i}")
+  (pictures / "captions.csv").write_text("\n".join(lines))
+  config = get("finetune", f"{arg},path={pictures},lr=1e-3")
+  config.log_every_steps, config.total_steps = 1, 2
+  del config.total_epochs
+  rows = errors.call(train.main, config.to_dict(), "config", new)
+  metric = "retrieval/image->text recall@1"
+  found = train_program.lines(new)
+  assert {x["step"] for x in found if metric in x} == {0, 1, 2}
+  assert [x["step"] for x in found if "loss" in x] == [1, 2]
+  assert f"retrieval/{rows[0][1].metric}" == metric
+  assert found[-1][metric] == rows[0][1].value
+  # It began with the file's arrays, and learnt a little.
+  end = train_program.params(new)
+  start = trees.flatten(npz.load_params(golden, trees.unflatten(end)))
+  moved = {k: np.abs(x - start[k]).max() for k, x in end.items()}
+  assert max(moved.values()) < 5e-3
+  assert moved["img/embedding/kernel"] > 0 and moved["txt/head/kernel"] > 0
 
 
 def test_own_pictures_embedded_before(tmp_path):

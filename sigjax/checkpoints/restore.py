@@ -266,8 +266,8 @@ def _check_tokenizer(path: AnyPath, into: str | None, sha256: str) -> None:
     return
   from sigjax.weights import fetch, known, vocabulary
 
-  name = str(path).partition(":")[0]
-  if name in known.KNOWN and (theirs := known.KNOWN[name].tokenizer):
+  name = known.name_of(known.split(path)[0])
+  if name and (theirs := known.KNOWN[name].tokenizer):
     file = fetch.cached(vocabulary.NAMES[theirs])
     if not os.path.exists(file) or identity.sha256(file) != sha256:
       log.warning(
