@@ -5,6 +5,7 @@ import resource
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from train_program import lines, params, start
@@ -170,12 +171,20 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
     key: config[key].replace("tokenize(8)", "tokenize(3)")
     for key in ("pp", "pp_text")
   }
-  run(c, dict(config, total_steps=1, **short), profile_steps=(1, 1))
+  run(c, dict(config, **short), profile_steps=(2, 3))
   cut = re.findall(r"([\d.]+) % of the captions are longer", caplog.text)
   assert 0 < float(cut[0]) < float(cut[-1])
+  # The trace names these steps and no others, and has what they computed.
   (file,) = (c / "profile").rglob("*.xplane.pb")
-  found = file.read_bytes()  # a protobuf; the name of a step is plain text
-  assert b"train" in found and b"step_num" in found
+  events = [
+    event
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+    for line in plane.lines
+    for event in line.events
+  ]
+  steps = [dict(x.stats)["step_num"] for x in events if x.name == "train"]
+  assert sorted(steps) == [2, 3]
+  assert any("train_step" in x.name for x in events)
 
   # init takes the parameters alone, and counts from 0.
   npz = tmp_path / "a.npz"

@@ -1,5 +1,6 @@
 """What Weights & Biases and Trackio get, read back from their own files."""
 
+import importlib.util
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import time
 import numpy as np
 from PIL import Image
 import pytest
+import train_program
 
 from sigjax import errors
 from sigjax.runtime import hosts, metrics, trackers
@@ -66,50 +68,32 @@ def wandb_records(path):
       record = b""
 
 
-def test_wandb(tmp_path, monkeypatch):
-  pytest.importorskip("wandb")
-  monkeypatch.setenv("WANDB_MODE", "offline")
-  monkeypatch.setenv("WANDB_SILENT", "true")
-  workdir = tmp_path / "run"
-  workdir.mkdir()
-  # wandb names a file by the second in which a process starts.
-  write(workdir, "wandb:us/shapes", pause=1.0)
-  id_ = json.loads((workdir / "wandb.json").read_text())["id"]
+def of_wandb(workdir):
+  """Returns what its files hold: runs, and {name: value} of each call."""
   found = []
   for path in workdir.glob("wandb/offline-run-*/*.wandb"):
     found += wandb_records(path)
   runs = [r.run for r in found if r.WhichOneof("record_type") == "run"]
-  assert {(r.entity, r.project, r.run_id, r.display_name) for r in runs} == {
-    ("us", "shapes", id_, "run")
-  }
-  config = {x.key: json.loads(x.value_json) for x in runs[0].config.update}
-  assert {k: config[k] for k in CONFIG} == dict(CONFIG, out_dim=[None, 32])
-  rows = []
-  for record in found:
-    if record.WhichOneof("record_type") == "history":
-      items = {
-        "/".join(x.nested_key) or x.key: json.loads(x.value_json)
-        for x in record.history.item
-      }
-      step = items["step"]
-      rows += [
-        (name, step, items[name])
-        for name in ("loss", "held/top-1")
-        if name in items
-      ]
-  pictures = workdir.glob("wandb/offline-run-*/files/media/images/picture_*")
-  expect(rows, pictures)
+  rows = [
+    {
+      "/".join(x.nested_key) or x.key: json.loads(x.value_json)
+      for x in r.history.item
+    }
+    for r in found
+    if r.WhichOneof("record_type") == "history"
+  ]
+  return runs, rows
 
 
-def test_trackio(tmp_path, monkeypatch):
-  pytest.importorskip("trackio")
-  workdir = tmp_path / "run"
-  workdir.mkdir()
-  # Where it writes is settled when it is imported.
+def of_trackio(folder, before=""):
+  """Returns what its database holds: the run's name, config and rows.
+
+  Where it writes is settled when it is imported, so a process of its own runs
+  `before` and reads.
+  """
   code = (
     f"import sys; sys.path[:0] = {sys.path!r}\n"
-    "import pathlib, test_trackers\n"
-    f"test_trackers.write(pathlib.Path({str(workdir)!r}), 'trackio:shapes')\n"
+    f"{before}\n"
     "import json, trackio\n"
     "from trackio.sqlite_storage import SQLiteStorage as s\n"
     "(name,) = s.get_runs('shapes')\n"
@@ -121,19 +105,98 @@ def test_trackio(tmp_path, monkeypatch):
     check=True,
     capture_output=True,
     text=True,
-    env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
+    env={**os.environ, "TRACKIO_DIR": str(folder)},
   ).stdout.splitlines()
-  name, config, logs = json.loads(next(x for x in out if x[0] == "["))
-  id_ = json.loads((workdir / "trackio.json").read_text())["id"]
-  assert name == f"run-{id_}"
-  assert {k: config[k] for k in CONFIG} == dict(CONFIG, out_dim=[None, 32])
-  rows = [
+  return json.loads(next(x for x in out if x[0] == "["))
+
+
+def both(rows):
+  """Returns [(name, step, value)] of the metrics that write() writes."""
+  return [
     (name, x["step"], x[name])
-    for x in logs
+    for x in rows
     for name in ("loss", "held/top-1")
     if name in x
   ]
-  expect(rows, (tmp_path / "trackio").rglob("*.png"))
+
+
+def test_wandb(tmp_path, monkeypatch):
+  pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.setenv("WANDB_SILENT", "true")
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  # wandb names a file by the second in which a process starts.
+  write(workdir, "wandb:us/shapes", pause=1.0)
+  id_ = json.loads((workdir / "wandb.json").read_text())["id"]
+  runs, rows = of_wandb(workdir)
+  assert {(r.entity, r.project, r.run_id, r.display_name) for r in runs} == {
+    ("us", "shapes", id_, "run")
+  }
+  config = {x.key: json.loads(x.value_json) for x in runs[0].config.update}
+  assert {k: config[k] for k in CONFIG} == dict(CONFIG, out_dim=[None, 32])
+  pictures = workdir.glob("wandb/offline-run-*/files/media/images/picture_*")
+  expect(both(rows), pictures)
+
+
+def test_trackio(tmp_path):
+  pytest.importorskip("trackio")
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  name, config, rows = of_trackio(
+    tmp_path / "trackio",
+    "import pathlib, test_trackers\n"
+    f"test_trackers.write(pathlib.Path({str(workdir)!r}), 'trackio:shapes')",
+  )
+  id_ = json.loads((workdir / "trackio.json").read_text())["id"]
+  assert name == f"run-{id_}"
+  assert {k: config[k] for k in CONFIG} == dict(CONFIG, out_dim=[None, 32])
+  expect(both(rows), (tmp_path / "trackio").rglob("*.png"))
+
+
+def test_a_whole_run(tmp_path, tiny_config, monkeypatch):
+  """What sigjax.train writes to metrics.jsonl is there, and its picture."""
+  names = [n for n in trackers.TRACKERS if importlib.util.find_spec(n)]
+  if not names:
+    pytest.skip("pip install -e '.[wandb,trackio]'")
+  for key, value in dict(
+    WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio")
+  ).items():
+    monkeypatch.setenv(key, value)
+  workdir, data = tmp_path / "run", tiny_config["evals"]["zeroshot"]["data"]
+  evals = dict(
+    zeroshot=tiny_config["evals"]["zeroshot"],
+    picture=dict(type="picture", data=data, captions="captions"),
+  )
+  config = dict(
+    tiny_config,
+    total_steps=2,
+    evals=evals,
+    log=",".join(f"{name}:shapes" for name in names),
+  )
+  run = train_program.start(workdir, config, devices=1)
+  _, err = run.communicate(timeout=300)
+  assert run.returncode == 0, err
+  want = {
+    (x["step"], name): value
+    for x in train_program.lines(workdir)
+    for name, value in x.items()
+    if name != "step" and value is not None
+  }
+  assert (2, "loss") in want and (2, "zeroshot/24-way top-1") in want
+  for name in names:
+    if name == "wandb":
+      _, found = of_wandb(workdir)
+      pictures = workdir.glob("wandb/offline-run-*/files/media/images/*.png")
+    else:
+      _, _, found = of_trackio(tmp_path / "trackio")
+      pictures = (tmp_path / "trackio").rglob("*.png")
+    for (step, metric), value in want.items():
+      values = [x[metric] for x in found if x["step"] == step and metric in x]
+      assert values == [pytest.approx(value)], (name, step, metric)
+    (picture,) = pictures
+    same = [Image.open(x) for x in (picture, workdir / "picture.png")]
+    np.testing.assert_array_equal(*(np.asarray(x)[..., :3] for x in same))
 
 
 def test_what_config_log_may_be(monkeypatch):
