@@ -78,7 +78,7 @@ def test_another_choice_has_other_defaults(monkeypatch):
   )
   losses.make(sharding.make_mesh(), sharding.AXES, **config.loss)
   errors.check(optim.lion, config.optim.options, "config.optim.options")
-  assert config.optim.options.to_dict() == dict(b1=0.9, b2=0.95, mu_dtype=None)
+  assert config.optim.options.to_dict() == dict(b1=0.9, b2=0.99, mu_dtype=None)
   assert "comm" not in config.loss and config.loss.tile == 1024
   schedule = config.optim.schedule
   assert (schedule.timescale, schedule.cooldown_steps) == (7, 0)

@@ -208,9 +208,9 @@ class _Projection(nn.Module):
       "kernel", lambda key, shape: init(key, flat).reshape(shape), shape
     )
     bias = self.param("bias", nn.initializers.zeros, ends)
-    kernel = kernel.reshape(flat).astype(self.dtype)
-    bias = bias.reshape((1,) * (x.ndim - 1) + (-1,)).astype(self.dtype)
-    return x.astype(self.dtype) @ kernel, bias
+    cast = lambda a: jnp.asarray(a, self.dtype)  # parameters may be NumPy's
+    bias = cast(bias).reshape((1,) * (x.ndim - 1) + (-1,))
+    return cast(x) @ cast(kernel).reshape(flat), bias
 
 
 class MultiHeadDotProductAttention(nn.Module):
