@@ -253,8 +253,8 @@ def test_fine_tuning_a_file(tmp_path, spm_path):
   pictures = tmp_path / "pictures"
   pictures.mkdir()
   lines = ["file,caption"]
-  for i in range(32):
-    Image.new("RGB", (40, 32), (8 * i, 0, 90)).save(pictures / f"{i}.png")
+  for i in range(60):
+    Image.new("RGB", (40, 32), (4 * i, 0, 90)).save(pictures / f"{i}.png")
     lines.append(f"{i}.png,a red apple in the forest {i}")
   (pictures / "captions.csv").write_text("\n".join(lines))
   config = get("finetune", f"{arg},path={pictures},lr=1e-3")

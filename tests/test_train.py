@@ -184,7 +184,7 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
   ]
   steps = [dict(x.stats)["step_num"] for x in events if x.name == "train"]
   assert sorted(steps) == [2, 3]
-  assert any("train_step" in x.name for x in events)
+  assert any("whole_batch" in x.name for x in events)
 
   # init takes the parameters alone, and counts from 0.
   npz = tmp_path / "a.npz"
