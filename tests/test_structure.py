@@ -27,6 +27,7 @@ MAY_IMPORT = {
   "sharding": {"trees"},
   "models": {"models", "trees"},
   "lora": {"trees"},
+  "crossentropy": {"losses"},
   "state": {"lora", "models", "sharding", "trees"},
   "step": {"host_feed", "losses", "models", "sharding", "state", "trees"},
   "host_feed": {"sharding", "state", "step"},

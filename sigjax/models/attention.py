@@ -15,15 +15,16 @@ from jaxtyping import Array, Bool, Float
 from sigjax import errors
 
 # Rows of all heads side by side, (B, L, W), and the mask of keys -> the same.
+# Masks that differ between queries, (B, L, M), are for XLA's way alone.
 Rows = Float[Array, "B L W"]
-Mask = Bool[Array, "B M"] | None
+Mask = Bool[Array, "B M"] | Bool[Array, "B L M"] | None
 
 
 def attend(
   query: Float[Array, "B L N H"],
   key: Float[Array, "B M N H"],
   value: Float[Array, "B M N H"],
-  mask: Bool[Array, "B 1 1 M"] | None = None,
+  mask: Bool[Array, "B 1 _ M"] | None = None,
 ) -> Float[Array, "B L N H"]:
   """Attention of N heads of width H to the keys that the mask allows, or all.
 
@@ -127,7 +128,9 @@ def _xla(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Any):
   rows = q.shape
   q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
   q, k, v = (_heads(x, num_heads) for x in (q, k, v))
-  allowed = None if mask is None else mask[:, None, None, :]
+  allowed = mask
+  if mask is not None:
+    allowed = mask[:, None] if mask.ndim == 3 else mask[:, None, None, :]
   return checkpoint_name(attend(q, k, v, allowed).reshape(rows), "attended")
 
 
@@ -185,7 +188,7 @@ def _heads(x: Rows, num_heads: int) -> Float[Array, "B L N H"]:
 
 
 class _Projection(nn.Module):
-  """flax's DenseGeneral from or to heads: returns x @ kernel, and the bias.
+  """flax's DenseGeneral from or to heads: (x @ kernel, the bias or None).
 
   Its arrays have the shapes of flax's, (W, N, H) or (N, H, W), and its product
   is one of rows, with which no head moves in memory.
@@ -194,9 +197,10 @@ class _Projection(nn.Module):
   heads: tuple[int, int]
   out: int | None  # W; None: to heads
   dtype: str
+  bias: bool = True
 
   @nn.compact
-  def __call__(self, x: Array) -> tuple[Array, Float[Array, " W"]]:
+  def __call__(self, x: Array) -> tuple[Array, Any]:
     width = x.shape[-1]
     if self.out is None:
       shape, ends = (width, *self.heads), self.heads
@@ -207,10 +211,12 @@ class _Projection(nn.Module):
     kernel = self.param(
       "kernel", lambda key, shape: init(key, flat).reshape(shape), shape
     )
-    bias = self.param("bias", nn.initializers.zeros, ends)
     cast = lambda a: jnp.asarray(a, self.dtype)  # parameters may be NumPy's
-    bias = cast(bias).reshape((1,) * (x.ndim - 1) + (-1,))
-    return cast(x) @ cast(kernel).reshape(flat), bias
+    product = cast(x) @ cast(kernel).reshape(flat)
+    if not self.bias:
+      return product, None
+    bias = self.param("bias", nn.initializers.zeros, ends)
+    return product, cast(bias).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -226,11 +232,13 @@ class MultiHeadDotProductAttention(nn.Module):
     num_heads: N; the heads are W / N wide.
     dtype: compute dtype.
     way: of computing it.
+    bias: whether the four projections have one.
   """
 
   num_heads: int
   dtype: str
   way: Way = Way()
+  bias: bool = True
 
   @nn.compact
   def __call__(
@@ -245,18 +253,20 @@ class MultiHeadDotProductAttention(nn.Module):
     Args:
       x: queries (B, L, W), or (B L, W) if their length L is given.
       keys: (B, M, W); None: x.
-      mask: which keys there are; None for all.
+      mask: which keys there are, (B, M) or for each query (B, L, M); None for
+        all.
     """
     shape, width = x.shape, x.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
     project = lambda name, out=None: _Projection(
-      heads, out, self.dtype, name=name
+      heads, out, self.dtype, self.bias, name=name
     )
     keys = x if keys is None else keys
     query, query_bias = project("query")(x)
     key, _ = project("key")(keys)
     value, value_bias = project("value")(keys)
-    query = query + query_bias
+    if self.bias:
+      query = query + query_bias
     if length:
       query, key, value = (
         y.reshape(-1, length, width) for y in (query, key, value)
@@ -269,4 +279,6 @@ class MultiHeadDotProductAttention(nn.Module):
     attended = attend(query, key, value, mask, self.num_heads, self.way.mesh)
     out = project("out", width)
     rows, bias = out(attended.reshape(shape))
+    if not self.bias:
+      return rows
     return rows + (out(value_bias)[0] + bias)

@@ -10,7 +10,7 @@ in the compute dtype; LayerNorm and softmax always in float32.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -173,6 +173,49 @@ class EncoderBlock(nn.Module):
     return x, None  # nn.scan expects a carry and an output of each layer
 
 
+class Stack(NamedTuple):
+  """Blocks on top of each other; `name` has {} for the number without scan."""
+
+  block: type[nn.Module]  # of (x, *others) -> (x, None)
+  depth: int
+  name: str
+  scan: bool
+  remat: str
+
+
+def apply_blocks(
+  stack: Stack, args: tuple, x: Float[Array, "... W"], *others: Any
+) -> Float[Array, "... W"]:
+  """Runs x through blocks; for use inside a module, which then owns them.
+
+  Args:
+    stack: the blocks.
+    args: of their constructor.
+    x: the residual stream.
+    *others: what each block gets beside it.
+
+  Raises:
+    UserError: an unknown remat.
+  """
+  policy = errors.pick(REMAT, stack.remat, "remat")
+  block = stack.block
+  if stack.remat != "none":
+    # In a scan, XLA cannot merge the recomputation with the first one.
+    block = nn.remat(block, policy=policy, prevent_cse=not stack.scan)
+  if not stack.scan:
+    for i in range(stack.depth):
+      x, _ = block(*args, name=stack.name.format(i))(x, *others)
+    return x
+  scanned = nn.scan(
+    block,
+    variable_axes={"params": 0},
+    in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+    length=stack.depth,
+    split_rngs={"params": True, "dropout": True},
+  )
+  return scanned(*args, name=stack.name)(x, *others)[0]
+
+
 class Encoder(nn.Module):
   """A stack of blocks and a last LayerNorm: (B, L, W) -> float32 (B, L, W).
 
@@ -194,29 +237,14 @@ class Encoder(nn.Module):
   def __call__(
     self, x: Float[Array, "B L W"], mask: Bool[Array, "B L"] | None = None
   ) -> Float[Array, "B L W"]:
-    block = EncoderBlock
-    policy = errors.pick(REMAT, self.remat, "remat")
-    if self.remat != "none":
-      # In a scan, XLA cannot merge the recomputation with the first one.
-      block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
     # Rows: of (B, L, W), a TPU pads each L to a multiple of 8 or puts L first,
     # and copies where an op needs the other.
     size, shape = self.size, x.shape
     args = (size.mlp_dim, size.num_heads, self.dropout, self.dtype, self.way)
-    args = shape[1], *args
     x = x.astype(self.dtype).reshape(-1, shape[2])
-    if self.scan:
-      stack = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-        length=size.depth,
-        split_rngs={"params": True, "dropout": True},
-      )
-      x, _ = stack(*args, name="encoderblock")(x, mask)
-    else:
-      for i in range(size.depth):
-        x, _ = block(*args, name=f"encoderblock_{i}")(x, mask)
+    name = "encoderblock" if self.scan else "encoderblock_{}"
+    stack = Stack(EncoderBlock, size.depth, name, self.scan, self.remat)
+    x = apply_blocks(stack, (shape[1], *args), x, mask)
     return LayerNorm(name="encoder_norm")(x).reshape(shape)
 
 

@@ -1,0 +1,131 @@
+"""Cross-entropy over a large vocabulary, without all logits at once.
+
+With T tokens and V words the logits are (T, V): of a vocabulary of 256k, 4 MiB
+of float32 for every 4 tokens. Here they are computed for `chunk` tokens at a
+time, and their gradients while they are there, as in the sigmoid loss. The
+gradient with respect to the kernel (W, V) is summed over the chunks: it is an
+array that the backward pass has to hold in any case, so that computing it early
+takes no more memory than computing the logits once more would, and one product
+of the four is saved.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from sigjax import losses
+
+F32 = jnp.float32
+
+
+def cross_entropy(
+  features: Float[Array, "T W"],
+  kernel: Float[Array, "W V"],
+  bias: Float[Array, " V"],
+  targets: Int[Array, " T"],
+  weights: Float[Array, " T"],
+  *,
+  chunk: int = 512,
+  mesh: Mesh | None = None,
+) -> Float[Array, ""]:
+  """Returns sum_t weights_t * -log softmax(features_t @ kernel + bias)_target.
+
+  Args:
+    features: bfloat16 or float32. bfloat16 is multiplied as it is, float32 in
+      full float32 on every platform. Sums are float32.
+    kernel, bias: rounded to the features' dtype; float32.
+    targets: in [0, V).
+    weights: float32; 0 for what does not count. No gradient flows into them.
+    chunk: how many tokens' logits there are at a time, on each device.
+    mesh: the devices, over all of which tokens are split; None if that is not
+      known. Each works through its own tokens, and the gradients of the kernel
+      are added up once.
+
+  Returns:
+    () float32. Differentiable by features, kernel and bias.
+  """
+
+  def run(with_grads, *args):
+    return _on_each_device(
+      functools.partial(_share, chunk, with_grads), mesh, args
+    )
+
+  def scale(grads, g):
+    by = lambda x: (x.astype(F32) * g).astype(x.dtype)
+    return *jax.tree.map(by, grads), None, None  # targets and weights
+
+  def forward(*args):
+    value, dx, dkernel, dbias = run(True, *args)
+    return jnp.sum(value), (dx, jnp.sum(dkernel, 0), jnp.sum(dbias, 0))
+
+  fn = jax.custom_vjp(lambda *args: jnp.sum(run(False, *args)[0]))
+  fn.defvjp(forward, scale)
+  return fn(features, kernel, bias, targets, weights)
+
+
+def _on_each_device(fn: Any, mesh: Mesh | None, args: Any) -> Any:
+  """Runs fn on each device's tokens; results have a row for each device."""
+  done = jax.sharding.get_abstract_mesh().manual_axes  # in microbatches
+  left = tuple(x for x in mesh.axis_names if x not in done) if mesh else ()
+  if not left:
+    return fn(*args)
+  rows, whole = P(left), P()
+  return jax.shard_map(
+    fn,
+    mesh=None if done else mesh,
+    in_specs=(rows, whole, whole, rows, rows),
+    out_specs=rows,
+    axis_names=set(left),
+    check_vma=False,
+  )(*args)
+
+
+def _share(chunk, with_grads, features, kernel, bias, targets, weights):
+  """Returns (value (1,), dfeatures, dkernel (1, W, V), dbias (1, V))."""
+  tokens, width = features.shape
+  chunk = min(chunk, tokens)
+  pad = -tokens % chunk
+  rows = lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(
+    -1, chunk, *x.shape[1:]
+  )
+  # Not once in each chunk.
+  matrix = kernel.astype(features.dtype)
+  row = bias.astype(F32)[None]
+
+  def visit(sums, part):
+    x, target, weight = part
+    logits = losses.dot(x, matrix) + row
+    logits -= jnp.max(logits, axis=1, keepdims=True)
+    of_target = jnp.arange(logits.shape[1])[None] == target[:, None]
+    # Not by index: a gather is slow on a TPU, this is fused with the sum.
+    right = jnp.sum(jnp.where(of_target, logits, 0), axis=1)
+    each = jnp.exp(logits)
+    total = jnp.sum(each, axis=1, keepdims=True)
+    value = jnp.sum(weight * (jnp.log(total[:, 0]) - right))
+    if not with_grads:
+      return (sums[0] + value, None, None), None
+    slope = weight[:, None] * (each / total - of_target.astype(F32))
+    dbias = sums[2] + jnp.sum(slope, axis=0)
+    slope = slope.astype(x.dtype)
+    dkernel = sums[1] + losses.dot(x.T, slope)
+    dx = losses.dot(slope, matrix.T).astype(x.dtype)
+    return (sums[0] + value, dkernel, dbias), dx
+
+  zeros: Any = None, None
+  if with_grads:
+    zeros = jnp.zeros(kernel.shape, F32), jnp.zeros(kernel.shape[1], F32)
+  parts = rows(features), rows(targets), rows(weights)
+  (value, dkernel, dbias), dx = lax.scan(
+    visit, (jnp.zeros((), F32), *zeros), parts
+  )
+  if not with_grads:
+    return value[None], None, None, None
+  dx = dx.reshape(-1, width)[:tokens]
+  dkernel, dbias = dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
+  return value[None], dx, dkernel[None], dbias[None]
