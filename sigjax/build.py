@@ -4,7 +4,7 @@ Used by train.py, and by the tools that compile or time the same step.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,16 @@ from jaxtyping import Array
 import numpy as np
 import optax
 
-from sigjax import errors, losses
+from sigjax import errors
+from sigjax import losses as losses_lib
 from sigjax import optim as optim_lib
 from sigjax import sharding as sharding_lib
 from sigjax import state as state_lib
 from sigjax import step as step_lib
 from sigjax.models import two_towers
+
+if TYPE_CHECKING:
+  from sigjax.terms import Term
 
 
 class Built(NamedTuple):
@@ -29,6 +33,7 @@ class Built(NamedTuple):
   train_step: step_lib.TrainStep
   state: state_lib.TrainState  # abstract, see state.abstract_state
   lock: Sequence[str]  # config.lock, and what config.lora locks
+  terms: "Sequence[Term]"  # of config.losses
 
 
 def build(
@@ -40,6 +45,7 @@ def build(
   model: Mapping[str, Any],
   optim: Mapping[str, Any],
   loss: Mapping[str, Any] | None = None,
+  losses: Mapping[str, Mapping[str, Any]] | None = None,
   sharding: Sequence = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
   lora: Mapping[str, Any] | None = None,
@@ -54,8 +60,8 @@ def build(
     example: dict(image=, text=) and, for a loss with positives, group=: one
       preprocessed example, for its shapes.
     total_steps: the length of the training.
-    batch_size, model, optim, loss, sharding, lock, lora, microbatches, feed,
-      seed: see train.main; durations in optim are in steps.
+    batch_size, model, optim, loss, losses, sharding, lock, lora, microbatches,
+      feed, seed: see train.main; durations in optim and losses are in steps.
 
   Raises:
     UserError: a section that its function refuses, a batch size that does not
@@ -70,7 +76,12 @@ def build(
       )
   if lora:
     lock = _locked_by_lora(lock, **lora)
-  shapes = state_lib.param_shapes(towers, example, lock)
+  terms: Sequence[Term] = ()
+  if losses:
+    from sigjax import terms as terms_lib  # few runs have any
+
+    terms = terms_lib.make(losses, towers)
+  shapes = state_lib.param_shapes(towers, example, lock, terms)
   if lora:
     from sigjax import lora as lora_lib  # few runs have adapters
 
@@ -80,13 +91,15 @@ def build(
   tx, lr_fn = errors.call(
     optim_lib.make_optimizer, optim, "config.optim", trained, total_steps
   )
-  loss_fn = losses.make(mesh, sharding_lib.AXES, **(loss or {}))
+  loss_fn = losses_lib.make(mesh, sharding_lib.AXES, **(loss or {}))
   _check_loss(loss_fn, batch_size, example.get("group"))
-  options: Any = dict(seed=seed, microbatches=microbatches, feed=feed)
+  options: Any = dict(
+    terms=terms, seed=seed, microbatches=microbatches, feed=feed
+  )
   make_step = step_lib.make_train_step
   train_step = make_step(towers, tx, lr_fn, loss_fn, mesh, **options)
   state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock)
-  return Built(towers, tx, train_step, state, lock)
+  return Built(towers, tx, train_step, state, lock, terms)
 
 
 def _locked_by_lora(
@@ -106,7 +119,7 @@ def _locked_by_lora(
 
 
 def _check_loss(
-  loss_fn: losses.Loss, batch_size: int, group: Array | None
+  loss_fn: losses_lib.Loss, batch_size: int, group: Array | None
 ) -> None:
   """Traces the loss: a wrong value in its section fails before the first step.
 

@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from sigjax import errors, losses, optim, sharding
+from sigjax import errors, losses, optim, sharding, terms
 from sigjax.models import two_towers
 from sigjax.models.text import TextTransformer
 
@@ -126,10 +126,14 @@ def fill(
     _add(section, losses.make)
     loss = losses.LOSSES.get(section.name)
     _add(section, loss and loss(), ("b", "groups", "key", "axes"))
+  for section in (config.get("losses") or {}).values():
+    make = terms.TERMS.get(section.get("type"))
+    _add(section, make and make())
+    _add(section, terms.term)
   if (section := config.get("mesh")) is not None:
     _add(section, sharding.make_mesh, ("devices",))
   if (section := config.get("init")) is not None:
-    _add(section, restore.read_init, ("tokenizer_sha",))
+    _add(section, restore.read_init, ("tokenizer_sha", "may_lack"))
   if (section := config.get("checkpoints")) is not None:
     _add(section, save.Checkpoints, ("read_only",))
     _add_duration(section, "every")

@@ -34,7 +34,7 @@ def make_train_step(
 
   @functools.partial(jax.jit, donate_argnums=(0, 3))
   def update(state, z, loss, grads, own):
-    return step.update(state, z, loss, step.add_up(grads, own))
+    return step.update(state, z, loss, *step.add_up(grads, own))
 
   def train_step(state: TrainState, batch: Batch):
     devices = mesh.size // jax.process_count()

@@ -1,6 +1,7 @@
 """Initialisation: the train state before the first step."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -9,6 +10,9 @@ import optax
 from sigjax import state as state_lib
 from sigjax import trees
 from sigjax.models.two_towers import TwoTowers
+
+if TYPE_CHECKING:
+  from sigjax.terms import Term
 
 
 def init_state(
@@ -19,6 +23,7 @@ def init_state(
   abstract: state_lib.TrainState,
   given: Mapping[str, np.ndarray] | None = None,
   lock: Sequence[str] = (),
+  terms: "Sequence[Term]" = (),
 ) -> state_lib.TrainState:
   """Returns the state before the first step, each array made where it belongs.
 
@@ -29,6 +34,7 @@ def init_state(
     abstract: from abstract_state.
     given: {name: array} of parameters that do not start from scratch.
     lock: see split_params.
+    terms: the losses beside the pair loss, whose parameters are made, too.
   """
   given = given or {}
   want = trees.flatten(abstract.stored)
@@ -36,7 +42,7 @@ def init_state(
 
   def from_scratch():
     key = jax.random.key(seed)
-    params = state_lib.init_params(model, key, example)
+    params = state_lib.init_params(model, key, example, terms)
     if "lora" in abstract.trained:
       from sigjax import lora  # few runs have adapters
 

@@ -5,7 +5,7 @@ and no optimizer state. They are stored once, in the compute dtype.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -16,6 +16,9 @@ import optax
 
 from sigjax import sharding, trees
 from sigjax.models.two_towers import TwoTowers
+
+if TYPE_CHECKING:
+  from sigjax.terms import Term
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -63,22 +66,38 @@ def split_params(params: dict, lock: Sequence[str]) -> tuple[dict, dict]:
   return trees.split_off(params, lock, "config.lock")
 
 
-def init_params(model: TwoTowers, rng: jax.Array, example: Mapping) -> dict:
-  """Returns parameters from scratch, for dict(image=, text=) like example."""
-  image, text = (jnp.asarray(example[k])[None] for k in ("image", "text"))
-  variables: Any = model.init(rng, image, text)
-  return variables["params"]
+def init_params(
+  model: TwoTowers,
+  rng: jax.Array,
+  example: Mapping,
+  terms: "Sequence[Term]" = (),
+) -> dict:
+  """Returns parameters from scratch, for dict(image=, text=) like example.
+
+  Those of terms (terms.make) are beside the towers'.
+  """
+  batch = {k: jnp.asarray(example[k])[None] for k in ("image", "text")}
+  (_, _, out), variables = model.init_with_output(
+    rng, batch["image"], batch["text"]
+  )
+  params: Any = variables["params"]
+  for term in terms:
+    params = {**params, **term.init(rng, out, batch)}
+  return params
 
 
 def param_shapes(
-  model: TwoTowers, example: Mapping, lock: Sequence[str] = ()
+  model: TwoTowers,
+  example: Mapping,
+  lock: Sequence[str] = (),
+  terms: "Sequence[Term]" = (),
 ) -> dict:
   """Returns the ShapeDtypeStructs of a run's parameters.
 
   They are those of init_params, but locked parts (see split_params) of a tower
   are stored in the compute dtype.
   """
-  init = lambda rng: init_params(model, rng, example)
+  init = lambda rng: init_params(model, rng, example, terms)
   params = jax.eval_shape(init, jax.random.key(0))
   trained, locked = split_params(params, lock)
 

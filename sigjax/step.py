@@ -4,8 +4,8 @@ B is the global batch, D the number of devices, b = B/D, k the number of
 microbatches, E the width of the embeddings.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ import optax
 from sigjax import errors, losses, sharding
 from sigjax.models.two_towers import TwoTowers
 from sigjax.state import TrainState
+
+if TYPE_CHECKING:
+  from sigjax.terms import Term
 
 Metrics = dict[str, Float[Array, ""]]
 Result = tuple[TrainState, Metrics]
@@ -43,6 +46,7 @@ def make_train_step(
   loss_fn: losses.Loss,
   mesh: Mesh,
   *,
+  terms: "Sequence[Term]" = (),
   seed: int = 0,
   microbatches: int = 1,
   feed: str = "device",
@@ -61,8 +65,10 @@ def make_train_step(
     loss_fn: fn(zimg, ztxt, t, b, groups=, key=) -> scalar, over the mesh;
       groups are the batch's "group" or None, key is another one each step.
     mesh: from sharding.make_mesh.
-    seed: of dropout and of random negatives; step and microbatch are folded
-      in.
+    terms: losses beside loss_fn, from terms.make. In microbatches they are
+      computed in the second pass.
+    seed: of dropout, of random negatives and of what terms draw; step and
+      microbatch are folded in.
     microbatches: k; has to divide b.
     feed: "device": the whole batch is put on the devices and the step is one
       program. "host": one microbatch at a time is put on the devices, twice,
@@ -71,11 +77,12 @@ def make_train_step(
   Returns:
     A TrainStep. Its batch is dict(image=(B, H, W, C) uint8 or float32,
     text=(B, L) int32) and, for a loss with positives, group=(B, G) int32. Its
-    metrics are float32 scalars: loss, t, b, pos_logit and neg_logit (means over
-    the B and the B * (B - 1) pairs on and off the diagonal), grad_norm,
-    update_norm and param_norm (global, of what is trained), and lr.
+    metrics are float32 scalars: loss (loss_fn's), t, b, pos_logit and neg_logit
+    (means over the B and the B * (B - 1) pairs on and off the diagonal),
+    grad_norm, update_norm and param_norm (global, of what is trained), lr, and
+    each term by its name, the mean over the B examples without its weight.
   """
-  step = Step(model, tx, lr_fn, loss_fn, mesh, seed, microbatches)
+  step = Step(model, tx, lr_fn, loss_fn, mesh, seed, microbatches, terms)
   if errors.pick({"device": False, "host": True}, feed, "config.feed"):
     from sigjax import host_feed  # few runs need it
 
@@ -96,6 +103,7 @@ class Step(NamedTuple):
   mesh: Mesh
   seed: int
   k: int
+  terms: "Sequence[Term]" = ()
 
   def key(self, state: TrainState, *more: Any) -> Array:
     """Returns the key of a step and, within it, of `more` numbers."""
@@ -106,16 +114,36 @@ class Step(NamedTuple):
 
   def towers(
     self, trained: dict, state: TrainState, part: Batch, key: Array
-  ) -> tuple[Array, Array]:
-    """Returns zimg and ztxt of these examples, (n, E) each; key: of dropout."""
-    out: Any = self.model.apply(
-      {"params": state.replace(trained=trained).params},
+  ) -> tuple[tuple[Array, Array], Callable[..., Metrics]]:
+    """Runs the towers over n examples.
+
+    Returns:
+      (zimg, ztxt), (n, E) each; and fn(places, B) -> {term: the sum of these
+      examples' losses / B}, where places (n,) are their rows in the batch.
+    """
+    params = state.replace(trained=trained).params
+    found: Any = self.model.apply(
+      {"params": params},
       part["image"],
       part["text"],
       train=True,
       rngs={"dropout": key},
     )
-    return out[:2]
+    zimg, ztxt, out = found
+
+    def shares(places, B):
+      args = params, out, part, self.key(state), places
+      return {term.name: term.total(*args) / B for term in self.terms}
+
+    return (zimg, ztxt), shares
+
+  def weights(self, state: TrainState) -> Metrics:
+    """Returns each term's weight in this step."""
+    return {term.name: term.weight_at(state.step) for term in self.terms}
+
+  def places(self, B: int, i: Any) -> Array | None:
+    """Returns the rows of microbatch i in the batch, (B/k,), for the terms."""
+    return split(jnp.arange(B), self.k, self.mesh)[i] if self.terms else None
 
   def pair_loss(
     self,
@@ -131,7 +159,7 @@ class Step(NamedTuple):
     return self.loss_fn(zimg, ztxt, t, b, groups=groups, key=self.key(state))
 
   def update(
-    self, state: TrainState, z: Any, loss: Array, grads: dict
+    self, state: TrainState, z: Any, loss: Array, grads: dict, shares: Metrics
   ) -> Result:
     """The end of each step: from gradients to the new state and metrics."""
     updates, opt_state = self.tx.update(grads, state.opt_state, state.trained)
@@ -149,26 +177,32 @@ class Step(NamedTuple):
       update_norm=optax.tree.norm(updates),
       param_norm=optax.tree.norm(trained),
       lr=self.lr_fn(state.step),
+      **shares,
     )
     new = dict(step=state.step + 1, trained=trained, opt_state=opt_state)
     return state.replace(**new), metrics
 
   def whole_batch(self, state: TrainState, batch: Batch) -> Result:
     """A step without microbatches."""
+    B, weights = len(batch["text"]), self.weights(state)
 
     def fn(trained):
-      z = self.towers(trained, state, batch, self.key(state, 0))
-      return self.pair_loss(trained, state, *z, batch.get("group")), z
+      z, shares_of = self.towers(trained, state, batch, self.key(state, 0))
+      loss = self.pair_loss(trained, state, *z, batch.get("group"))
+      shares = shares_of(self.places(B, 0), B)
+      total = sum((weights[name] * x for name, x in shares.items()), loss)
+      return total, (z, loss, shares)
 
     grad = jax.value_and_grad(fn, has_aux=True)
-    (loss, z), grads = grad(state.trained)
-    return self.update(state, z, loss, grads)
+    (_, (z, loss, shares)), grads = grad(state.trained)
+    return self.update(state, z, loss, grads, shares)
 
   # Microbatches. The towers run in a shard_map over the mesh axis "data", so
   # that gradients stay on the devices that computed them until those of all
   # microbatches are added up. These are `own`: arrays (data, ...), split over
-  # their first axis. Over "fsdp" they are reduced in each microbatch, since no
-  # device has the memory for more than its share.
+  # their first axis, with the terms' shares of the loss. Over "fsdp" they are
+  # reduced in each microbatch, since no device has the memory for more than its
+  # share.
 
   def on_data(self, fn: Callable, in_specs: Any) -> Callable:
     """Returns fn in a shard_map over "data"; it returns rows."""
@@ -184,8 +218,8 @@ class Step(NamedTuple):
 
   def part_of_towers(
     self, trained: dict, state: TrainState, part: Batch, i: Any
-  ) -> tuple[Array, Array]:
-    """Returns this place's rows of microbatch i, for use in on_data."""
+  ) -> tuple[tuple[Array, Array], Callable[..., Metrics]]:
+    """Runs the towers over this place's rows of microbatch i, in on_data."""
     # Each place draws a dropout of its own.
     key = self.key(state, i, jax.lax.axis_index("data"))
     return self.towers(trained, state, part, key)
@@ -194,7 +228,10 @@ class Step(NamedTuple):
     self, state: TrainState, part: Batch, i: Any
   ) -> tuple[Array, Array]:
     """Returns zimg and ztxt of microbatch i, (B/k, E) each."""
-    fn = lambda state, *rest: self.part_of_towers(state.trained, state, *rest)
+
+    def fn(state, part, i):
+      return self.part_of_towers(state.trained, state, part, i)[0]
+
     return self.on_data(fn, (P(), P("data"), P()))(state, part, i)
 
   def loss_and_gradients(
@@ -212,22 +249,33 @@ class Step(NamedTuple):
     return z, loss, grads, dz
 
   def pull_back(
-    self, state: TrainState, part: Batch, i: Any, dz: Any, own: dict | None
-  ) -> dict:
-    """Adds to `own`, None at first, the gradients through microbatch i."""
+    self, state: TrainState, part: Batch, i: Any, dz: Any, own: Any
+  ) -> Any:
+    """Adds to `own`, None at first, what microbatch i brings.
 
-    def fn(state, part, i, dz, own):
-      embed = lambda trained: self.part_of_towers(trained, state, part, i)
-      (grads,) = jax.vjp(embed, state.trained)[1](dz)
-      grads = jax.tree.map(lambda x: x[None], grads)
-      return grads if own is None else jax.tree.map(jnp.add, own, grads)
+    `own` is (the gradients through the towers and terms, the terms' shares).
+    """
+    B = len(part["text"]) * self.k
 
-    specs = P(), P("data"), P(), P("data"), P("data")
-    return self.on_data(fn, specs)(state, part, i, dz, own)
+    def fn(state, part, i, places, dz, own):
+      def run(trained):
+        z, shares_of = self.part_of_towers(trained, state, part, i)
+        return z, shares_of(places, B)
 
-  def add_up(self, grads: dict, own: dict) -> dict:
+      (_, shares), pull = jax.vjp(run, state.trained)
+      (grads,) = pull((dz, self.weights(state)))
+      new = jax.tree.map(lambda x: x[None], (grads, shares))
+      return new if own is None else jax.tree.map(jnp.add, own, new)
+
+    specs = P(), P("data"), P(), P("data"), P("data"), P("data")
+    return self.on_data(fn, specs)(state, part, i, self.places(B, i), dz, own)
+
+  def add_up(self, grads: dict, own: Any) -> tuple[dict, Metrics]:
     """Adds all of `own` to grads: the one reduction over "data"."""
-    return jax.tree.map(lambda x, rows: x + jnp.sum(rows, 0), grads, own)
+    through, shares = own
+    add = lambda x, rows: x + jnp.sum(rows, 0)
+    sums = jax.tree.map(lambda rows: jnp.sum(rows, 0), shares)
+    return jax.tree.map(add, grads, through), sums
 
   def in_microbatches(self, state: TrainState, batch: Batch) -> Result:
     """A step in microbatches, as one program."""
@@ -242,9 +290,9 @@ class Step(NamedTuple):
       return self.pull_back(state, part, i, dz, own), None
 
     zeros = lambda x: jnp.zeros((self.mesh.shape["data"], *x.shape), x.dtype)
-    own = jax.tree.map(zeros, state.trained)
+    own = jax.tree.map(zeros, (state.trained, self.weights(state)))
     own, _ = jax.lax.scan(add, own, (parts, numbers, dz))
-    return self.update(state, z, loss, self.add_up(grads, own))
+    return self.update(state, z, loss, *self.add_up(grads, own))
 
 
 def temperature_and_bias(model: TwoTowers, params: dict) -> tuple[Array, Array]:

@@ -53,6 +53,7 @@ def main(
   total_examples: float | None = None,
   seed: int = 0,
   loss: Mapping[str, Any] | None = None,
+  losses: Mapping[str, Mapping[str, Any]] | None = None,
   mesh: Mapping[str, Any] | None = None,
   sharding: Sequence = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
@@ -84,9 +85,11 @@ def main(
     model: arguments of two_towers.TwoTowers, see two_towers.of_config.
     optim: arguments of optim.make_optimizer.
     total_steps, total_epochs, total_examples: the length; one of them.
-    seed: of initialisation, data order, augmentation, dropout and random
-      negatives.
-    loss: arguments of losses.make: "name" and the loss's own options.
+    seed: of initialisation, data order, augmentation, dropout, random
+      negatives and what the terms of losses draw.
+    loss: of pairs, arguments of losses.make: "name" and the loss's own options.
+    losses: the losses beside it, {name: {"type": one of terms.TERMS, "weight",
+      "from_steps", its arguments}}.
     mesh: arguments of sharding.make_mesh.
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
     lock: parts of the parameters that are not trained, such as ("img",); see
@@ -114,8 +117,8 @@ def main(
   Returns:
     (name, Row) of each result of the last evaluation.
 
-  Durations in optim, checkpoints and evals may also be given as *_epochs,
-  *_examples or *_percent.
+  Durations in optim, losses, checkpoints and evals may also be given as
+  *_epochs, *_examples or *_percent.
   """
   config = dict(locals())
   for key in ("workdir", "eval_only", "profile_steps"):
@@ -180,6 +183,7 @@ def main(
     model=model,
     optim=times.resolve(optim, "config.optim"),
     loss=loss,
+    losses=times.resolve(losses or {}, "config.losses"),
     sharding=sharding,
     lock=lock,
     lora=lora,
@@ -191,7 +195,7 @@ def main(
   _check_vocabulary(run.model.text, tokens.vocab_size)
   from sigjax.models import flops as flops_lib
 
-  flops = flops_lib.training(run.model, example, run.state.trained)
+  flops = flops_lib.training(run.model, example, run.state.trained, run.terms)
   logger.info(
     "%.1f M parameters (parameters.txt), %.2f GFLOP per example",
     parameter_overview.count_parameters(run.state.stored) / 1e6,
@@ -360,15 +364,20 @@ def _initial(run, seed, example, init, lock, tokenizer_sha):
   init = init or {}
   if "lora" in run.state.trained:  # no weights hold adapters
     init = dict(init, dont_load=(*init.get("dont_load", ()), "lora/.*"))
+  parts = [term.kind.part for term in run.terms]
   given = errors.call(
     restore.read_init,
     init,
     "config.init",
     run.state.stored,
     tokenizer_sha=tokenizer_sha,
+    may_lack=parts,
   )
+  there = {name.split("/")[0] for name in given}
+  if given and (new := [part for part in parts if part not in there]):
+    logger.info("not in these weights, from scratch: %s", ", ".join(new))
   return init_lib.init_state(
-    run.model, run.tx, seed, example, run.state, given, lock
+    run.model, run.tx, seed, example, run.state, given, lock, run.terms
   )
 
 

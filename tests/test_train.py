@@ -92,7 +92,10 @@ def test_images_of_any_aspect_ratio(tmp_path, tiny_config):
 def test_a_stopped_run_ends_like_one_that_was_not(
   tmp_path, tiny_config, devices
 ):
-  """SIGTERM, then the same command again: bit for bit the same parameters."""
+  """SIGTERM, then the same command again: bit for bit the same parameters.
+
+  Those of a decoder, too.
+  """
   config = dict(
     tiny_config,
     total_steps=30,
@@ -103,6 +106,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(
   )
   if devices == 8:
     config["microbatches"] = 3
+    config["losses"] = dict(caption=dict(type="caption", from_percent=10))
   whole = start(tmp_path / "whole", config, devices)
   parts = start(tmp_path / "parts", config, devices)
   progress = tmp_path / "parts" / "metrics.jsonl"
@@ -130,12 +134,15 @@ def test_a_stopped_run_ends_like_one_that_was_not(
   # And the metrics of each step are there once, the same in both.
   same = [
     [
-      {k: x[k] for k in ("step", "loss", "grad_norm")}
+      {k: x.get(k) for k in ("step", "loss", "grad_norm", "caption")}
       for x in lines(tmp_path / name)
     ]
     for name in ("parts", "whole")
   ]
   assert same[0] == same[1]
+  if devices == 8:
+    first, last = same[0][0]["caption"], same[0][-1]["caption"]
+    assert last < first == pytest.approx(np.log(32), rel=1e-6)  # as by chance
 
 
 @pytest.fixture(scope="module")
@@ -191,10 +198,12 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
   npz_lib.save_params(npz, trees.unflatten(params(a)))
   for i, path in enumerate((npz, a)):
     caplog.clear()
+    config["losses"] = dict(caption=dict(type="caption")) if i == 0 else {}
     run(
       tmp_path / f"d{i}", dict(config, total_steps=1), init=dict(path=str(path))
     )
     assert "starting from init" in caplog.text
+    assert ("from scratch: dec" in caplog.text) == (i == 0)
     (step,) = [x for x in lines(tmp_path / f"d{i}") if "loss" in x]
     assert step["step"] == 1 and step["loss"] < start
   with pytest.raises(errors.UserError, match="has no checkpoints; train"):

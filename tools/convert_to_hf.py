@@ -15,6 +15,9 @@ config with it. For an .npz file, the default of --config is config.json beside
 it, where tools.convert_from_hf writes it. The default of --tokenizer is
 tokenizer.model in the workdir, or beside the .npz file.
 
+The decoder of config.losses, if there is one, is written beside the model, to
+decoder.npz, which transformers do not read.
+
 The conversion is exact, so it refuses what SiglipModel cannot express. It takes
 pool_type "map" (image) and "last" (text), a head on the text tower only, and a
 bias; `resize` to a square and `value_range`, or `resize_to_patches` of NaFlex;
@@ -78,7 +81,9 @@ def convert(
   save_file = config_lib.need("safetensors.numpy").save_file
   is_run = pathlib.Path(weights).is_dir()
   home = layout.find(weights)[0] if is_run else pathlib.Path(weights).parent
-  flat = _read(weights, is_run)
+  flat, decoder = _read(weights, is_run), {}
+  for name in [name for name in flat if name.startswith("dec/")]:
+    decoder[name] = flat.pop(name)
   tokenizer = pathlib.Path(tokenizer or home / "tokenizer.model")
   if is_run and not config:
     # That of the checkpoint: a later command may have changed config.json.
@@ -116,6 +121,8 @@ def convert(
 
   with config_lib.new_folder(out) as folder:
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    if decoder:
+      npz.save_params(folder / "decoder.npz", trees.unflatten(decoder))
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
     for name, value in {
       "config.json": their_config,

@@ -184,6 +184,7 @@ def read_init(
   into: str | None = None,
   dont_load: Sequence[str] = (),
   tokenizer_sha: str | None = None,
+  may_lack: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Reads the weights that a run starts from, released ones or another run's.
 
@@ -196,6 +197,8 @@ def read_init(
     dont_load: regexes of names (within `into`) that start from scratch, or
       that the weights may have though the model has not.
     tokenizer_sha: the SHA-256 of this run's tokenizer; None is not compared.
+    may_lack: parts of the parameters, such as "dec", that start from scratch if
+      the weights have nothing of them.
 
   Returns:
     {name: array} of what was read.
@@ -214,10 +217,14 @@ def read_init(
   if is_run(path):
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     loaded = npz.fit(
-      trees.flatten(read_params(path, one_device)), like, dont_load, path
+      trees.flatten(read_params(path, one_device)),
+      like,
+      dont_load,
+      path,
+      may_lack,
     )
   else:
-    loaded = npz.load_params(path, like, dont_load)
+    loaded = npz.load_params(path, like, dont_load, may_lack)
   prefix = f"{into}/" if into else ""
   return {
     prefix + name: leaf

@@ -4,10 +4,11 @@ The losses, elementwise operations and what remat computes again are not
 counted: MFU is about the work that a step needs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sigjax.models import two_towers
 from sigjax.models.text import TextTransformer
@@ -16,7 +17,10 @@ from sigjax.models.vit import ViT
 
 
 def training(
-  model: two_towers.TwoTowers, example: Mapping, trained: Any
+  model: two_towers.TwoTowers,
+  example: Mapping,
+  trained: Any,
+  terms: Sequence[Any] = (),
 ) -> int:
   """Returns the FLOPs of training per example.
 
@@ -27,8 +31,15 @@ def training(
     trained: the parameters that are trained. A tower without any costs its
       forward pass alone, others three times as much, low-rank adapters too:
       their gradients go through those of whole kernels.
+    terms: the losses beside the pair loss, see terms.make. Each costs three
+      times its forward pass.
   """
   total = 0
+  if terms:
+    batch = {k: jnp.asarray(example[k])[None] for k in ("image", "text")}
+    run = lambda key: model.init_with_output(key, **batch)[0][2]
+    out = jax.eval_shape(run, jax.random.key(0))
+    total = 3 * sum(term.kind.flops(out, batch) for term in terms)
   adapted = trained.get("lora", {})
   for tower, count in forward(model, example).items():
     learns = jax.tree.leaves([x.get(tower, {}) for x in (trained, adapted)])

@@ -87,7 +87,8 @@ class NaFlex(nn.Module):
 
     z is (B, out_dim), or (B, width) without a head, in the compute dtype.
     Intermediates: "embedded" and "encoded" (B, L, width), with any values at
-    the padding; "pre_logits" (B, width).
+    the padding; "mask" (B, L), which patches there are; "pre_logits"
+    (B, width).
 
     Raises:
       UserError: an unknown variant or pool_type, or other images than patches
@@ -104,7 +105,7 @@ class NaFlex(nn.Module):
         f"resize_to_patches(length, {patch}) makes them"
       )
     pixels, places = image[..., :-2], image[..., -2:].astype(jnp.int32)
-    mask = places[..., 1] >= 0
+    mask = out["mask"] = places[..., 1] >= 0
     if jnp.issubdtype(pixels.dtype, jnp.integer):
       pixels = pixels.astype(jnp.float32) * (2 / 255) - 1
     x = nn.Dense(size.width, dtype=self.dtype, name="embedding")(pixels)

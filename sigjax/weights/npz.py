@@ -42,7 +42,10 @@ OLD_NAMES = [
 
 
 def load_params(
-  path: AnyPath, like: Any = None, dont_load: Sequence[str] = ()
+  path: AnyPath,
+  like: Any = None,
+  dont_load: Sequence[str] = (),
+  may_lack: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Reads parameters from a .npz file, to fit a model.
 
@@ -55,10 +58,12 @@ def load_params(
       returns everything, named as in the file.
     dont_load: regexes of whole names that are not read, whether or not the
       file has them: they stay what they are in `like`.
+    may_lack: parts of the tree, such as "dec", that stay what they are in
+      `like` if the file has nothing of them.
 
   Returns:
-    Nested dicts like `like`, of float32 numpy arrays; where dont_load matches,
-    the leaf of `like` itself.
+    Nested dicts like `like`, of float32 numpy arrays; the leaf of `like` itself
+    for what is not read.
 
   To fit `like`, blocks are stacked or unstacked, the position of "cls" is added
   to "cls", and learned image positions are resampled. Of learned text positions
@@ -72,7 +77,7 @@ def load_params(
   file, part = known.split(path)
   flat = _rename(_read(file, part), part, file)
   if like is not None:
-    return fit(flat, like, dont_load, path)
+    return fit(flat, like, dont_load, path, may_lack)
   for name in flat:
     parents = name.split("/")[:-1]
     for i in range(1, len(parents) + 1):
@@ -89,16 +94,20 @@ def fit(
   like: Any,
   dont_load: Sequence[str],
   path: AnyPath,
+  may_lack: Sequence[str] = (),
 ) -> Any:
   """Fits arrays to a model.
 
   Args:
     flat: {name: array}.
-    like, dont_load, path: see load_params, as are the errors.
+    like, dont_load, path, may_lack: see load_params, as are the errors.
 
   Returns:
     A tree like `like`.
   """
+  there = {name.split("/")[0] for name in flat}
+  lacking = [f"{re.escape(x)}/.*" for x in may_lack if x not in there]
+  dont_load = (*dont_load, *lacking)
   skip = re.compile("|".join(f"(?:{p})" for p in dont_load) or r"(?!)")
   want = trees.flatten(like)
   flat = _stack(_unstack(flat, keep=want), want)

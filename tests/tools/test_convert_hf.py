@@ -160,6 +160,7 @@ def test_pixels(hf, tmp_path, pp):
 
 
 def test_a_run_is_as_good_as_a_file(tmp_path):
+  """And its decoder is kept beside the model."""
   config = hf_case.write_config(
     tmp_path, image=dict(scan=True), text=dict(scan=True)
   )
@@ -171,7 +172,10 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
     checkpoints.save(
       step,
       types.SimpleNamespace(
-        stored=jax.tree.map(lambda x, extra=extra: x + extra, params),
+        stored={
+          **jax.tree.map(lambda x, extra=extra: x + extra, params),
+          "dec": {"pos_embedding": np.full((1, 2, 3), step, np.float32)},
+        },
         step=np.int32(step),
         opt_state={},
       ),
@@ -189,6 +193,10 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
   for name, value in arrays[2].items():
     np.testing.assert_array_equal(arrays[1][name], value)
     np.testing.assert_array_equal(arrays[0][name], value + 1)
+  decoder = np.load(tmp_path / "1/decoder.npz")
+  assert set(decoder) == {"params/dec/pos_embedding"}
+  assert np.all(decoder["params/dec/pos_embedding"] == 2)
+  assert not (tmp_path / "2/decoder.npz").exists()
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ def step_job(
   sharding: Sequence[Any] = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
   lora: Mapping[str, Any] | None = None,
+  losses: Mapping[str, Mapping[str, Any]] | None = None,
   total_steps: int | None = None,
   total_epochs: float | None = None,
   total_examples: int | None = None,
@@ -218,6 +219,7 @@ def step_job(
     sharding=sharding,
     lock=lock,
     lora=lora,
+    losses=times.resolve(losses or {}, "config.losses"),
     microbatches=microbatches,
     feed=feed,
     seed=seed,
@@ -232,11 +234,12 @@ def step_job(
   }
   stored = run.state.stored
   count = sum(x.size for x in jax.tree.leaves(stored))
-  towers_alone = {k: x for k, x in stored.items() if k != "lora"}
+  own = {"lora", *(term.kind.part for term in run.terms)}
+  towers_alone = {k: x for k, x in stored.items() if k not in own}
   E = jax.eval_shape(
     run.model.apply, {"params": towers_alone}, None, batch["text"]
   )[1]
-  towers = flops_lib.training(run.model, example, run.state.trained)
+  towers = flops_lib.training(run.model, example, run.state.trained, run.terms)
   flops = batch_size * towers + loss_flops(
     batch_size, E.shape[1], **(loss or {})
   )

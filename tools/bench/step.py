@@ -98,6 +98,7 @@ def step_parts(
   total_examples: int | None = None,
   mesh: Mapping[str, Any] | None = None,
   loss: Mapping[str, Any] | None = None,
+  losses: Mapping[str, Mapping[str, Any]] | None = None,
   sharding: Sequence[Any] = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
 ) -> tuple[Callable[..., Any], Callable[[], Any], dict[str, jax.Array], float]:
@@ -124,6 +125,7 @@ def step_parts(
     total_examples=total_examples,
   )
   optim = times.resolve(optim, "config.optim")
+  terms = times.resolve(losses or {}, "config.losses")
 
   def built(loss_section, k):
     return build.build(
@@ -134,6 +136,7 @@ def step_parts(
       model=model,
       optim=optim,
       loss=loss_section,
+      losses=terms,
       sharding=sharding,
       lock=lock,
       microbatches=k,
@@ -168,8 +171,15 @@ def step_parts(
   return (
     make,
     functools.partial(
-      init.init_state, run.model, run.tx, 0, example, run.state, lock=lock
+      init.init_state,
+      run.model,
+      run.tx,
+      0,
+      example,
+      run.state,
+      lock=lock,
+      terms=run.terms,
     ),
     batch,
-    flops_lib.training(run.model, example, run.state.trained),
+    flops_lib.training(run.model, example, run.state.trained, run.terms),
   )
