@@ -30,8 +30,8 @@ def token_weights(
     text: rows that end in 1 and are then filled up, with 1 or 0.
     per_token: whether the weights of an example add up to 1.
   """
-  ends = jnp.cumsum(text == END, axis=1)
-  counts = (ends - (text == END) == 0).astype(jnp.float32)
+  ends = (text == END).astype(jnp.int32)
+  counts = (jnp.cumsum(ends, axis=1) == ends).astype(jnp.float32)
   if per_token:
     counts /= jnp.sum(counts, axis=1, keepdims=True)
   return counts
@@ -50,7 +50,7 @@ class Caption:
     parallel: the probability with which an example is predicted in parallel;
       0: none, as at evaluation.
     per_token: True: an example's loss is the mean over its tokens; False: their
-      sum, with which long captions count more. The papers do not say [open].
+      sum, with which long captions count more. The papers do not say.
       Padding counts for nothing.
     chunk: of how many tokens a device holds logits at a time, see
       crossentropy.py.
