@@ -135,10 +135,11 @@ def _start(config: common.Config, weights: str, whole: bool) -> float:
     config.tokenizer = dict(path=it.tokenizer)
     model = it.model
   elif weights.endswith(".npz") or os.path.exists(f"{weights}/params.npz"):
-    config.init.path, about = common.config_of_file(weights)
+    file, about = common.config_of_file(weights)
+    config.init = dict(path=file)
     config.pp_image, config.pp_text = about["pp_image"], about["pp_text"]
-    folder = os.path.dirname(config.init.path)
-    config.tokenizer = dict(path=os.path.join(folder, "tokenizer.model"))
+    tokenizer = os.path.join(os.path.dirname(file), "tokenizer.model")
+    config.tokenizer = dict(path=tokenizer)
     model = about["model"]
   else:
     about = common.config_of_run(weights)

@@ -121,9 +121,9 @@ def _share(chunk, with_grads, features, kernel, bias, targets, weights):
   if with_grads:
     zeros = jnp.zeros(kernel.shape, F32), jnp.zeros(kernel.shape[1], F32)
   parts = rows(features), rows(targets), rows(weights)
-  (value, dkernel, dbias), dx = lax.scan(
-    visit, (jnp.zeros((), F32), *zeros), parts
-  )
+  start = jnp.zeros((), F32), *zeros
+  found: Any = lax.scan(visit, start, parts)
+  (value, dkernel, dbias), dx = found
   if not with_grads:
     return value[None], None, None, None
   dx = dx.reshape(-1, width)[:tokens]

@@ -37,8 +37,11 @@ def training(
   total = 0
   if terms:
     batch = {k: jnp.asarray(example[k])[None] for k in ("image", "text")}
-    run = lambda key: model.init_with_output(key, **batch)[0][2]
-    out = jax.eval_shape(run, jax.random.key(0))
+    init = lambda key: model.init_with_output(
+      key, batch["image"], batch["text"]
+    )
+    found: Any = jax.eval_shape(init, jax.random.key(0))
+    (_, _, out), _ = found
     total = 3 * sum(term.kind.flops(out, batch) for term in terms)
   adapted = trained.get("lora", {})
   for tower, count in forward(model, example).items():

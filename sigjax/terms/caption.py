@@ -124,13 +124,14 @@ class Caption:
   ) -> Float[Array, ""]:
     text = batch["text"]
     draw = lambda key: jax.random.bernoulli(key, self._parallel)
-    features, kernel, bias = self.decoder.apply(
+    found: Any = self.decoder.apply(
       {"params": params},
       out["img/encoded"],
       text,
       jax.vmap(draw)(keys),
       out.get("img/mask"),
     )
+    features, kernel, bias = found
     return crossentropy.cross_entropy(
       features.astype(self._dtype).reshape(-1, features.shape[2]),
       kernel,
