@@ -211,12 +211,12 @@ class _Projection(nn.Module):
     kernel = self.param(
       "kernel", lambda key, shape: init(key, flat).reshape(shape), shape
     )
+    bias = None
     cast = lambda a: jnp.asarray(a, self.dtype)  # parameters may be NumPy's
-    product = cast(x) @ cast(kernel).reshape(flat)
-    if not self.bias:
-      return product, None
-    bias = self.param("bias", nn.initializers.zeros, ends)
-    return product, cast(bias).reshape((1,) * (x.ndim - 1) + (-1,))
+    if self.bias:
+      bias = cast(self.param("bias", nn.initializers.zeros, ends))
+      bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
+    return cast(x) @ cast(kernel).reshape(flat), bias
 
 
 class MultiHeadDotProductAttention(nn.Module):
