@@ -178,9 +178,11 @@ def test_what_a_run_over_tfds_loads(shapes_dir):
 def test_the_tree_names_every_file():
   tree = (ROOT / "docs/tree.md").read_text()
   named = re.findall(r"^\s+(\w+\.py)\s", tree, re.M)
-  for folder in ("sigjax", "tools", "configs", "studies"):
-    for path in (ROOT / folder).rglob("*.py"):
-      if path.name != "__init__.py":
-        assert path.name in named, f"docs/tree.md lacks {path.name}"
-  for name in named:
-    assert list(ROOT.rglob(name)), f"docs/tree.md names {name}"
+  files = lambda *folders: {
+    path.name for folder in folders for path in (ROOT / folder).rglob("*.py")
+  }
+  code = files("sigjax", "tools", "configs", "studies")
+  lacking = code - {"__init__.py"} - set(named)
+  assert not lacking, f"docs/tree.md lacks {lacking}"
+  gone = set(named) - code - files("examples", "tests")
+  assert not gone, f"docs/tree.md names {gone}"
