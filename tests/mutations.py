@@ -169,8 +169,8 @@ MUTATIONS = [
   ),
   Mutation(
     "step.py",
-    "return jax.tree.map(lambda x, rows: x + jnp.sum(rows, 0), grads, own)",
-    "return jax.tree.map(lambda x, rows: jnp.sum(rows, 0), grads, own)",
+    "add = lambda x, rows: x + jnp.sum(rows, 0)",
+    "add = lambda x, rows: jnp.sum(rows, 0)",
     STEP,
   ),
   Mutation(
@@ -206,8 +206,8 @@ MUTATIONS = [
   ),
   Mutation(
     "optim.py",
-    "b2: float = 0.95,",
-    "b2: float = 0.999,",
+    "b2: float = 0.95,\n  eps",
+    "b2: float = 0.999,\n  eps",
     OPTIM,
   ),
   # ---- Order and mixtures ----
