@@ -154,16 +154,13 @@ def _cudnn(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Mesh):
   return on_each_device(local, mesh)(q, k, v, mask)
 
 
-def on_each_device(
-  fn: Callable, mesh: Mesh, results: int | None = None
-) -> Callable:
+def on_each_device(fn: Callable, mesh: Mesh) -> Callable:
   """Returns fn in a shard_map over all devices: arrays are split by rows.
 
   Args:
-    fn: of arrays (b, ...), or None, each.
+    fn: of arrays (b, ...), or None, each; results have rows, too.
     mesh: the devices. In a shard_map over some of its axes, as in microbatches,
       the others are left to split.
-    results: how many results fn has; None: one, by itself.
   """
   done = jax.sharding.get_abstract_mesh().manual_axes
   left = tuple(axis for axis in mesh.axis_names if axis not in done)
@@ -174,7 +171,7 @@ def on_each_device(
     fn,
     mesh=None if done else mesh,
     in_specs=rows,
-    out_specs=rows if results is None else (rows,) * results,
+    out_specs=rows,
     axis_names=set(left),
     check_vma=False,
   )

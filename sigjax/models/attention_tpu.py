@@ -113,7 +113,7 @@ def _attend_fwd(query, key, value, mask, num_heads, mesh):
   if mask is not None:
     bias = jnp.where(mask[:, None, :], 0.0, MASKED)
   args = (query, key, value, bias)
-  out, lse = _on(mesh, _forward, shape[1], num_heads, args, 2)
+  out, lse = _on(mesh, _forward, shape[1], num_heads, args)
   out, lse = _attended(out), _attended(lse)
   return out.reshape(shape), (*args, lse)
 
@@ -121,7 +121,7 @@ def _attend_fwd(query, key, value, mask, num_heads, mesh):
 def _attend_bwd(num_heads, mesh, residuals, dout):
   query, key, value, bias, lse = residuals
   args = (query, key, value, bias, lse, dout.reshape(query.shape))
-  grads = _on(mesh, _backward, dout.shape[1], num_heads, args, 3)
+  grads = _on(mesh, _backward, dout.shape[1], num_heads, args)
   return *(x.reshape(dout.shape) for x in grads), None
 
 
@@ -144,7 +144,6 @@ def _on(
   length: int,
   num_heads: int,
   args: Sequence[Any],
-  results: int,
 ) -> Any:
   """Calls fn with each device's share of args.
 
@@ -152,7 +151,7 @@ def _on(
   """
   interpret = mesh.devices.flat[0].platform == "cpu"
   fn = functools.partial(fn, length, num_heads, interpret)
-  return attention.on_each_device(fn, mesh, results)(*args)
+  return attention.on_each_device(fn, mesh)(*args)
 
 
 def _forward(length, num_heads, interpret, query, key, value, bias):

@@ -224,9 +224,11 @@ def name_of(weights: str) -> str:
     weights: a name in KNOWN; or a file or URL that is called as a released one,
       unless a config.json beside it says what it is.
   """
+  if weights in KNOWN:
+    return weights
   folder, file = os.path.split(weights)
-  if weights in KNOWN or os.path.exists(os.path.join(folder, "config.json")):
-    return weights if weights in KNOWN else ""
+  if os.path.exists(os.path.join(folder, "config.json")):
+    return ""
   return _names_of_files().get(file, "")
 
 
