@@ -98,7 +98,7 @@ def build(
   )
   make_step = step_lib.make_train_step
   train_step = make_step(towers, tx, lr_fn, loss_fn, mesh, **options)
-  state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock)
+  state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock, terms)
   return Built(towers, tx, train_step, state, lock, terms)
 
 

@@ -16,10 +16,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from sigjax import losses
+from sigjax import losses, sharding
 
 F32 = jnp.float32
 
@@ -52,9 +51,8 @@ def cross_entropy(
   """
 
   def run(with_grads, *args):
-    return _on_each_device(
-      functools.partial(_share, chunk, with_grads), mesh, args
-    )
+    fn = functools.partial(_share, chunk, with_grads)
+    return sharding.on_each_device(fn, mesh, whole=(1, 2))(*args)
 
   def scale(grads, g):
     by = lambda x: (x.astype(F32) * g).astype(x.dtype)
@@ -67,23 +65,6 @@ def cross_entropy(
   fn = jax.custom_vjp(lambda *args: jnp.sum(run(False, *args)[0]))
   fn.defvjp(forward, scale)
   return fn(features, kernel, bias, targets, weights)
-
-
-def _on_each_device(fn: Any, mesh: Mesh | None, args: Any) -> Any:
-  """Runs fn on each device's tokens; results have a row for each device."""
-  done = jax.sharding.get_abstract_mesh().manual_axes  # in microbatches
-  left = tuple(x for x in mesh.axis_names if x not in done) if mesh else ()
-  if not left:
-    return fn(*args)
-  rows, whole = P(left), P()
-  return jax.shard_map(
-    fn,
-    mesh=None if done else mesh,
-    in_specs=(rows, whole, whole, rows, rows),
-    out_specs=rows,
-    axis_names=set(left),
-    check_vma=False,
-  )(*args)
 
 
 def _share(chunk, with_grads, features, kernel, bias, targets, weights):

@@ -30,7 +30,7 @@ def init_state(
   Args:
     model, tx: the towers and the optimizer.
     seed: of the parameters, which do not depend on the number of devices.
-    example: dict(image=(H, W, C), text=(L,)), for its shapes.
+    example: dict(image=(H, W, C), text=(L,), ..), for its shapes.
     abstract: from abstract_state.
     given: {name: array} of parameters that do not start from scratch.
     lock: see split_params.
@@ -56,6 +56,6 @@ def init_state(
     params[name] = jax.device_put(x, want[name].sharding)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   start = jax.jit(
-    lambda p: state_lib.new_state(p, tx, lock), out_shardings=shardings
+    lambda p: state_lib.new_state(p, tx, lock, terms), out_shardings=shardings
   )
   return start(trees.unflatten(params))

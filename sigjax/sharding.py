@@ -5,7 +5,7 @@ parameter is split over "fsdp" if the config's table says so; otherwise each
 device holds all of it. Plain data parallelism is fsdp=1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -137,3 +137,34 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Makes global arrays (B, ...) from each process's (B/processes, ...)."""
   put = jax.make_array_from_process_local_data
   return jax.tree.map(lambda x: put(batch_sharding(mesh), x), batch)
+
+
+def on_each_device(
+  fn: Callable, mesh: Mesh | None, whole: Sequence[int] = ()
+) -> Callable:
+  """Returns fn in a shard_map over all devices: arrays are split by rows.
+
+  Args:
+    fn: of trees of arrays (b, ...), or None; results have rows, too.
+    mesh: the devices; None if they are not known: fn itself. In a shard_map
+      over some of its axes, as in microbatches, the others are left to split.
+    whole: the numbers of arguments that each device has all of. Gradients with
+      respect to them are added up over the devices.
+  """
+  done = jax.sharding.get_abstract_mesh().manual_axes
+  left = tuple(x for x in mesh.axis_names if x not in done) if mesh else ()
+  if not left:
+    return fn
+  rows = P(left)
+
+  def run(*args):
+    return jax.shard_map(
+      fn,
+      mesh=None if done else mesh,
+      in_specs=tuple(P() if i in whole else rows for i in range(len(args))),
+      out_specs=rows,
+      axis_names=set(left),
+      check_vma=False,
+    )(*args)
+
+  return run

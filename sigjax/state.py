@@ -28,6 +28,8 @@ class TrainState(flax.struct.PyTreeNode):
   trained: dict  # float32, such as {"txt": .., "t": (1,), "b": (1,)}
   locked: dict  # parameters that stay as they are, such as {"img": ..}
   opt_state: optax.OptState  # over `trained`
+  # What the losses beside the pair loss keep, by their parts, see terms.Kind.
+  held: dict = flax.struct.field(default_factory=dict)
 
   @property
   def stored(self) -> dict:
@@ -45,12 +47,16 @@ class TrainState(flax.struct.PyTreeNode):
     return jax.jit(lora.merge)(stored)
 
   def restored(
-    self, params: dict, step: Any, opt_state: optax.OptState
+    self,
+    params: dict,
+    step: Any,
+    opt_state: optax.OptState,
+    held: dict | None = None,
   ) -> "TrainState":
     """Returns the same kind of state with the values of a checkpoint."""
     locked = trees.flatten(self.locked)
     trained, locked = trees.split(params, lambda name: name in locked)
-    return TrainState(step, trained, locked, opt_state)
+    return TrainState(step, trained, locked, opt_state, held or {})
 
 
 def split_params(params: dict, lock: Sequence[str]) -> tuple[dict, dict]:
@@ -72,11 +78,11 @@ def init_params(
   example: Mapping,
   terms: "Sequence[Term]" = (),
 ) -> dict:
-  """Returns parameters from scratch, for dict(image=, text=) like example.
+  """Returns parameters from scratch, for dict(image=, text=, ..) like example.
 
   Those of terms (terms.make) are beside the towers'.
   """
-  batch = {k: jnp.asarray(example[k])[None] for k in ("image", "text")}
+  batch = {k: jnp.asarray(x)[None] for k, x in example.items()}
   (_, _, out), variables = model.init_with_output(
     rng, batch["image"], batch["text"]
   )
@@ -115,6 +121,7 @@ def abstract_state(
   mesh: Mesh,
   table: Sequence,
   lock: Sequence[str] = (),
+  terms: "Sequence[Term]" = (),
 ) -> TrainState:
   """Returns the train state as ShapeDtypeStructs with shardings.
 
@@ -124,12 +131,17 @@ def abstract_state(
     mesh: from sharding.make_mesh.
     table: rows (regex, split), see sharding.shard_params.
     lock: see split_params.
+    terms: what they hold is split like the parameters that it is a copy of.
   """
   split = sharding.shard_params(shapes, mesh, table)
-  state = jax.eval_shape(lambda params: new_state(params, tx, lock), shapes)
-  moments = sharding.shard_like(state.opt_state, shapes, split, mesh)
+  new = lambda params: new_state(params, tx, lock, terms)
+  state = jax.eval_shape(new, shapes)
+  moments, held = (
+    sharding.shard_like(tree, shapes, split, mesh)
+    for tree in (state.opt_state, state.held)
+  )
   step = NamedSharding(mesh, P())
-  shardings = TrainState(step, *split_params(split, lock), moments)
+  shardings = TrainState(step, *split_params(split, lock), moments, held)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     state,
@@ -138,8 +150,14 @@ def abstract_state(
 
 
 def new_state(
-  params: dict, tx: optax.GradientTransformation, lock: Sequence[str] = ()
+  params: dict,
+  tx: optax.GradientTransformation,
+  lock: Sequence[str] = (),
+  terms: "Sequence[Term]" = (),
 ) -> TrainState:
   """Returns the state before the first step."""
   trained, locked = split_params(params, lock)
-  return TrainState(jnp.zeros((), jnp.int32), trained, locked, tx.init(trained))
+  step = jnp.zeros((), jnp.int32)
+  state = TrainState(step, trained, locked, tx.init(trained))
+  held = {term.kind.part: term.kind.hold(state.params) for term in terms}
+  return state.replace(held={part: x for part, x in held.items() if x})

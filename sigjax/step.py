@@ -22,6 +22,7 @@ if TYPE_CHECKING:
   from sigjax.terms import Term
 
 Metrics = dict[str, Float[Array, ""]]
+Shares = tuple[Metrics, dict[str, Any]]  # of the terms, by name
 Result = tuple[TrainState, Metrics]
 Batch = dict[str, Any]  # see make_train_step
 
@@ -76,7 +77,8 @@ def make_train_step(
 
   Returns:
     A TrainStep. Its batch is dict(image=(B, H, W, C) uint8 or float32,
-    text=(B, L) int32) and, for a loss with positives, group=(B, G) int32. Its
+    text=(B, L) int32), for a loss with positives group=(B, G) int32, and what
+    the terms read. Its
     metrics are float32 scalars: loss (loss_fn's), t, b, pos_logit and neg_logit
     (means over the B and the B * (B - 1) pairs on and off the diagonal),
     grad_norm, update_norm and param_norm (global, of what is trained), lr, and
@@ -114,12 +116,13 @@ class Step(NamedTuple):
 
   def towers(
     self, trained: dict, state: TrainState, part: Batch, key: Array
-  ) -> tuple[tuple[Array, Array], Callable[..., Metrics]]:
+  ) -> tuple[tuple[Array, Array], Callable[..., Shares]]:
     """Runs the towers over n examples.
 
     Returns:
-      (zimg, ztxt), (n, E) each; and fn(places, B) -> {term: the sum of these
-      examples' losses / B}, where places (n,) are their rows in the batch.
+      (zimg, ztxt), (n, E) each; and fn(places, B) -> ({term: the sum of these
+      examples' losses / B}, {term: its other sums / B}), where places (n,) are
+      their rows in the batch.
     """
     params = state.replace(trained=trained).params
     found: Any = self.model.apply(
@@ -132,14 +135,16 @@ class Step(NamedTuple):
     zimg, ztxt, out = found
 
     def shares(places, B):
-      args = params, out, part, self.key(state), places
-      return {term.name: term.total(*args) / B for term in self.terms}
+      args = params, state.held, out, part, self.key(state), places
+      found = {term.name: term.total(*args) for term in self.terms}
+      share = lambda i: {name: sums[i] for name, sums in found.items()}
+      return jax.tree.map(lambda x: x / B, (share(0), share(1)))
 
     return (zimg, ztxt), shares
 
-  def weights(self, state: TrainState) -> Metrics:
-    """Returns each term's weight in this step."""
-    return {term.name: term.weight_at(state.step) for term in self.terms}
+  def weights(self) -> Metrics:
+    """Returns each term's weight."""
+    return {term.name: jnp.float32(term.weight) for term in self.terms}
 
   def places(self, B: int, i: Any) -> Array | None:
     """Returns the rows of microbatch i in the batch, (B/k,), for the terms."""
@@ -159,13 +164,13 @@ class Step(NamedTuple):
     return self.loss_fn(zimg, ztxt, t, b, groups=groups, key=self.key(state))
 
   def update(
-    self, state: TrainState, z: Any, loss: Array, grads: dict, shares: Metrics
+    self, state: TrainState, z: Any, loss: Array, grads: dict, shares: Shares
   ) -> Result:
     """The end of each step: from gradients to the new state and metrics."""
     updates, opt_state = self.tx.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     t, b = temperature_and_bias(self.model, state.params)
-    zimg, ztxt = z
+    (zimg, ztxt), (beside, means) = z, shares
     stats = losses.logit_stats(zimg, ztxt, t, b)
     metrics = dict(
       loss=loss,
@@ -177,20 +182,33 @@ class Step(NamedTuple):
       update_norm=optax.tree.norm(updates),
       param_norm=optax.tree.norm(trained),
       lr=self.lr_fn(state.step),
-      **shares,
+      **beside,
     )
     new = dict(step=state.step + 1, trained=trained, opt_state=opt_state)
+    new["held"] = self.held_after(state, trained, means)
     return state.replace(**new), metrics
+
+  def held_after(self, state: TrainState, trained: dict, means: dict) -> dict:
+    """Returns what the terms hold after this step."""
+    params = state.replace(trained=trained).params
+    return {
+      term.kind.part: term.kind.after(
+        state.held[term.kind.part], params, means[term.name], state.step
+      )
+      for term in self.terms
+      if term.kind.part in state.held
+    }
 
   def whole_batch(self, state: TrainState, batch: Batch) -> Result:
     """A step without microbatches."""
-    B, weights = len(batch["text"]), self.weights(state)
+    B, weights = len(batch["text"]), self.weights()
 
     def fn(trained):
       z, shares_of = self.towers(trained, state, batch, self.key(state, 0))
       loss = self.pair_loss(trained, state, *z, batch.get("group"))
       shares = shares_of(self.places(B, 0), B)
-      total = sum((weights[name] * x for name, x in shares.items()), loss)
+      beside, _ = shares
+      total = sum((weights[name] * x for name, x in beside.items()), loss)
       return total, (z, loss, shares)
 
     grad = jax.value_and_grad(fn, has_aux=True)
@@ -218,7 +236,7 @@ class Step(NamedTuple):
 
   def part_of_towers(
     self, trained: dict, state: TrainState, part: Batch, i: Any
-  ) -> tuple[tuple[Array, Array], Callable[..., Metrics]]:
+  ) -> tuple[tuple[Array, Array], Callable[..., Shares]]:
     """Runs the towers over this place's rows of microbatch i, in on_data."""
     # Each place draws a dropout of its own.
     key = self.key(state, i, jax.lax.axis_index("data"))
@@ -260,17 +278,18 @@ class Step(NamedTuple):
     def fn(state, part, i, places, dz, own):
       def run(trained):
         z, shares_of = self.part_of_towers(trained, state, part, i)
-        return z, shares_of(places, B)
+        beside, sums = shares_of(places, B)
+        return (z, beside), sums
 
-      (_, shares), pull = jax.vjp(run, state.trained)
-      (grads,) = pull((dz, self.weights(state)))
-      new = jax.tree.map(lambda x: x[None], (grads, shares))
+      (_, beside), pull, sums = jax.vjp(run, state.trained, has_aux=True)
+      (grads,) = pull((dz, self.weights()))
+      new = jax.tree.map(lambda x: x[None], (grads, (beside, sums)))
       return new if own is None else jax.tree.map(jnp.add, own, new)
 
     specs = P(), P("data"), P(), P("data"), P("data"), P("data")
     return self.on_data(fn, specs)(state, part, i, self.places(B, i), dz, own)
 
-  def add_up(self, grads: dict, own: Any) -> tuple[dict, Metrics]:
+  def add_up(self, grads: dict, own: Any) -> tuple[dict, Shares]:
     """Adds all of `own` to grads: the one reduction over "data"."""
     through, shares = own
     add = lambda x, rows: x + jnp.sum(rows, 0)
@@ -290,7 +309,8 @@ class Step(NamedTuple):
       return self.pull_back(state, part, i, dz, own), None
 
     zeros = lambda x: jnp.zeros((self.mesh.shape["data"], *x.shape), x.dtype)
-    own = jax.tree.map(zeros, (state.trained, self.weights(state)))
+    sums = {term.name: term.kind.nothing() for term in self.terms}
+    own = jax.tree.map(zeros, (state.trained, (self.weights(), sums)))
     own, _ = jax.lax.scan(add, own, (parts, numbers, dz))
     return self.update(state, z, loss, *self.add_up(grads, own))
 

@@ -62,7 +62,8 @@ def handler() -> ocp.CompositeCheckpointHandler:
 
 def rest(state: Any) -> dict[str, Any]:
   """Returns the part of a TrainState that is not parameters."""
-  return dict(step=state.step, opt_state=state.opt_state)
+  found = dict(step=state.step, opt_state=state.opt_state)
+  return {**found, "held": state.held} if state.held else found
 
 
 def reason(error: BaseException) -> str:

@@ -9,10 +9,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from sigjax import errors
+from sigjax import errors, sharding
 
 # Rows of all heads side by side, (B, L, W), and the mask of keys -> the same.
 # Masks that differ between queries, (B, L, M), are for XLA's way alone.
@@ -151,30 +150,7 @@ def _cudnn(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Mesh):
     )
     return out.reshape(q.shape[0], q.shape[1], -1)
 
-  return on_each_device(local, mesh)(q, k, v, mask)
-
-
-def on_each_device(fn: Callable, mesh: Mesh) -> Callable:
-  """Returns fn in a shard_map over all devices: arrays are split by rows.
-
-  Args:
-    fn: of arrays (b, ...), or None, each; results have rows, too.
-    mesh: the devices. In a shard_map over some of its axes, as in microbatches,
-      the others are left to split.
-  """
-  done = jax.sharding.get_abstract_mesh().manual_axes
-  left = tuple(axis for axis in mesh.axis_names if axis not in done)
-  if not left:
-    return fn
-  rows = P(left)
-  return jax.shard_map(
-    fn,
-    mesh=None if done else mesh,
-    in_specs=rows,
-    out_specs=rows,
-    axis_names=set(left),
-    check_vma=False,
-  )
+  return sharding.on_each_device(local, mesh)(q, k, v, mask)
 
 
 WAYS: dict[str, Callable] = dict(xla=_xla, pallas=_pallas, cudnn=_cudnn)

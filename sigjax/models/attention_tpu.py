@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from sigjax.models import attention
+from sigjax import sharding
 
 LANES = 128
 # Added to logits. A masked key counts as nothing beside any other, and a key of
@@ -151,7 +151,7 @@ def _on(
   """
   interpret = mesh.devices.flat[0].platform == "cpu"
   fn = functools.partial(fn, length, num_heads, interpret)
-  return attention.on_each_device(fn, mesh)(*args)
+  return sharding.on_each_device(fn, mesh)(*args)
 
 
 def _forward(length, num_heads, interpret, query, key, value, bias):

@@ -31,18 +31,17 @@ def training(
     trained: the parameters that are trained. A tower without any costs its
       forward pass alone, others three times as much, low-rank adapters too:
       their gradients go through those of whole kernels.
-    terms: the losses beside the pair loss, see terms.make. Each costs three
-      times its forward pass.
+    terms: the losses beside the pair loss, see terms.make.
   """
   total = 0
   if terms:
-    batch = {k: jnp.asarray(example[k])[None] for k in ("image", "text")}
+    batch = {k: jnp.asarray(x)[None] for k, x in example.items()}
     init = lambda key: model.init_with_output(
       key, batch["image"], batch["text"]
     )
     found: Any = jax.eval_shape(init, jax.random.key(0))
     (_, _, out), _ = found
-    total = 3 * sum(term.kind.flops(out, batch) for term in terms)
+    total = sum(term.kind.flops(out, batch) for term in terms)
   adapted = trained.get("lora", {})
   for tower, count in forward(model, example).items():
     learns = jax.tree.leaves([x.get(tower, {}) for x in (trained, adapted)])
@@ -55,7 +54,7 @@ def forward(model: two_towers.TwoTowers, example: Mapping) -> dict[str, int]:
   image, text = two_towers.image_tower(model), two_towers.text_tower(model)
   assert isinstance(text, TextTransformer)
   if isinstance(image, ViT):
-    img = _vit(image, *example["image"].shape)
+    img = vit(image, *example["image"].shape)
   elif model.image.get("kind") == "naflex":
     img = _naflex(image, *example["image"].shape)
   else:  # precomputed embeddings
@@ -64,7 +63,8 @@ def forward(model: two_towers.TwoTowers, example: Mapping) -> dict[str, int]:
   return {"img": img, "txt": _text(text, *example["text"].shape)}
 
 
-def _vit(tower: ViT, height: int, width: int, channels: int) -> int:
+def vit(tower: ViT, height: int, width: int, channels: int) -> int:
+  """Returns the FLOPs of an image forwards."""
   size, patch = tower.sizes(), tower.patch()
   patches = (height // patch) * (width // patch)
   total = 2 * patches * patch * patch * channels * size.width

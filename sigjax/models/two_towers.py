@@ -75,10 +75,8 @@ class TwoTowers(nn.Module):
 
     zimg = ztxt = None
     if image is not None:
-      if image.dtype == jnp.uint8:  # a quarter of the memory until here
-        image = image.astype(jnp.float32) * (2 / 255) - 1
       tower = image_tower(self, name="img", parent=self)
-      zimg = _unit("img", tower(image, train), out)
+      zimg = _unit("img", tower(pixels(image), train), out)
     if text is not None:
       tower = text_tower(self, name="txt", parent=self)
       ztxt = _unit("txt", tower(text, train), out)
@@ -93,6 +91,16 @@ class TwoTowers(nn.Module):
       r = -float(self.bias_init) / self.temperature_init
       return -t * self.param("r", start(r), (1,))
     return jnp.full(1, 0.0 if self.bias == "none" else float(self.bias))
+
+
+def pixels(image: Array) -> Array:
+  """Maps uint8 to floats in [-1, 1]; other images stay as they are.
+
+  Until here they take a quarter of the memory.
+  """
+  if image.dtype != jnp.uint8:
+    return image
+  return image.astype(jnp.float32) * (2 / 255) - 1
 
 
 def of_config(

@@ -1,9 +1,12 @@
 """The image tower: a Vision Transformer (arXiv 2010.11929)."""
 
+import math
+
 from flax import linen as nn
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 import numpy as np
 
 from sigjax import errors
@@ -26,6 +29,26 @@ def sincos2d(
   y, x = np.mgrid[:height, :width_in_patches].reshape(2, -1, 1) * frequency
   table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
   return table.astype(np.float32)[None]
+
+
+def resized_positions(
+  table: Float[Array, "1 P W"], grid: tuple[int, int]
+) -> Float[Array, "1 Q W"]:
+  """Resamples learned positions, of a square grid, to another grid.
+
+  Bilinear; patches are areas (half-pixel centres). Shrinking averages over all
+  old positions (antialiased), as resizing an image does. Differentiable.
+
+  Args:
+    table: float32.
+    grid: rows and columns.
+  """
+  side = math.isqrt(table.shape[1])
+  if side * side != table.shape[1] or (side, side) == grid:
+    return table
+  squares = table.reshape(side, side, -1)
+  squares = jax.image.resize(squares, (*grid, table.shape[2]), "linear")
+  return squares.reshape(1, grid[0] * grid[1], -1)
 
 
 class ViT(nn.Module):
@@ -66,9 +89,15 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, image: Float[Array, "B H W C"], train: bool = False
+    self,
+    image: Float[Array, "B H W C"],
+    train: bool = False,
+    hidden: tuple[Bool[Array, "B P"], Float[Array, " W"]] | None = None,
   ) -> tuple[Float[Array, "B E"], dict[str, Array]]:
     """Returns z and a dict of intermediates.
+
+    hidden: (which patches are hidden, the vector that takes their place), for
+    masked prediction. Positions are added to it, too.
 
     z is (B, out_dim), or (B, width) without a head, in the compute dtype.
     Intermediates: "embedded" and "encoded" (B, P, width), with "cls" P + 1;
@@ -100,7 +129,12 @@ class ViT(nn.Module):
         f"image {image.shape} is smaller than one patch {patch}"
       )
     table = jnp.asarray(positions(h, w, size.width), self.dtype)
-    x = x.reshape(b, h * w, size.width) + table
+    x = x.reshape(b, h * w, size.width)
+    if hidden is not None:
+      mask, token = hidden
+      token = token.astype(x.dtype).reshape(1, 1, -1)
+      x = jnp.where(mask[..., None], token, x)
+    x = x + table
     if self.pool_type == "tok":
       cls = self.param("cls", nn.initializers.zeros, (1, 1, size.width))
       cls = jnp.broadcast_to(cls.astype(self.dtype), (b, 1, size.width))

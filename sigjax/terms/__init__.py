@@ -3,61 +3,102 @@
 A term is a function of the towers' intermediates and the batch, with parameters
 of its own beside the towers'. It is a sum over examples, divided by B, so that
 it comes out the same however the batch is split, over devices or microbatches.
+What it keeps from step to step without training it, such as a teacher, is in
+TrainState.held.
 """
 
+import abc
 from collections.abc import Callable, Mapping
 import inspect
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple
 import zlib
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sigjax import errors
 from sigjax.models.two_towers import TwoTowers
 
 
-class Kind(Protocol):
-  """What a section's type names; it is made from (what, model, **arguments).
+class Span(NamedTuple):
+  """The steps of a term: from the first one, which is 0, to the run's last."""
+
+  first: int
+  last: int
+
+
+class Kind(abc.ABC):
+  """What a section's type names; made from (what, model, span, **arguments).
 
   `what` is the section's name in errors, such as "config.losses.caption".
 
   Attributes:
-    part: the name of its parameters in the tree, such as "dec".
+    part: the name of its parameters in the tree, and of what it holds, such as
+      "dec".
   """
 
   part: str
 
+  @abc.abstractmethod
   def init(self, key: Array, out: Mapping[str, Any], batch: Mapping) -> dict:
     """Returns its parameters from scratch.
 
     Args:
       key: of jax.random.
       out: the towers' intermediates, of one example.
-      batch: that example, dict(image=(1, ..), text=(1, L)).
+      batch: that example, dict(image=(1, ..), text=(1, L), ..).
 
     Raises:
-      UserError: the towers or the texts are none that it can use.
+      UserError: the towers or the examples are none that it can use.
     """
-    ...
 
+  @abc.abstractmethod
   def __call__(
-    self, params: dict, out: Mapping[str, Array], batch: Mapping, keys: Array
-  ) -> Float[Array, ""]:
-    """Returns the sum of these examples' losses, float32.
+    self,
+    params: dict,
+    held: dict,
+    out: Mapping[str, Array],
+    batch: Mapping,
+    keys: Array,
+  ) -> tuple[Float[Array, ""], Any]:
+    """Returns the sum of these examples' losses, and what `after` is to know.
 
     Args:
-      params: from init.
+      params: all parameters: params[self.part] are its own.
+      held: what it holds.
       out: the towers' intermediates, see TwoTowers.
       batch: the examples, n rows each.
       keys: (n,) of jax.random, for what is drawn for an example.
-    """
-    ...
 
+    Returns:
+      float32 (); and a tree like `nothing()`, of sums over the examples.
+    """
+
+  @abc.abstractmethod
   def flops(self, out: Mapping[str, Any], batch: Mapping) -> int:
-    """Returns the FLOPs of an example forwards; arguments as of init."""
-    ...
+    """Returns the FLOPs of training on an example; arguments as of init."""
+
+  def hold(self, params: dict) -> dict:
+    """Returns what it holds at first, given all parameters; {} for nothing."""
+    del params
+    return {}
+
+  def nothing(self) -> Any:
+    """Returns the sums over no examples, a tree of zeros; {} for none."""
+    return {}
+
+  def after(self, held: dict, params: dict, means: Any, step: Any) -> dict:
+    """Returns what it holds after a step.
+
+    Args:
+      held: what it held until then.
+      params: all parameters, updated.
+      means: over the batch, of what was summed.
+      step: the number of the step; the first of the run is 0.
+    """
+    del params, means, step
+    return held
 
 
 class Term(NamedTuple):
@@ -66,19 +107,12 @@ class Term(NamedTuple):
   Attributes:
     name: the section's; its metric is called so.
     weight: of the loss, beside the pair loss's 1.
-    from_steps: before this step the weight is 0.
     kind: what is computed.
   """
 
   name: str
   weight: float
-  from_steps: int
   kind: Kind
-
-  def weight_at(self, step: Any) -> Float[Array, ""]:
-    """Returns the weight in a step, of which the first is 0."""
-    on = jnp.asarray(step) >= self.from_steps
-    return jnp.where(on, jnp.float32(self.weight), jnp.float32(0))
 
   def init(self, key: Array, out: Mapping[str, Any], batch: Mapping) -> dict:
     """Returns {part: parameters}, see Kind.init."""
@@ -87,15 +121,17 @@ class Term(NamedTuple):
   def total(
     self,
     params: dict,
+    held: dict,
     out: Mapping[str, Array],
     batch: Mapping,
     key: Array,
     places: Int[Array, " n"],
-  ) -> Float[Array, ""]:
-    """Returns the sum of these examples' losses, float32.
+  ) -> tuple[Float[Array, ""], Any]:
+    """Returns the sum of these examples' losses and other sums, see Kind.
 
     Args:
       params: all parameters.
+      held: what all terms hold, by the part.
       out, batch: see Kind.
       key: of the step.
       places: the rows' numbers in the whole batch. What is drawn for an example
@@ -103,7 +139,7 @@ class Term(NamedTuple):
     """
     key = self._own(key)
     keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
-    return self.kind(params[self.kind.part], out, batch, keys)
+    return self.kind(params, held.get(self.kind.part, {}), out, batch, keys)
 
   def _own(self, key: Array) -> Array:
     """Returns a key that no other term has, whatever terms there are."""
@@ -116,22 +152,33 @@ def _caption() -> Callable[..., Kind]:
   return caption.Caption
 
 
+def _distill() -> Callable[..., Kind]:
+  from sigjax.terms import distill
+
+  return distill.Distill
+
+
 # The choices of a section's type; each is imported when it is named.
-TERMS: dict[str, Callable[[], Callable[..., Kind]]] = {"caption": _caption}
+TERMS: dict[str, Callable[[], Callable[..., Kind]]] = {
+  "caption": _caption,
+  "distill": _distill,
+}
 
 # The metrics of a step that are not of a term.
 TAKEN = ("step", "loss", "t", "b", "pos_logit", "neg_logit", "lr")
 
 
 def make(
-  sections: Mapping[str, Mapping[str, Any]], model: TwoTowers
+  sections: Mapping[str, Mapping[str, Any]],
+  model: TwoTowers,
+  spans: Mapping[str, Span] = MappingProxyType({}),
 ) -> tuple[Term, ...]:
   """Returns the terms of config.losses.
 
   Args:
-    sections: {name: {"type": one of TERMS, arguments of `term`}}, durations in
-      steps.
+    sections: {name: {"type": one of TERMS, arguments of `term`}}.
     model: the towers.
+    spans: {name: Span} of terms whose arguments change with the step.
 
   Raises:
     UserError: an unknown type, an argument that it does not take, a name that
@@ -145,7 +192,8 @@ def make(
     section = dict(section)
     kind = errors.pick(TERMS, section.pop("type", None), f"{what}.type")()
     own = {k: section.pop(k) for k in list(section) if k not in _shared()}
-    it = errors.call(kind, own, what, what, model)
+    span = spans.get(name, Span(0, 1))
+    it = errors.call(kind, own, what, what, model, span)
     if it.part in found:
       raise errors.UserError(
         f"{what} has the same parameters as config.losses."
@@ -155,16 +203,12 @@ def make(
   return tuple(found.values())
 
 
-def term(
-  name: str, kind: Kind, *, weight: float = 1.0, from_steps: int = 0
-) -> Term:
+def term(name: str, kind: Kind, *, weight: float = 1.0) -> Term:
   """Returns a term; the keywords are those of every section.
 
   Args:
     name, kind: see Term.
     weight: of the loss (SigLIP 2: 1 for captions).
-    from_steps: before this step the weight is 0; in a config also from_percent
-      and other units.
 
   Raises:
     UserError: the weight is no number from 0 on.
@@ -178,7 +222,7 @@ def term(
       f"config.losses.{name}.weight is {weight!r}, but has to be a number "
       "from 0 on"
     )
-  return Term(name, float(weight), from_steps or 0, kind)
+  return Term(name, float(weight), kind)
 
 
 def _shared() -> list[str]:

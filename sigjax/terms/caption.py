@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sigjax import crossentropy, errors
+from sigjax import crossentropy, errors, terms
 from sigjax.models import decoder, two_towers
 from sigjax.models.text import TextTransformer
 from sigjax.models.transformer import Sizes
@@ -37,7 +37,7 @@ def token_weights(
   return counts
 
 
-class Caption:
+class Caption(terms.Kind):
   """The cross-entropy of captions: type="caption".
 
   The sizes that are not given are those of the text tower, the depth half of
@@ -46,6 +46,7 @@ class Caption:
   Args:
     what: see terms.Kind.
     model: the towers.
+    span: not used.
     width, depth, mlp_dim, num_heads: of the decoder.
     parallel: the probability with which an example is predicted in parallel;
       0: none, as at evaluation.
@@ -66,6 +67,7 @@ class Caption:
     self,
     what: str,
     model: TwoTowers,
+    span: terms.Span,
     *,
     width: int | None = None,
     depth: int | None = None,
@@ -75,6 +77,7 @@ class Caption:
     per_token: bool = True,
     chunk: int = 512,
   ):
+    del span
     if model.image.get("kind") == "precomputed":
       raise errors.UserError(
         f"{what} reads an image tower's patches, but config.model.image.kind "
@@ -120,19 +123,25 @@ class Caption:
     return variables["params"]
 
   def __call__(
-    self, params: dict, out: Mapping[str, Array], batch: Mapping, keys: Array
-  ) -> Float[Array, ""]:
+    self,
+    params: dict,
+    held: dict,
+    out: Mapping[str, Array],
+    batch: Mapping,
+    keys: Array,
+  ) -> tuple[Float[Array, ""], dict]:
+    del held
     text = batch["text"]
     draw = lambda key: jax.random.bernoulli(key, self._parallel)
     found: Any = self.decoder.apply(
-      {"params": params},
+      {"params": params[self.part]},
       out["img/encoded"],
       text,
       jax.vmap(draw)(keys),
       out.get("img/mask"),
     )
     features, kernel, bias = found
-    return crossentropy.cross_entropy(
+    total = crossentropy.cross_entropy(
       features.astype(self._dtype).reshape(-1, features.shape[2]),
       kernel,
       bias,
@@ -141,6 +150,7 @@ class Caption:
       chunk=self._chunk,
       mesh=self._mesh,
     )
+    return total, {}
 
   def flops(self, out: Mapping[str, Any], batch: Mapping) -> int:
     (width, depth, mlp_dim, _), words = (
@@ -156,4 +166,4 @@ class Caption:
     cross = 2 * length * width * width + 2 * patches * patch * width
     cross += 2 * length * patches * width
     block = own + cross + 2 * length * width * mlp_dim
-    return 2 * (depth * block + length * width * words)
+    return 6 * (depth * block + length * width * words)

@@ -15,12 +15,12 @@ from typing import Any
 import zipfile
 
 from etils import epath
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from sigjax import errors, trees
+from sigjax.models import vit
 from sigjax.runtime import files
 from sigjax.weights import fetch, known
 
@@ -363,7 +363,8 @@ def _fit_image_positions(
     new = want.get(name, table)
     old_grid, new_grid = _grid(table.shape[1]), _grid(new.shape[1])
     if old_grid and new_grid and old_grid != new_grid:
-      table = _resample(table, old_grid, new_grid)
+      grid = new_grid, new_grid
+      table = np.asarray(vit.resized_positions(table, grid))
       log.info(
         "%s: resampled from %d x %d to %d x %d patches",
         name,
@@ -398,14 +399,3 @@ def _grid(patches: int) -> int:
   """Returns the side of a square grid of patches, or 0 if it is no square."""
   side = math.isqrt(patches)
   return side if side * side == patches else 0
-
-
-def _resample(table: np.ndarray, old: int, new: int) -> np.ndarray:
-  """Resamples positions, (1, old * old, W) -> (1, new * new, W), bilinear.
-
-  Patches are areas (half-pixel centres). Shrinking averages over all old
-  positions (antialiased), as resizing an image does.
-  """
-  table = table.reshape(old, old, -1)
-  table = jax.image.resize(table, (new, new, table.shape[-1]), "linear")
-  return np.asarray(table).reshape(1, new * new, -1)
