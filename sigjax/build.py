@@ -4,6 +4,7 @@ Used by train.py, and by the tools that compile or time the same step.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ def build(
   optim: Mapping[str, Any],
   loss: Mapping[str, Any] | None = None,
   losses: Mapping[str, Mapping[str, Any]] | None = None,
+  since: Mapping[str, int] = MappingProxyType({}),
   sharding: Sequence = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
   lora: Mapping[str, Any] | None = None,
@@ -61,7 +63,8 @@ def build(
       preprocessed example, for its shapes.
     total_steps: the length of the training.
     batch_size, model, optim, loss, losses, sharding, lock, lora, microbatches,
-      feed, seed: see train.main; durations in optim and losses are in steps.
+      feed, seed: see train.main; durations in optim are in steps.
+    since: {name in losses: the steps that are done when it begins}.
 
   Raises:
     UserError: a section that its function refuses, a batch size that does not
@@ -80,7 +83,12 @@ def build(
   if losses:
     from sigjax import terms as terms_lib  # few runs have any
 
-    terms = terms_lib.make(losses, towers)
+    spans = {
+      name: terms_lib.Span(since.get(name, 0), total_steps) for name in losses
+    }
+    terms = terms_lib.make(losses, towers, spans)
+    for term in terms:
+      terms_lib.check_lock(term, lock)
   shapes = state_lib.param_shapes(towers, example, lock, terms)
   if lora:
     from sigjax import lora as lora_lib  # few runs have adapters

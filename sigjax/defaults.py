@@ -126,10 +126,14 @@ def fill(
     _add(section, losses.make)
     loss = losses.LOSSES.get(section.name)
     _add(section, loss and loss(), ("b", "groups", "key", "axes"))
-  for section in (config.get("losses") or {}).values():
-    make = terms.TERMS.get(section.get("type"))
-    _add(section, make and make())
-    _add(section, terms.term)
+  phases = [x for x in (config.get("phases") or {}).values() if x is not None]
+  for phase in phases:
+    _add_duration(phase, "from")
+  for part in (config, *phases):
+    for section in (part.get("losses") or {}).values():
+      if make := terms.TERMS.get(section.get("type")):
+        _add(section, make(), ("what", "model", "span"))
+        _add(section, terms.term)
   if (section := config.get("mesh")) is not None:
     _add(section, sharding.make_mesh, ("devices",))
   if (section := config.get("init")) is not None:

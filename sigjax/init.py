@@ -1,14 +1,16 @@
-"""Initialisation: the train state before the first step."""
+"""The train state before the first step, and when a phase begins."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import optax
 
+from sigjax import errors, trees
 from sigjax import state as state_lib
-from sigjax import trees
+from sigjax.models import vit
 from sigjax.models.two_towers import TwoTowers
 
 if TYPE_CHECKING:
@@ -59,3 +61,90 @@ def init_state(
     lambda p: state_lib.new_state(p, tx, lock, terms), out_shardings=shardings
   )
   return start(trees.unflatten(params))
+
+
+def carry(
+  model: TwoTowers,
+  tx: optax.GradientTransformation,
+  seed: int,
+  example: Mapping,
+  abstract: state_lib.TrainState,
+  old: state_lib.TrainState,
+  lock: Sequence[str] = (),
+  terms: "Sequence[Term]" = (),
+) -> state_lib.TrainState:
+  """Returns the state at the beginning of a phase, from that of the one before.
+
+  Parameters that are new start from scratch; what terms hold starts from the
+  parameters. Image positions and kernels of patches are resampled if their
+  shapes changed. The optimizer keeps its state of all parameters but new and
+  resampled ones, which start with its state of the first step.
+
+  Args:
+    old: the state until then.
+    model, tx, seed, example, abstract, lock, terms: of the phase, see
+      init_state.
+
+  Raises:
+    UserError: a parameter has another shape and is none that is resampled.
+  """
+  want = trees.flatten(abstract.stored)
+  for name, x in trees.flatten(old.stored).items():
+    if name in want and not _fits(name, x.shape, want[name].shape):
+      raise errors.UserError(
+        f"config.phases changes the shape of {name} from {x.shape} to "
+        f"{want[name].shape}, and only image positions and kernels of patches "
+        "can be resampled"
+      )
+
+  have = trees.flatten(old)
+  every = trees.flatten(abstract)
+  # All else is made anew; what stays is not copied.
+  stays = {k for k, x in every.items() if k in have and _same(have[k], x)}
+  shardings = {k: x.sharding for k, x in every.items() if k not in stays}
+
+  def fn(old):
+    key = jax.random.key(seed)
+    fresh = trees.flatten(state_lib.init_params(model, key, example, terms))
+    stored = trees.flatten(old.stored)
+    params = {
+      name: _fit(stored[name], x.shape) if name in stored else fresh[name]
+      for name, x in want.items()
+    }
+    params = {name: x.astype(want[name].dtype) for name, x in params.items()}
+    new = state_lib.new_state(trees.unflatten(params), tx, lock, terms)
+    made = trees.flatten(new)
+    for name in shardings:
+      if name.startswith("held/") and name in have:  # of a teacher's tower
+        made[name] = _fit(have[name], made[name].shape)
+    return {name: made[name] for name in shardings}
+
+  made = jax.jit(fn, out_shardings=shardings)(old)
+  pick = lambda name, _: have[name] if name in stays else made[name]
+  return trees.map_named(pick, abstract)
+
+
+def _same(a: Any, b: Any) -> bool:
+  return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _fits(name: str, old: Sequence[int], new: Sequence[int]) -> bool:
+  """Returns whether _fit makes an array of the new shape."""
+  if tuple(old) == tuple(new):
+    return True
+  if name.endswith("pos_embedding") and name.startswith("img/"):
+    return len(old) == 3 and old[0] == 1 and old[2] == new[-1]
+  if name.endswith("img/embedding/kernel"):
+    return len(old) == 4 and new[-1] == old[-1]
+  return False
+
+
+def _fit(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+  """Returns a parameter of the image tower in another shape."""
+  if x.shape == tuple(shape):
+    return x
+  if x.ndim == 3:  # positions; NaFlex' are (rows, columns, W)
+    side = math.isqrt(shape[1]) if shape[0] == 1 else shape[0]
+    return vit.resized_positions(x, (side, side)).reshape(shape)
+  side = shape[0] if len(shape) == 4 else math.isqrt(shape[0] // x.shape[2])
+  return vit.resized_kernel(x, side).reshape(shape)

@@ -17,18 +17,19 @@ from absl import app, flags
 from clu import parameter_overview
 import jax
 
-from sigjax import build, errors
 from sigjax import config as config_lib
+from sigjax import errors
+from sigjax import phases as phases_lib
 from sigjax import sharding as sharding_lib
 from sigjax.checkpoints import restore
 from sigjax.checkpoints.save import Checkpoints
 from sigjax.data import kinds
-from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
 from sigjax.runtime import hosts, identity, program
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
+from sigjax.stage import Batches, Stage
 from sigjax.weights import vocabulary
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def main(
   seed: int = 0,
   loss: Mapping[str, Any] | None = None,
   losses: Mapping[str, Mapping[str, Any]] | None = None,
+  phases: Mapping[str, Mapping[str, Any]] | None = None,
+  lengths: Sequence[Sequence[int]] = (),
   mesh: Mapping[str, Any] | None = None,
   sharding: Sequence = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
@@ -89,7 +92,12 @@ def main(
       negatives and what the terms of losses draw.
     loss: of pairs, arguments of losses.make: "name" and the loss's own options.
     losses: the losses beside it, {name: {"type": one of terms.TERMS, "weight",
-      "from_steps", its arguments}}.
+      its arguments}}.
+    phases: what changes on the way, {name: {"from_steps", key: value}}, see
+      phases.py.
+    lengths: rows (L, n). Of each batch, one of these numbers of patches takes
+      the place of "{length}" in pp, drawn at random; then there are n times as
+      many microbatches. For image towers of kind "naflex".
     mesh: arguments of sharding.make_mesh.
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
     lock: parts of the parameters that are not trained, such as ("img",); see
@@ -117,7 +125,7 @@ def main(
   Returns:
     (name, Row) of each result of the last evaluation.
 
-  Durations in optim, losses, checkpoints and evals may also be given as
+  Durations in optim, phases, checkpoints and evals may also be given as
   *_epochs, *_examples or *_percent.
   """
   config = dict(locals())
@@ -152,18 +160,6 @@ def main(
     source.name,
     any((workdir / "checkpoints").glob("[0-9]*")),
   )
-  preprocess.check_weights(source.brief, source.numbers(), pp)
-  preprocess_fn = preprocess.parse(pp, tokenizer=tokens)
-  batches = pipeline.train_batches(
-    source,
-    preprocess_fn,
-    batch_size=batch_size,
-    seed=seed,
-    bad_fraction=bad_fraction,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  example = pipeline.first_example(source, preprocess_fn)  # for its shapes
   times = config_lib.Durations(
     batch_size,
     len(source),
@@ -172,44 +168,50 @@ def main(
     total_examples=total_examples,
   )
   total = times.total_steps
-  _log_data(source, pp, tokens, total, batch_size)
 
-  # ---- Model, loss, optimizer ----
-  run = build.build(
-    mesh_,
-    example,
+  # ---- Model, losses, optimizer, of each phase ----
+  plan = phases_lib.split(
+    times.resolve(phases or {}, "config.phases"),
+    {
+      "pp": pp,
+      "pp_image": pp_image,
+      "model": model,
+      "losses": losses or {},
+      "microbatches": microbatches,
+      "lengths": lengths,
+    },
     total,
+  )
+  sections = dict(
     batch_size=batch_size,
-    model=model,
     optim=times.resolve(optim, "config.optim"),
     loss=loss,
-    losses=times.resolve(losses or {}, "config.losses"),
     sharding=sharding,
     lock=lock,
     lora=lora,
-    microbatches=microbatches,
     feed=feed,
     seed=seed,
   )
-  lock = run.lock
-  _check_vocabulary(run.model.text, tokens.vocab_size)
-  from sigjax.models import flops as flops_lib
-
-  flops = flops_lib.training(run.model, example, run.state.trained, run.terms)
-  logger.info(
-    "%.1f M parameters (parameters.txt), %.2f GFLOP per example",
-    parameter_overview.count_parameters(run.state.stored) / 1e6,
-    flops / 1e9,
-  )
+  # All of them now: a mistake in the last phase is found before the first step.
+  stages = [
+    Stage(phase, source, tokens, mesh_, total, sections, bad_fraction)
+    for phase in plan
+  ]
+  for stage in stages:
+    _check_vocabulary(stage.run.model.text, tokens.vocab_size)
+    _log_model(stage)
+  _log_data(source, stages[0].pp, tokens, total, batch_size)
+  stage_at = lambda step: stages[phases_lib.at(plan, step)]
+  batches = Batches(stages[0])
 
   # ---- Evaluations ----
   evaluations = _Evaluations(
     times.resolve(evals or {}, "config.evals"),
     workdir,
     tokens,
-    dict(pp_image=pp_image, pp_text=pp_text, bad_fraction=bad_fraction),
-    run.model,
+    dict(pp_text=pp_text, bad_fraction=bad_fraction),
     mesh_,
+    stages,
   )
   for name, evaluator in evaluations.by_name.items():
     source.check_tower(evaluator.source.tower, f"config.evals.{name}")
@@ -220,32 +222,32 @@ def main(
   saver = errors.call(
     Checkpoints, section, "config.checkpoints", workdir, read_only=eval_only
   )
-  me = identity.of_run(
-    data=source.identity(),
-    tokenizer=made_from["sha256"],
-    pp=pp,
-    model=_without_how(model),
+  me = functools.partial(
+    _identity, source.identity(), made_from["sha256"], stage_at
   )
-  identity.check_hosts("the run", me)
-  found = _resumed(saver, run, me, resume, eval_only, workdir)
+  identity.check_hosts("the run", me(0))
+  abstract = lambda step: stage_at(step).run.state
+  found = _resumed(saver, abstract, me, resume, eval_only, workdir)
   if found is None:
-    state = _initial(run, seed, example, init, lock, me["tokenizer"])
+    state = _initial(stages[0], seed, init, made_from["sha256"])
   else:
     state, position = found
     source.check_tower(position.pop("tower", None), "the run until now")
     batches.set_state(position)
+  first_step = int(state.step)
+  stage = stage_at(first_step)
+  batches.change(stage)
   hosts.max_over_processes(0)  # now no host can refuse any more
 
   # ---- Training ----
   if hosts.is_primary() and not eval_only:
     workdir.mkdir(parents=True, exist_ok=True)
     vocabulary.keep(workdir / "tokenizer.model", tokens, made_from)
-  first_step = int(state.step)
   if eval_only or first_step >= total:
     logger.info("at step %d of %d: only evaluating", first_step, total)
     total = first_step
   elif hosts.is_primary():
-    _write_settings(workdir, config, run.state.stored)
+    _write_settings(workdir, config, stage)
   agree = hosts.Agreement(mesh_)
   due = functools.partial(_due, total=total)
 
@@ -255,13 +257,13 @@ def main(
   )
   with writer, saver, contextlib.closing(batches):
     with hosts.StopRequest() as stop, Progress(first_step, total) as progress:
-      clock = metrics_lib.Clock(batch_size, flops)
+      clock = metrics_lib.Clock(batch_size, stage.flops)
       report = _Reports(
         log_every_steps, total, clock, writer, progress, batches, saver
       )
       if eval_first and first_step == 0:
         rows = evaluations.run(
-          list(evaluations.by_name), state.params, 0, writer
+          list(evaluations.by_name), stage, state.params, 0, writer
         )
         for name, row in rows:
           progress.write(f"before training: {name} {row}")
@@ -273,10 +275,21 @@ def main(
 
         trace = profile.Trace(workdir / "profile", profile_steps)
       for step in range(first_step + 1, total + 1):
+        if stage_at(step) is not stage:
+          if running:
+            report(*running)
+            running = None
+          stage = stage_at(step)
+          progress.write(f"step {step}: {stage.phase.name} begins")
+          state = _begin(stage, state, seed)
+          batches.change(stage)
+          clock.change(stage.flops)
+          if hosts.is_primary():
+            _write_settings(workdir, config, stage)
         if trace:
           trace.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-          state, metrics = run.train_step(state, next(batches))
+          state, metrics = stage.train_step(state, next(batches))
         if trace and (folder := trace.after(step, metrics)):
           progress.write(f"the trace of steps up to {step} is in {folder}")
         if running:
@@ -296,7 +309,8 @@ def main(
           running = None
         if save:
           position = {**batches.get_state(), "tower": source.tower}
-          about = {"config": config, "identity": me}
+          now = {**config, **stage.phase.sections}
+          about = {"config": now, "identity": me(step)}
           saver.save(step, state, position, about)
         if stopping:
           saver.check(step)
@@ -305,11 +319,12 @@ def main(
             "the same command resumes from there"
           )
         if names:
-          for name, row in evaluations.run(names, state.params, step, writer):
+          rows = evaluations.run(names, stage, state.params, step, writer)
+          for name, row in rows:
             progress.write(f"step {step}: {name} {row}")
           clock.start()  # evaluation is no training time
     names = list(evaluations.by_name)
-    rows = evaluations.run(names, state.params, total, writer)
+    rows = evaluations.run(names, stage, state.params, total, writer)
     if total > first_step:
       saver.check(total)
 
@@ -340,28 +355,64 @@ def _log_data(source, pp, tokens, total: int, batch_size: int) -> None:
     )
 
 
-def _resumed(saver, run, me, resume, eval_only, workdir):
+def _log_model(stage) -> None:
+  phase = stage.phase
+  logger.info(
+    "%s%.1f M parameters (parameters.txt), %.2f GFLOP per example",
+    f"{phase.name}, from step {phase.first}: " if phase.first else "",
+    parameter_overview.count_parameters(stage.run.state.stored) / 1e6,
+    stage.flops / 1e9,
+  )
+
+
+def _resumed(saver, abstract, me, resume, eval_only, workdir):
   """Returns (state, position in the data) to go on from; None if there is none.
 
   Raises:
     UserError: it is damaged or of another run; or eval_only has none.
   """
-  if found := saver.restore_newest(run.state, me):
+  if found := saver.restore_newest(abstract, me):
     return found
   if eval_only:
     raise errors.UserError(f"{workdir} has no checkpoint; train it first")
   if not resume:
     return None
   logger.info("starting from resume=%s", resume)
-  return restore.read(resume, run.state, me)
+  return restore.read(resume, abstract, me)
 
 
-def _initial(run, seed, example, init, lock, tokenizer_sha):
+def _identity(data, tokenizer, stage_at, step: int) -> dict[str, Any]:
+  """Returns the identity of the run in the phase of a step."""
+  sections = stage_at(step).phase.sections
+  model = _without_how(sections["model"])
+  return identity.of_run(
+    data=data, tokenizer=tokenizer, pp=sections["pp"], model=model
+  )
+
+
+def _begin(stage, state, seed):
+  """Returns the state with which a phase begins."""
+  from sigjax import init as init_lib
+
+  run = stage.run
+  return init_lib.carry(
+    run.model,
+    run.tx,
+    seed,
+    stage.example,
+    run.state,
+    state,
+    run.lock,
+    run.terms,
+  )
+
+
+def _initial(stage, seed, init, tokenizer_sha):
   """Returns the state of a run that begins, from scratch or with init."""
   from sigjax import init as init_lib  # a resumed run needs none
 
   logger.info("starting from %s", _shown(init) or "scratch")
-  init = init or {}
+  init, run = init or {}, stage.run
   if "lora" in run.state.trained:  # no weights hold adapters
     init = dict(init, dont_load=(*init.get("dont_load", ()), "lora/.*"))
   parts = [term.kind.part for term in run.terms]
@@ -377,13 +428,21 @@ def _initial(run, seed, example, init, lock, tokenizer_sha):
   if given and (new := [part for part in parts if part not in there]):
     logger.info("not in these weights, from scratch: %s", ", ".join(new))
   return init_lib.init_state(
-    run.model, run.tx, seed, example, run.state, given, lock, run.terms
+    run.model,
+    run.tx,
+    seed,
+    stage.example,
+    run.state,
+    given,
+    run.lock,
+    run.terms,
   )
 
 
-def _write_settings(workdir: pathlib.Path, config, shapes) -> None:
+def _write_settings(workdir: pathlib.Path, config, stage) -> None:
   """Writes config.json and parameters.txt."""
   config_lib.write_config(config, workdir / "config.json")
+  shapes = stage.run.state.stored
   table = parameter_overview.get_parameter_overview(shapes, include_stats=False)
   (workdir / "parameters.txt").write_text(table + "\n")
 
@@ -418,35 +477,44 @@ def _due(step: int, every: int | None, total: int) -> bool:
 
 
 class _Evaluations:
-  """The evaluations of a run.
+  """The evaluations of a run; each phase has its model and its pp_image.
 
   Attributes:
     by_name: {name: evaluator}.
     every: {name: steps between evaluations in training, or None}.
   """
 
-  def __init__(self, sections, workdir, tokens, shared, model, mesh):
+  def __init__(self, sections, workdir, tokens, shared, mesh, stages):
     from sigjax import embed, evaluators  # not every run has any
 
-    self._embed, self._mesh = embed.make_embed(model, mesh), mesh
-    self._tokens = tokens
+    self._mesh, self._tokens = mesh, tokens
     self.every = {k: v.pop("every_steps", None) for k, v in sections.items()}
-    self.by_name = {
-      name: evaluators.make(
-        f"config.evals.{name}", workdir / f"{name}.png", section, shared
-      )
-      for name, section in sections.items()
-    }
+    self._by_pp = {}
+    for stage in stages:
+      pp_image = stage.phase.sections["pp_image"]
+      if pp_image not in self._by_pp:
+        options = dict(shared, pp_image=pp_image)
+        self._by_pp[pp_image] = {
+          name: evaluators.make(
+            f"config.evals.{name}", workdir / f"{name}.png", section, options
+          )
+          for name, section in sections.items()
+        }
+    self.by_name = next(iter(self._by_pp.values()))
+    make = lambda stage: embed.make_embed(stage.run.model, mesh)
+    self._embed = functools.cache(make)
 
-  def run(self, names, params, step, writer):
+  def run(self, names, stage, params, step, writer):
     """Returns (name, Row) of each result, and writes their values."""
     from sigjax.evaluators.embedder import Embedder
 
-    embedder = Embedder(functools.partial(self._embed, params), self._tokens)
+    run = functools.partial(self._embed(stage), params)
+    embedder = Embedder(run, self._tokens)
+    by_name = self._by_pp[stage.phase.sections["pp_image"]]
     rows = [
       (name, row)
       for name in names
-      for row in self.by_name[name].run(embedder, self._mesh)
+      for row in by_name[name].run(embedder, self._mesh)
     ]
     if rows:
       writer.write(step, {f"{name}/{r.metric}": r.value for name, r in rows})

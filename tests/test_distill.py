@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sigjax import build, errors, prototypes, sharding, terms, trees
@@ -43,8 +44,8 @@ def make_batch(seed):
   return batch
 
 
-def make_term(model=None, span=terms.Span(0, 10), **more):
-  spans = {"self": span}
+def make_term(model=None, span=(0, 10), **more):
+  spans = {"self": terms.Span(*span)}
   towers = two_towers.TwoTowers(**{**MODEL, **(model or {})})
   (term,) = terms.make({"self": {**DISTILL, **more}}, towers, spans)
   return term
@@ -114,20 +115,23 @@ def test_the_loss_is_the_formula(devices):
 
 def test_a_teacher_that_is_the_student_and_sees_the_same():
   """The loss is the entropy of its prototypes, and no gradient is left."""
-  term = make_term(masks=0, temperature=0.1, teacher_temperature=0.1)
   batch = make_batch(0)
   batch["local"] = batch["global"][:, None]
   params: Any = init_params()
-  held = term.kind.hold(params)
 
-  def fn(params):
-    kind: Any = term.kind
-    return kind(params, held, {}, batch, jax.random.split(jax.random.key(0), B))
+  def loss(teacher_temperature):
+    kind: Any = make_term(
+      masks=0, temperature=0.1, teacher_temperature=teacher_temperature
+    ).kind
+    held = kind.hold(params)
+    keys = jax.random.split(jax.random.key(0), B)
+    fn = lambda params: kind(params, held, {}, batch, keys)
+    return jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
 
-  (got, sums), grads = jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
+  (got, sums), grads = loss(0.1)
   model = two_towers.TwoTowers(**MODEL)
-  z = model.apply({"params": params}, batch["global"], None)[2]
-  x = np.asarray(z["img/pre_logits"], np.float64)
+  z: Any = model.apply({"params": params}, batch["global"], None)
+  x = np.asarray(z[2]["img/pre_logits"], np.float64)
   own = params["distill"]["view"]
   for i in range(3):
     layer = own[f"Dense_{i}"]
@@ -138,8 +142,8 @@ def test_a_teacher_that_is_the_student_and_sees_the_same():
   p = softmax(cosines / 0.1)
   np.testing.assert_allclose(got, -(p * np.log(p)).sum(), rtol=1e-4)
   np.testing.assert_allclose(sums["view"], cosines.sum(0), atol=2e-4)
-  for name, grad in trees.flatten(grads).items():
-    assert np.abs(grad).max() < 2e-4, name  # about 1 at other temperatures
+  _, others = loss(0.05)
+  assert optax.tree.norm(grads) < 1e-4 * optax.tree.norm(others)
 
 
 def test_hidden_patches():
@@ -151,7 +155,7 @@ def test_hidden_patches():
   places, mask = kind._draw(batch["global"], keys)
   assert (np.asarray(mask).sum(1) == 2).all()
   assert np.take_along_axis(np.asarray(mask), np.asarray(places), 1).all()
-  assert 2 < len({tuple(row) for row in np.asarray(mask).tolist()})
+  assert len({tuple(row) for row in np.asarray(mask).tolist()}) > 2
 
   fn = jax.jit(
     lambda views: kind(
@@ -178,14 +182,14 @@ def test_hidden_patches():
 
 def test_the_teacher_follows():
   """An average after three steps by hand; at the last step it stands still."""
-  kind = make_term(span=terms.Span(2, 6), momentum=0.9).kind
+  kind = make_term(span=(2, 6), momentum=0.9).kind
   params: Any = init_params()
   held = kind.hold(params)
   teacher = np.asarray(params["img"]["embedding"]["kernel"], np.float64)
   centre = np.zeros(24)
   for i, step in enumerate((2, 3, 5)):
     params = jax.tree.map(lambda x: x + 1.0, params)
-    means = jax.tree.map(lambda x: x + float(i), kind.nothing())
+    means = {k: x + float(i) for k, x in kind.nothing().items()}
     held = kind.after(held, params, means, step)
     by = 0.1 * (1 + np.cos(np.pi * (step - 1) / 4)) / 2
     now = np.asarray(params["img"]["embedding"]["kernel"], np.float64)

@@ -27,14 +27,16 @@ AnyPath = str | os.PathLike[str]
 def newest(
   folder: pathlib.Path,
   state: Any,
-  run: dict[str, Any] | None,
+  run: Any,
 ) -> tuple[tuple[Any, dict[str, Any]] | None, list[pathlib.Path]]:
   """Reads the newest undamaged checkpoint.
 
   Args:
     folder: WORKDIR/checkpoints.
-    state: TrainState of ShapeDtypeStructs with shardings.
-    run: the identity of the run that resumes; None is not compared.
+    state: TrainState of ShapeDtypeStructs with shardings, or fn(step) -> that:
+      in a run with phases it depends on the step.
+    run: the identity of the run that resumes, or fn(step) -> that; None is not
+      compared.
 
   Returns:
     (TrainState, data state), or None if there are no checkpoints at all; and
@@ -50,7 +52,7 @@ def newest(
     path = folder / step
     fault = _fault(path)
     if not fault:
-      found = _read(path, state, run)
+      found = _read(path, _at(state, path), _at(run, path))
       log.info("resuming from %s", path)
       return found, damaged
     log.warning(
@@ -71,14 +73,13 @@ def newest(
 
 
 def read(
-  path: AnyPath, state: Any, run: dict[str, Any] | None = None
+  path: AnyPath, state: Any, run: Any = None
 ) -> tuple[Any, dict[str, Any]]:
   """Returns (TrainState, data state) of the checkpoint that a path names.
 
   Args:
     path: a workdir, for its newest checkpoint, or WORKDIR/checkpoints/STEP.
-    state: TrainState of ShapeDtypeStructs with shardings.
-    run: the identity of the run that resumes; None is not compared.
+    state, run: see newest.
 
   Raises:
     UserError: there is no checkpoint, it is damaged, or it is of another
@@ -86,7 +87,12 @@ def read(
   """
   found = checkpoint_of(path)
   _refuse_damage(found)
-  return _read(found, state, run)
+  return _read(found, _at(state, found), _at(run, found))
+
+
+def _at(value: Any, path: pathlib.Path) -> Any:
+  """Returns a value, or what a function makes of a checkpoint's step."""
+  return value(int(path.name)) if callable(value) else value
 
 
 def read_about(path: AnyPath) -> dict[str, Any]:

@@ -87,16 +87,15 @@ class Checkpoints:
     return layout.newest(self.dir)
 
   def restore_newest(
-    self, state: Any, run: dict[str, Any] | None = None
+    self, state: Any, run: Any = None
   ) -> tuple[Any, dict[str, Any]] | None:
     """Returns restore.newest() of this workdir.
 
     open() then renames a damaged checkpoint to STEP.damaged.
 
     Args:
-      state: TrainState of ShapeDtypeStructs with shardings.
-      run: the identity of this run, see identity.of_run. A checkpoint of
-        another one is refused. None compares nothing.
+      state, run: see restore.newest. A checkpoint of a run with another
+        identity (identity.of_run) is refused.
     """
     found, self._damaged = restore.newest(self.dir, state, run)
     return found

@@ -51,6 +51,32 @@ def resized_positions(
   return squares.reshape(1, grid[0] * grid[1], -1)
 
 
+def resized_kernel(
+  kernel: Float[Array, "p p C W"], side: int
+) -> Float[Array, "q q C W"]:
+  """Resamples the kernel of the patch embedding to patches of another side.
+
+  So that, as far as possible, a patch that is resized (bilinear, antialiased)
+  has the same embedding (FlexiViT, arXiv 2212.08013): with larger patches it is
+  exactly the same, with smaller ones by least squares.
+
+  Args:
+    kernel: float32.
+    side: q, pixels.
+  """
+  old = kernel.shape[0]
+  if side == old:
+    return kernel
+  with jax.ensure_compile_time_eval():  # depends on the sides alone
+    basis = jnp.eye(old * old, dtype=jnp.float32).reshape(-1, old, old)
+    resize = jax.image.resize(basis, (old * old, side, side), "linear")
+    resize = np.asarray(resize, np.float64).reshape(old * old, -1)
+  solve = jnp.asarray(np.linalg.pinv(resize), jnp.float32)  # (q q, p p)
+  flat = kernel.reshape(old * old, -1)
+  out = jnp.matmul(solve, flat, precision=jax.lax.Precision.HIGHEST)
+  return out.reshape(side, side, *kernel.shape[2:])
+
+
 class ViT(nn.Module):
   """Images (B, H, W, C), values in [-1, 1], to one vector each.
 

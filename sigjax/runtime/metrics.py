@@ -230,6 +230,11 @@ class Clock:
     """Starts anew, so that the time since the last call does not count."""
     self._time, self._steps = time.monotonic(), 0
 
+  def change(self, flops_per_example: float) -> None:
+    """Starts anew, with steps of another kind."""
+    self._flops = flops_per_example
+    self.start()
+
   def tick(self) -> None:
     """Counts one more step."""
     self._steps += 1

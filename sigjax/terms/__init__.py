@@ -8,7 +8,7 @@ TrainState.held.
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import inspect
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,9 +36,11 @@ class Kind(abc.ABC):
   Attributes:
     part: the name of its parameters in the tree, and of what it holds, such as
       "dec".
+    teaches: the tower that it is no use to lock, "img" or "txt"; or "".
   """
 
   part: str
+  teaches = ""
 
   @abc.abstractmethod
   def init(self, key: Array, out: Mapping[str, Any], batch: Mapping) -> dict:
@@ -223,6 +225,15 @@ def term(name: str, kind: Kind, *, weight: float = 1.0) -> Term:
       "from 0 on"
     )
   return Term(name, float(weight), kind)
+
+
+def check_lock(term: Term, lock: Sequence[str]) -> None:
+  """Raises UserError if config.lock leaves a term nothing to learn."""
+  if term.kind.teaches in lock:
+    raise errors.UserError(
+      f'config.losses.{term.name} is there to train "{term.kind.teaches}", '
+      "but config.lock locks it: take one of them out"
+    )
 
 
 def _shared() -> list[str]:

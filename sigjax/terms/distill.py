@@ -76,7 +76,7 @@ class Distill(terms.Kind):
       argument is out of its range.
   """
 
-  part = "distill"
+  part, teaches = "distill", "img"
 
   def __init__(
     self,

@@ -122,6 +122,7 @@ def fit(
     )
   flat = {k: v for k, v in flat.items() if k not in other}
   _fit_image_positions(flat, want)
+  _fit_patches(flat, want)
   _fit_text_positions(flat, want, path)
   flat = {k: v for k, v in {**flat, **other}.items() if not skip.fullmatch(k)}
   lines = trees.difference(want, flat)
@@ -374,6 +375,22 @@ def _fit_image_positions(
         new_grid,
       )
     flat[name] = table
+
+
+def _fit_patches(flat: dict[str, np.ndarray], want: Mapping[str, Any]) -> None:
+  """Resamples kernels of patches in place, to the shapes in `want`."""
+  for name, kernel in flat.items():
+    shape = getattr(want.get(name), "shape", ())
+    if not f"/{name}".endswith("/embedding/kernel") or kernel.ndim != 4:
+      continue
+    if len(shape) == 4 and shape[0] == shape[1] != kernel.shape[0]:
+      flat[name] = np.asarray(vit.resized_kernel(kernel, shape[0]))
+      log.info(
+        "%s: resampled from patches of %d x %d to %d x %d pixels",
+        name,
+        *kernel.shape[:2],
+        *shape[:2],
+      )
 
 
 def _fit_text_positions(

@@ -153,6 +153,7 @@ def train_batches(
   bad_fraction: float = BAD_FRACTION,
   num_threads: int | None = None,
   prefetch: int = 2,
+  vary: Callable[[int], Preprocess] | None = None,
 ) -> TrainBatches:
   """Returns an endless iterator over batches for training.
 
@@ -183,6 +184,8 @@ def train_batches(
     num_threads: How many threads load examples; 0 for none, None for one per
       core.
     prefetch: How many batches are held ready.
+    vary: fn(step) -> the preprocessing of a batch, the first of which is 0, in
+      place of `preprocess`: batches may then differ in their shapes.
 
   Raises:
     UserError: process_count does not divide B; the source is too small for B,
@@ -202,9 +205,11 @@ def train_batches(
       shuffle,
       version,
     )
-    load = functools.partial(
-      _load_good, source, sequence, preprocess, seed, tally
-    )
+
+    def load(position: int) -> tuple[Example, str]:
+      fn = vary(position // batch_size) if vary else preprocess
+      return _load_good(source, sequence, fn, seed, tally, position)
+
     if source.mismatch:
       load = _Mismatched(load, source.mismatch, batch_size, seed)
     return Loader(

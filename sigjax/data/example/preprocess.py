@@ -24,7 +24,7 @@ from PIL import Image
 
 from sigjax import errors
 from sigjax.data.example import captions as captions_lib
-from sigjax.data.example import images, pipe_string
+from sigjax.data.example import images, pipe_string, views
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.faults import BadExample
 
@@ -85,16 +85,21 @@ def _on_image(
   """Applies fn(image, rng) -> image to the decoded "image" of an example."""
 
   def apply(example: Example, rng: np.random.Generator) -> Example:
-    image = errors.pick(example, "image", "feature")
-    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3:
-      raise errors.UserError(
-        "an op on images needs uint8 pixels; decode has to come before it, "
-        "and value_range or resize_to_patches after it"
-      )
-    example["image"] = fn(image, rng)
+    example["image"] = fn(_decoded(example), rng)
     return example
 
   return apply
+
+
+def _decoded(example: Example) -> np.ndarray:
+  """Returns the decoded "image" of an example."""
+  image = errors.pick(example, "image", "feature")
+  if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3:
+    raise errors.UserError(
+      "an op on images needs uint8 pixels; decode has to come before it, "
+      "and value_range or resize_to_patches after it"
+    )
+  return image
 
 
 # Decoding and sizes.
@@ -369,6 +374,55 @@ def random_invert(p: float) -> Fn:
   )
 
 
+def global_view(size: int, area: tuple = (0.4, 1.0), out: str = "global") -> Fn:
+  """Sets `out` to a random view of most of the image, for self-distillation.
+
+  (size, size, 3) uint8; see views.view. "image" stays. Comes after `decode`.
+
+  Args:
+    size: pixels.
+    area: (low, high) of the view's share of the image's area.
+    out: the feature to set.
+  """
+  _check("global_view: size", size, 1, MAX_SIDE)
+  _check_area("global_view", area)
+
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    image = _decoded(example)
+    return {**example, out: views.view(image, rng, size, area)}
+
+  return fn
+
+
+def local_views(
+  size: int, count: int = 8, area: tuple = (0.05, 0.4), out: str = "local"
+) -> Fn:
+  """Sets `out` to random views of small parts, (count, size, size, 3) uint8.
+
+  As global_view does.
+  """
+  _check("local_views: size", size, 1, MAX_SIDE)
+  _check("local_views: count", count, 1, 1000)
+  _check_area("local_views", area)
+
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    image = _decoded(example)
+    found = [views.view(image, rng, size, area) for _ in range(count)]
+    return {**example, out: np.stack(found)}
+
+  return fn
+
+
+def _check_area(op: str, area: tuple) -> None:
+  """Raises UserError unless area is (low, high), shares of an image."""
+  if len(area) != 2 or not all(isinstance(v, (int, float)) for v in area):
+    raise errors.UserError(
+      f"{op}: area is {area!r:.40}, but has to be two numbers (low, high)"
+    )
+  _check(f"{op}: area[0]", area[0], 0.001, 1)
+  _check(f"{op}: area[1]", area[1], area[0], 1)
+
+
 def value_range(low: float, high: float) -> Fn:
   """Maps 0..255 linearly to low..high, as float32."""
   _check("value_range: low", low, -1e6, 1e6)
@@ -602,6 +656,8 @@ OPS: dict[str, Callable[..., Fn]] = {
     color_gain,
     random_grey,
     random_invert,
+    global_view,
+    local_views,
     value_range,
     choice,
     first,

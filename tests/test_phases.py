@@ -1,0 +1,258 @@
+"""Runs in phases: what changes on the way, and what is carried over."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train_program import lines, params
+
+from sigjax import build, errors, phases, sharding, train, trees
+from sigjax import init as init_lib
+
+SECTIONS: Any = dict(
+  pp="a",
+  pp_image="b",
+  model=dict(image=dict(width=8, pool_type="map"), dtype="float32"),
+  losses=dict(words=dict(type="caption", weight=1.0)),
+  microbatches=1,
+  lengths=(),
+)
+
+
+def test_what_a_phase_takes_over():
+  given: Any = dict(
+    one=dict(from_steps=4, losses=dict(more=dict(type="distill"))),
+    two=dict(
+      from_steps=6,
+      pp="c",
+      losses=dict(words=dict(weight=0.5)),
+      model=dict(image=dict(kind="naflex", width=4)),
+    ),
+    three=dict(from_steps=9, losses=dict(more=None)),
+  )
+  start, one, two, three = phases.split(given, SECTIONS, 10)
+  assert start.sections == SECTIONS and start.since == dict(words=0)
+  more = dict(type="distill")
+  assert one.sections["losses"] == dict(SECTIONS["losses"], more=more)
+  assert one.sections["pp"] == "a" and one.since == dict(words=0, more=4)
+  words = dict(type="caption", weight=0.5)
+  assert two.sections["losses"] == dict(words=words, more=more)
+  # Another kind of tower shares no settings with the one before.
+  image = dict(kind="naflex", width=4)
+  assert two.sections["model"] == dict(image=image, dtype="float32")
+  assert two.sections["pp"] == "c" and two.since == one.since
+  assert three.sections["losses"] == dict(words=words)
+  plan = [start, one, two, three]
+  found = [phases.at(plan, step) for step in range(11)]
+  assert found == [0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+  "given, says",
+  [
+    (dict(x=dict(pp="c")), "config.phases.x does not say when it begins"),
+    (dict(x=dict(from_steps=4, seed=1)), '"seed" is not known'),
+    (dict(x=dict(from_steps=10)), "after 10 of 10 steps"),
+    (dict(x=dict(from_steps=0)), "after 0 of 10 steps"),
+    (
+      dict(x=dict(from_steps=4), y=dict(from_steps=4)),
+      "y begins after 4 of 10 steps; it has to be after config.phases.x",
+    ),
+  ],
+)
+def test_mistakes_are_one_line(given, says):
+  with pytest.raises(errors.UserError, match=says):
+    phases.split(given, SECTIONS, 10)
+
+
+TOWER = dict(width=16, depth=1, num_heads=2, mlp_dim=32)
+DISTILL: Any = dict(
+  type="distill",
+  prototypes=24,
+  patch_prototypes=16,
+  hidden=16,
+  bottleneck=8,
+)
+
+
+def built(side, patch, losses, kind="vit"):
+  image = dict(TOWER, patch_size=patch, kind=kind)
+  pixels = np.zeros((side, side, 3), np.uint8)
+  example: Any = dict(image=pixels, text=np.zeros(6, np.int32))
+  example |= {"global": pixels, "local": pixels[None]}
+  if kind == "naflex":
+    example["image"] = np.zeros((9, 3 * patch * patch + 2), np.int16)
+  run = build.build(
+    sharding.make_mesh(data=4, fsdp=2),
+    example,
+    10,
+    batch_size=8,
+    model=dict(
+      image=image, text=dict(TOWER, vocab_size=20), out_dim=(None, 16)
+    ),
+    optim={},
+    losses=losses,
+    sharding=((".*", "fsdp"),),
+  )
+  return run, example
+
+
+def test_what_is_carried_over():
+  """Parameters, the optimizer's and the teacher's state, by their names."""
+  run, example = built(16, 8, dict(views=DISTILL))
+  make = functools.partial(init_lib.init_state, run.model, run.tx, 0, example)
+  old = make(run.state, lock=run.lock, terms=run.terms)
+  # As after some steps: nothing is what a new state would have.
+  old = jax.tree.map(lambda x: (x + 1).astype(x.dtype), old)
+  before: Any = jax.device_get(old)
+  new_run, example = built(
+    24, 12, dict(views=DISTILL, words=dict(type="caption"))
+  )
+  # 16 / 8 and 24 / 12 are 2 x 2 patches: only the kernel changes its shape.
+  got = init_lib.carry(
+    new_run.model,
+    new_run.tx,
+    0,
+    example,
+    new_run.state,
+    old,
+    new_run.lock,
+    new_run.terms,
+  )
+  same = jax.tree.map(lambda x, a: x.sharding == a.sharding, got, new_run.state)
+  assert all(jax.tree.leaves(same))
+  assert int(got.step) == 1
+  was, now = trees.flatten(before), trees.flatten(jax.device_get(got))
+  new = {name for name in now if name not in was}
+  assert new and all("/dec/" in name for name in new)
+  changed = {
+    name
+    for name in now
+    if name in was and not np.array_equal(now[name], was[name])
+  }
+  assert changed == {
+    name for name in now if name.endswith("img/embedding/kernel")
+  }
+  # A patch of 12 x 12 that is one of 8 x 8, resized, has the same embedding.
+  patch = np.random.default_rng(0).normal(size=(8, 8, 3)).astype(np.float32)
+  larger = np.asarray(jax.image.resize(patch, (12, 12, 3), "linear"))
+  for name in ("trained", "held/distill/teacher"):
+    kernel = f"{name}/img/embedding/kernel"
+    want = np.einsum("ijc,ijcw->w", patch, was[kernel])
+    got_ = np.einsum("ijc,ijcw->w", larger, now[kernel])
+    np.testing.assert_allclose(got_, want, rtol=1e-4, atol=1e-4)
+  moments = [x for x in changed if x.startswith("opt_state")]
+  assert len(moments) == 2 and not any(np.any(now[x]) for x in moments)
+
+
+def test_from_one_resolution_to_any_aspect_ratio():
+  """The first patches' embeddings stay what they are."""
+  run, example = built(32, 2, {})
+  old = init_lib.init_state(run.model, run.tx, 0, example, run.state)
+  image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+  apply = lambda run, params, image: run.model.apply(
+    {"params": params}, image, None
+  )[2]["img/embedded"]
+  want = apply(run, jax.device_get(old.params), jnp.asarray(image))
+  new_run, example = built(32, 2, {}, "naflex")
+  got = init_lib.carry(
+    new_run.model, new_run.tx, 0, example, new_run.state, old
+  )
+  cut = image.reshape(16, 2, 16, 2, 3).swapaxes(1, 2).reshape(256, 12)
+  places = np.indices((16, 16)).reshape(2, 256).T
+  patches = np.concatenate([cut, places], axis=1).astype(np.int16)[None]
+  found = apply(new_run, jax.device_get(got.params), jnp.asarray(patches))
+  np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_carried_over():
+  run, example = built(16, 8, {})
+  old = init_lib.init_state(run.model, run.tx, 0, example, run.state)
+  shapes = jax.tree.map(lambda x: x, run.state)
+  wide = shapes.replace(
+    trained=trees.map_named(
+      lambda name, x: (
+        jax.ShapeDtypeStruct((16, 33), x.dtype)
+        if name.endswith(
+          "img/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"
+        )
+        else x
+      ),
+      run.state.trained,
+    )
+  )
+  with pytest.raises(errors.UserError, match="changes the shape of img/Tr"):
+    init_lib.carry(run.model, run.tx, 0, example, wide, old)
+
+
+def test_a_run_through_all_phases(tmp_path, tiny_config):
+  """Resumed from a checkpoint of each: bit for bit the same end."""
+  pp = "decode|{}resize({})|value_range(-1,1)|choice('captions')|lower"
+  pp += "|tokenize(8)|keep({})"
+  views = "global_view(16)|local_views(8,2)|"
+  four = "'image','text','global','local'"
+  patches = pp.replace(
+    "resize({})|value_range(-1,1)", "resize_to_patches({},8)"
+  )
+  config = dict(
+    tiny_config,
+    total_steps=6,
+    checkpoints=dict(every_steps=1, keep=None),
+    losses=dict(words=dict(type="caption")),
+    phases=dict(
+      views=dict(
+        from_percent=33,
+        pp=pp.format(views, 16, four),
+        losses=dict(views=dict(DISTILL)),
+      ),
+      fine=dict(
+        from_steps=3,
+        pp=pp.format(views, 24, four),
+        pp_image="decode|resize(24)|value_range(-1,1)|keep('image')",
+        microbatches=3,
+      ),
+      any=dict(
+        from_steps=4,
+        pp=patches.format("", "{length}", "'image','text'"),
+        pp_image="decode|resize_to_patches(9,8)|keep('image')",
+        model=dict(
+          image=dict(
+            kind="naflex",
+            width=32,
+            depth=1,
+            num_heads=2,
+            mlp_dim=64,
+            patch_size=8,
+          )
+        ),
+        losses=dict(views=None),
+        microbatches=1,
+        lengths=((9, 1), (16, 3)),
+      ),
+    ),
+  )
+  del config["evals"]["retrieval"]
+  run = lambda workdir, **more: train.main(workdir, **{**config, **more})
+  rows = run(tmp_path / "whole")
+  logged = {x["step"]: x for x in lines(tmp_path / "whole") if "loss" in x}
+  assert [step for step in logged if "views" in logged[step]] == [3, 4]
+  assert all("words" in x for x in logged.values())
+  saved = lambda step: params(tmp_path / f"whole/checkpoints/{step}")
+  shape = lambda step: saved(step)["img/pos_embedding"].shape
+  assert [shape(step) for step in (2, 3, 4, 5)] == [
+    (1, 4, 32),
+    (1, 4, 32),
+    (1, 9, 32),
+    (16, 16, 32),
+  ]
+  for step in (3, 5):
+    workdir = tmp_path / f"from{step}"
+    source = str(tmp_path / f"whole/checkpoints/{step}")
+    assert run(workdir, resume=source) == rows
+    got = params(workdir)
+    for name, x in saved(6).items():
+      np.testing.assert_array_equal(got[name], x, err_msg=f"{step} {name}")
+  assert run(tmp_path / "whole", eval_only=True) == rows
