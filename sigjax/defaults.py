@@ -131,7 +131,8 @@ def fill(
     _add_duration(phase, "from")
   for part in (config, *phases):
     for section in (part.get("losses") or {}).values():
-      if make := terms.TERMS.get(section.get("type")):
+      # None ends a loss; without a type, it is changed in part.
+      if section and (make := terms.TERMS.get(section.get("type"))):
         _add(section, make(), ("what", "model", "span"))
         _add(section, terms.term)
   if (section := config.get("mesh")) is not None:

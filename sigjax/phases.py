@@ -51,26 +51,33 @@ def split(
     UserError: a phase names what it cannot change, does not say when it begins,
       or begins with another or after the end.
   """
-  since = dict.fromkeys(sections["losses"], 0)
-  found = [Phase("", 0, dict(sections), since)]
+  firsts = {}
   for name, given in phases.items():
-    what = f"config.phases.{name}"
-    changes = dict(given)
-    first = changes.pop("from_steps", None)
+    what, first = f"config.phases.{name}", given.get("from_steps")
     if first is None:
       raise errors.UserError(
         f"{what} does not say when it begins: give from_percent, from_steps, "
         "from_epochs or from_examples"
       )
-    for key in changes:
-      errors.pick(dict.fromkeys(CHANGES), key, f"a key of {what}")
-    before = found[-1]
-    if not before.first < first < total_steps:
-      after = f"config.phases.{before.name}, " if before.name else ""
+    if not 0 < first < total_steps:
       raise errors.UserError(
         f"{what} begins after {first} of {total_steps} steps; it has to be "
-        f"after {after}step {before.first}, and before the end"
+        "after the first step and before the end"
       )
+    if first in firsts:
+      raise errors.UserError(
+        f"{what} and config.phases.{firsts[first]} both begin after {first} "
+        "steps: make them one"
+      )
+    firsts[first] = name
+  since = dict.fromkeys(sections["losses"], 0)
+  found = [Phase("", 0, dict(sections), since)]
+  for first, name in sorted(firsts.items()):  # a ConfigDict has no order
+    changes = {k: v for k, v in phases[name].items() if k != "from_steps"}
+    for key in changes:
+      what = f"a key of config.phases.{name}"
+      errors.pick(dict.fromkeys(CHANGES), key, what)
+    before = found[-1]
     merged = {
       key: _merged(value, changes[key]) if key in changes else value
       for key, value in before.sections.items()

@@ -503,13 +503,20 @@ class _Evaluations:
     self.by_name = next(iter(self._by_pp.values()))
     make = lambda stage: embed.make_embed(stage.run.model, mesh)
     self._embed = functools.cache(make)
+    self._others = functools.cache(
+      lambda stage: embed.others(stage.run.model, mesh, stage.run.terms)
+    )
 
   def run(self, names, stage, params, step, writer):
     """Returns (name, Row) of each result, and writes their values."""
     from sigjax.evaluators.embedder import Embedder
 
     run = functools.partial(self._embed(stage), params)
-    embedder = Embedder(run, self._tokens)
+    others = {
+      name: functools.partial(fn, params)
+      for name, fn in self._others(stage).items()
+    }
+    embedder = Embedder(run, self._tokens, others)
     by_name = self._by_pp[stage.phase.sections["pp_image"]]
     rows = [
       (name, row)

@@ -42,7 +42,9 @@ MAY_IMPORT = {
   },
   "host_feed": {"sharding", "state", "step"},
   "init": {"lora", "models", "state", "terms", "trees"},
-  "embed": {"models", "sharding"},
+  "embed": {"models", "sharding", "terms"},
+  "phases": set(),
+  "stage": {"build", "data", "models", "phases", "step"},
   "build": {
     "lora",
     "losses",
@@ -106,7 +108,6 @@ MAY_IMPORT = {
     "weights",
   },
   "train": {
-    "build",
     "checkpoints",
     "config",
     "data",
@@ -114,11 +115,10 @@ MAY_IMPORT = {
     "embed",
     "evaluators",
     "init",
-    "models",
+    "phases",
     "runtime",
     "sharding",
-    "state",
-    "step",
+    "stage",
     "weights",
   },
 }

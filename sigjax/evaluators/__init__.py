@@ -109,6 +109,18 @@ def _xm3600() -> Callable[..., Evaluator]:
   return xm3600.xm3600
 
 
+def _foreground() -> Callable[..., Evaluator]:
+  from sigjax.evaluators import dense
+
+  return dense.Foreground
+
+
+def _captions() -> Callable[..., Evaluator]:
+  from sigjax.evaluators import captioning
+
+  return captioning.Captions
+
+
 def _picture() -> Callable[..., Evaluator]:
   from sigjax.evaluators import picture
 
@@ -120,6 +132,8 @@ EVALUATORS = dict(
   zeroshot=_zeroshot,
   fewshot=_fewshot,
   xm3600=_xm3600,
+  foreground=_foreground,
+  captions=_captions,
   picture=_picture,
 )
 

@@ -1,19 +1,27 @@
 """Embeds for one round of evaluations: each split and each text once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float
 import numpy as np
 
+from sigjax import errors
 from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
 from sigjax.evaluators import Embed
+
+# Why a model has none of `others`.
+WHY_NOT = dict(
+  patches="the image tower has no patches of pixels on a square grid",
+  captions='config.losses has no loss of type "caption"',
+)
 
 
 class Images(NamedTuple):
@@ -52,10 +60,17 @@ class Embedder:
   Args:
     embed: the model.
     tokenizer: of the run, for the tokenize op.
+    others: {name: fn(image=, text=) -> arrays with B rows}, what else the model
+      can say of examples, see embed.others.
   """
 
-  def __init__(self, embed: Embed, tokenizer: Tokenizer | None):
-    self._embed, self._tokenizer = embed, tokenizer
+  def __init__(
+    self,
+    embed: Embed,
+    tokenizer: Tokenizer | None,
+    others: Mapping[str, Embed] = MappingProxyType({}),
+  ):
+    self._embed, self._tokenizer, self._others = embed, tokenizer, others
     self._images: dict[str, Images] = {}
     self._texts: dict[str, dict[str, Float[np.ndarray, " E"]]] = {}
 
@@ -106,8 +121,36 @@ class Embedder:
       known.update(zip(new, z))
     return np.stack([known[text] for text in texts])
 
-  def _run(self, source, pp, batch_size, bad_fraction):
+  def each(
+    self,
+    what: str,
+    source: Source,
+    pp: str,
+    batch_size: int,
+    bad_fraction: float,
+  ) -> tuple[Any, Bool[np.ndarray, " N"]]:
+    """Returns what one of `others` says of all examples, in order.
+
+    Args:
+      what: its name.
+      source, pp, batch_size, bad_fraction: see images.
+
+    Returns:
+      Its arrays, N rows, and which examples could be used.
+
+    Raises:
+      UserError: the model has no such part.
+    """
+    if what not in self._others:
+      raise errors.UserError(
+        f"{source.name} cannot be evaluated: {WHY_NOT[what]}"
+      )
+    run = self._others[what]
+    return self._run(source, pp, batch_size, bad_fraction, run)
+
+  def _run(self, source, pp, batch_size, bad_fraction, run=None):
     """Returns what embed returns, for all examples, and which can be used."""
+    run = run or self._embed
     fn = preprocess.parse(pp, tokenizer=self._tokenizer)
     found = []
     for batch in pipeline.eval_batches(
@@ -119,7 +162,7 @@ class Embedder:
       process_count=jax.process_count(),
     ):
       mask = batch.pop("_mask")
-      part = self._embed(**batch), mask
+      part = run(**batch), mask
       found.append(
         jax.tree.map(
           np.asarray, multihost_utils.process_allgather(part, tiled=True)

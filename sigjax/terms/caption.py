@@ -152,6 +152,29 @@ class Caption(terms.Kind):
     )
     return total, {}
 
+  def hits(
+    self, params: dict, out: Mapping[str, Array], text: Int[Array, "B L"]
+  ) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]:
+    """Returns how many tokens are predicted, of how many, of which vocabulary.
+
+    Each given those before it; the most likely one has to be right. Tokens
+    count up to the end of the text.
+    """
+    found: Any = self.decoder.apply(
+      {"params": params[self.part]},
+      out["img/encoded"],
+      text,
+      jnp.zeros(len(text), bool),
+      out.get("img/mask"),
+    )
+    x, kernel, bias = found
+    logits = x @ kernel.astype(x.dtype) + bias.astype(x.dtype)[None, None]
+    there = token_weights(text, per_token=False) > 0
+    right = there & (jnp.argmax(logits, axis=2) == text)
+    count = lambda mask: jnp.sum(mask, axis=1, dtype=jnp.int32)
+    words = jnp.full(len(text), self.decoder.vocab_size, jnp.int32)
+    return count(right), count(there), words
+
   def flops(self, out: Mapping[str, Any], batch: Mapping) -> int:
     (width, depth, mlp_dim, _), words = (
       self.decoder.size,

@@ -381,9 +381,11 @@ def _fit_patches(flat: dict[str, np.ndarray], want: Mapping[str, Any]) -> None:
   """Resamples kernels of patches in place, to the shapes in `want`."""
   for name, kernel in flat.items():
     shape = getattr(want.get(name), "shape", ())
-    if not f"/{name}".endswith("/embedding/kernel") or kernel.ndim != 4:
+    if not f"/{name}".endswith("/embedding/kernel") or not kernel.size:
       continue
-    if len(shape) == 4 and shape[0] == shape[1] != kernel.shape[0]:
+    sides = [x[:2] for x in (kernel.shape, shape) if len(x) == 4]
+    square = len(sides) == 2 and all(x == y for x, y in sides)
+    if square and sides[0] != sides[1] and kernel.shape[2:] == shape[2:]:
       flat[name] = np.asarray(vit.resized_kernel(kernel, shape[0]))
       log.info(
         "%s: resampled from patches of %d x %d to %d x %d pixels",

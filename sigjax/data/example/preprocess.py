@@ -24,7 +24,7 @@ from PIL import Image
 
 from sigjax import errors
 from sigjax.data.example import captions as captions_lib
-from sigjax.data.example import images, pipe_string, views
+from sigjax.data.example import images, pipe_string
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.faults import BadExample
 
@@ -386,6 +386,7 @@ def global_view(size: int, area: tuple = (0.4, 1.0), out: str = "global") -> Fn:
   """
   _check("global_view: size", size, 1, MAX_SIDE)
   _check_area("global_view", area)
+  from sigjax.data.example import views  # few runs have any
 
   def fn(example: Example, rng: np.random.Generator) -> Example:
     image = _decoded(example)
@@ -404,6 +405,7 @@ def local_views(
   _check("local_views: size", size, 1, MAX_SIDE)
   _check("local_views: count", count, 1, 1000)
   _check_area("local_views", area)
+  from sigjax.data.example import views  # few runs have any
 
   def fn(example: Example, rng: np.random.Generator) -> Example:
     image = _decoded(example)

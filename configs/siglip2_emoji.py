@@ -1,0 +1,95 @@
+"""SigLIP 2's recipe on emoji drawings: all its losses, in phases.
+
+  pip install -e '.[emoji]'
+  python -m sigjax.train --config configs/siglip2_emoji.py
+
+Hardware: two CPU cores. The model, the data and most of the settings are those
+of siglip_emoji.py; docs/siglip2.md explains the losses.
+
+- From the beginning: the sigmoid loss, and a decoder that predicts captions.
+- From 60 % of the steps: self-distillation between views, and prediction of
+  masked patches.
+- From 90 %: images of any aspect ratio in 9, 16 or 25 patches, without
+  self-distillation.
+
+SigLIP 2 begins these at 80 % and 90 % of a run that is ten thousand times as
+long.
+
+Arguments, as in --config configs/siglip2_emoji.py:naflex=0
+  decoder, views, masks, naflex: 0 leaves this part out. All are 1.
+  steps, batch_size: values other than those below.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import siglip_emoji
+from sigjax import config as config_lib
+
+VIEW, LOCAL = 64, 32  # pixels
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the config; the module's docstring lists the arguments."""
+  args = config_lib.parse_arg(
+    arg,
+    decoder=True,
+    views=True,
+    masks=True,
+    naflex=True,
+    steps=900,
+    batch_size=256,
+  )
+  config = siglip_emoji.get_config(
+    f"steps={args['steps']},batch_size={args['batch_size']}"
+  )
+  if args["decoder"]:
+    config.losses = dict(caption=dict(type="caption", chunk=1024))
+  phases: dict[str, Any] = {}
+  if args["views"] or args["masks"]:
+    phases["views"] = _views(config.pp, args["views"], args["masks"])
+  if args["naflex"]:
+    phases["naflex"] = _naflex(config, bool(phases))
+  config.phases = phases
+  return config
+
+
+def _views(pp: str, views: bool, masks: bool) -> dict[str, Any]:
+  """Returns the phase of self-distillation."""
+  ops, kept = f"global_view({VIEW})", "'image','text','global'"
+  if views:
+    ops, kept = f"{ops}|local_views({LOCAL},4)", f"{kept},'local'"
+  pp = pp.replace("decode|", f"decode|{ops}|")
+  # Few steps and a small model: a teacher that follows faster, fewer
+  # prototypes, a narrower head.
+  loss = dict(
+    type="distill",
+    views=1.0 if views else 0.0,
+    masks=0.25 if masks else 0.0,
+    momentum=0.98,
+    prototypes=1024,
+    patch_prototypes=512,
+    hidden=256,
+    bottleneck=64,
+  )
+  return dict(
+    from_percent=60,
+    pp=pp.replace("keep('image','text')", f"keep({kept})"),
+    losses=dict(views=loss),
+  )
+
+
+def _naflex(config: ConfigDict, distilled: bool) -> dict[str, Any]:
+  """Returns the phase of images of any aspect ratio."""
+  patches = "resize_to_patches({length},16)"
+  phase = dict(
+    from_percent=90,
+    pp=config.pp.replace("|choice", f"|{patches}|choice"),
+    pp_image="decode|resize_to_patches(16,16)|keep('image')",
+    model=dict(image=dict(config.model.image.to_dict(), kind="naflex")),
+    lengths=((9, 1), (16, 1), (25, 1)),
+  )
+  if distilled:
+    phase["losses"] = dict(views=None)
+  return phase
