@@ -83,7 +83,7 @@ def _views(pp: str, views: bool, masks: bool) -> dict[str, Any]:
 def _naflex(config: ConfigDict, distilled: bool) -> dict[str, Any]:
   """Returns the phase of images of any aspect ratio."""
   patches = "resize_to_patches({length},16)"
-  phase = dict(
+  phase: dict[str, Any] = dict(
     from_percent=90,
     pp=config.pp.replace("|choice", f"|{patches}|choice"),
     pp_image="decode|resize_to_patches(16,16)|keep('image')",

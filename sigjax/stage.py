@@ -9,12 +9,11 @@ from jax.sharding import Mesh
 import numpy as np
 
 from sigjax import build, errors
+from sigjax.config import Phase
 from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
-from sigjax.models import flops
-from sigjax.phases import Phase
 from sigjax.step import Batch, Result
 
 LENGTH = "{length}"  # in pp, where one of `lengths` is put
@@ -24,7 +23,7 @@ class Stage:
   """A phase's parts. Nothing of it is on the devices before it begins.
 
   Args:
-    phase: from phases.split.
+    phase: from config.phases_of.
     source: the training data.
     tokens: the tokenizer.
     mesh: the devices.
@@ -56,6 +55,8 @@ class Stage:
   ):
     self.phase, self._source, self._bad = phase, source, bad_fraction
     self._sections = sections
+    from sigjax.models import flops
+
     pp, lengths, k, model, losses = (
       phase.sections[key]
       for key in ("pp", "lengths", "microbatches", "model", "losses")

@@ -168,7 +168,7 @@ class Step(NamedTuple):
   ) -> Result:
     """The end of each step: from gradients to the new state and metrics."""
     updates, opt_state = self.tx.update(grads, state.opt_state, state.trained)
-    trained = optax.apply_updates(state.trained, updates)
+    trained: Any = optax.apply_updates(state.trained, updates)
     t, b = temperature_and_bias(self.model, state.params)
     (zimg, ztxt), (beside, means) = z, shares
     stats = losses.logit_stats(zimg, ztxt, t, b)

@@ -19,14 +19,13 @@ import jax
 
 from sigjax import config as config_lib
 from sigjax import errors
-from sigjax import phases as phases_lib
 from sigjax import sharding as sharding_lib
 from sigjax.checkpoints import restore
 from sigjax.checkpoints.save import Checkpoints
 from sigjax.data import kinds
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
-from sigjax.runtime import hosts, identity, program
+from sigjax.runtime import hosts, identity
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
 from sigjax.stage import Batches, Stage
@@ -94,7 +93,7 @@ def main(
     losses: the losses beside it, {name: {"type": one of terms.TERMS, "weight",
       its arguments}}.
     phases: what changes on the way, {name: {"from_steps", key: value}}, see
-      phases.py.
+      config.phases_of.
     lengths: rows (L, n). Of each batch, one of these numbers of patches takes
       the place of "{length}" in pp, drawn at random; then there are n times as
       many microbatches. For image towers of kind "naflex".
@@ -170,7 +169,7 @@ def main(
   total = times.total_steps
 
   # ---- Model, losses, optimizer, of each phase ----
-  plan = phases_lib.split(
+  plan = config_lib.phases_of(
     times.resolve(phases or {}, "config.phases"),
     {
       "pp": pp,
@@ -201,7 +200,7 @@ def main(
     _check_vocabulary(stage.run.model.text, tokens.vocab_size)
     _log_model(stage)
   _log_data(source, stages[0].pp, tokens, total, batch_size)
-  stage_at = lambda step: stages[phases_lib.at(plan, step)]
+  stage_at = lambda step: stages[config_lib.phase_at(plan, step)]
   batches = Batches(stages[0])
 
   # ---- Evaluations ----
@@ -603,7 +602,8 @@ def define_flags() -> None:
 
 def command_line(argv: list[str]) -> None:
   """What app.run calls."""
-  from sigjax.runtime import lock, profile, start  # main needs none of them
+  # main needs none of them.
+  from sigjax.runtime import lock, profile, program, start
 
   del argv
   flag: Any = FLAGS["config"]
@@ -646,6 +646,8 @@ def command_line(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  from sigjax.runtime import program
+
   define_flags()
   app.run(
     command_line,

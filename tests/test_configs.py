@@ -23,7 +23,7 @@ CONFIGS = [
   for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
   if p.stem not in ("common", "__init__")
 ]
-SMOKE = ["siglip_b16", "siglit_l16", "msiglip_b16"]
+SMOKE = ["siglip_b16", "siglit_l16", "msiglip_b16", "siglip2_b16"]
 
 
 def get(name, arg=None):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from train_program import lines, params
 
-from sigjax import build, errors, phases, sharding, train, trees
+from sigjax import build, errors, sharding, train, trees
+from sigjax import config as config_lib
 from sigjax import init as init_lib
 
 SECTIONS: Any = dict(
@@ -33,7 +34,7 @@ def test_what_a_phase_takes_over():
       model=dict(image=dict(kind="naflex", width=4)),
     ),
   )
-  start, one, two, three = phases.split(given, SECTIONS, 10)
+  start, one, two, three = config_lib.phases_of(given, SECTIONS, 10)
   assert start.sections == SECTIONS and start.since == dict(words=0)
   more = dict(type="distill")
   assert one.sections["losses"] == dict(SECTIONS["losses"], more=more)
@@ -46,7 +47,7 @@ def test_what_a_phase_takes_over():
   assert two.sections["pp"] == "c" and two.since == one.since
   assert three.sections["losses"] == dict(words=words)
   plan = [start, one, two, three]
-  found = [phases.at(plan, step) for step in range(11)]
+  found = [config_lib.phase_at(plan, step) for step in range(11)]
   assert found == [0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3]
 
 
@@ -65,7 +66,7 @@ def test_what_a_phase_takes_over():
 )
 def test_mistakes_are_one_line(given, says):
   with pytest.raises(errors.UserError, match=says):
-    phases.split(given, SECTIONS, 10)
+    config_lib.phases_of(given, SECTIONS, 10)
 
 
 TOWER = dict(width=16, depth=1, num_heads=2, mlp_dim=32)

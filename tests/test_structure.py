@@ -43,8 +43,7 @@ MAY_IMPORT = {
   "host_feed": {"sharding", "state", "step"},
   "init": {"lora", "models", "state", "terms", "trees"},
   "embed": {"models", "sharding", "terms"},
-  "phases": set(),
-  "stage": {"build", "data", "models", "phases", "step"},
+  "stage": {"build", "config", "data", "models", "step"},
   "build": {
     "lora",
     "losses",
@@ -115,7 +114,6 @@ MAY_IMPORT = {
     "embed",
     "evaluators",
     "init",
-    "phases",
     "runtime",
     "sharding",
     "stage",

@@ -25,6 +25,7 @@ from typing import Any
 from absl import flags
 import jax
 
+from sigjax import config as config_lib
 from sigjax import defaults, errors, ring
 from sigjax import sharding as sharding_lib
 from sigjax.runtime import metrics, program
@@ -279,6 +280,7 @@ def compile_config(
   examples: float | None = None,
   out: str | None = None,
   against: str | None = None,
+  phase: str | None = None,
 ) -> None:
   """Compiles and reports, as described at the top of this file.
 
@@ -292,12 +294,15 @@ def compile_config(
     examples: a number of examples, to tell the days it takes.
     out: a file for the estimate, to compare others with.
     against: such a file, to compare with.
+    phase: of config.phases; None: the beginning.
 
   Raises:
     UserError: the config, the topology or the file is wrong, or the program
       does not fit.
   """
   other = estimate.load(against) if against else None
+  if phase:
+    config = config_lib.in_phase(config, phase)
   devices, chip = compiler.open_topology(topology)
   mesh = errors.call(
     sharding_lib.make_mesh,
@@ -364,6 +369,7 @@ def main(argv: list[str]) -> None:
     FLAGS.examples,
     FLAGS.out,
     FLAGS.against,
+    FLAGS.phase,
   )
 
 
@@ -377,6 +383,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer(
     "microbatches", None, "Replaces the config's microbatches.", lower_bound=1
   )
+  flags.DEFINE_string("phase", None, "A phase of config.phases.")
   flags.DEFINE_bool("find_batch", False, "Searches the largest batch.")
   flags.DEFINE_float(
     "examples",

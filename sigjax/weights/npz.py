@@ -365,7 +365,7 @@ def _fit_image_positions(
     old_grid, new_grid = _grid(table.shape[1]), _grid(new.shape[1])
     if old_grid and new_grid and old_grid != new_grid:
       grid = new_grid, new_grid
-      table = np.asarray(vit.resized_positions(table, grid))
+      table = np.asarray(vit.resized_positions(jnp.asarray(table), grid))
       log.info(
         "%s: resampled from %d x %d to %d x %d patches",
         name,
@@ -380,18 +380,19 @@ def _fit_image_positions(
 def _fit_patches(flat: dict[str, np.ndarray], want: Mapping[str, Any]) -> None:
   """Resamples kernels of patches in place, to the shapes in `want`."""
   for name, kernel in flat.items():
-    shape = getattr(want.get(name), "shape", ())
-    if not f"/{name}".endswith("/embedding/kernel") or not kernel.size:
+    old = kernel.shape
+    new = tuple(getattr(want.get(name), "shape", old))
+    square = len(old) == len(new) == 4 and old[0] == old[1] and new[0] == new[1]
+    if not f"/{name}".endswith("/embedding/kernel") or not square:
       continue
-    sides = [x[:2] for x in (kernel.shape, shape) if len(x) == 4]
-    square = len(sides) == 2 and all(x == y for x, y in sides)
-    if square and sides[0] != sides[1] and kernel.shape[2:] == shape[2:]:
-      flat[name] = np.asarray(vit.resized_kernel(kernel, shape[0]))
+    if old[0] and old != new and old[2:] == new[2:]:
+      resized = vit.resized_kernel(jnp.asarray(kernel), new[0])
+      flat[name] = np.asarray(resized)
       log.info(
         "%s: resampled from patches of %d x %d to %d x %d pixels",
         name,
-        *kernel.shape[:2],
-        *shape[:2],
+        *old[:2],
+        *new[:2],
       )
 
 

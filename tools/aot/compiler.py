@@ -135,6 +135,7 @@ def example_of(
   pp_image: str,
   pp_text: str,
   loss: Mapping[str, Any] | None = None,
+  pp: str = "",
 ) -> dict[str, Any]:
   """Returns a preprocessed example, for its shapes.
 
@@ -144,6 +145,7 @@ def example_of(
     pp_image: the preprocessing of images.
     pp_text: the preprocessing of texts.
     loss: section of the config. For one with positives there is a "group".
+    pp: the preprocessing of training examples, whose views are made, too.
   """
   data = io.BytesIO()
   Image.new("RGB", (256, 256)).save(data, "PNG")
@@ -161,6 +163,11 @@ def example_of(
       ("text", pp_text, "a cat"),
     )
   }
+  for op in pp.split("|"):
+    if op.startswith(("global_view(", "local_views(")):
+      fn = preprocess.parse(f"decode|{op}")
+      made = fn(dict(image=image), np.random.default_rng(0))
+      example |= {k: x for k, x in made.items() if k != "image"}
   if (loss or {}).get("positives"):
     example["group"] = np.zeros(1, np.int32)
   return example
@@ -191,6 +198,7 @@ def step_job(
   total_epochs: float | None = None,
   total_examples: int | None = None,
   feed: str = "device",
+  pp: str = "",
   pp_image: str,
   pp_text: str,
 ) -> Job:
@@ -200,7 +208,7 @@ def step_job(
     mesh: the devices to compile for.
     **others: values of the config, see train.main.
   """
-  example = example_of(model, pp_image, pp_text, loss)
+  example = example_of(model, pp_image, pp_text, loss, pp)
   times = config_lib.Durations(
     batch_size,
     1_000_000,
@@ -219,7 +227,7 @@ def step_job(
     sharding=sharding,
     lock=lock,
     lora=lora,
-    losses=times.resolve(losses or {}, "config.losses"),
+    losses=losses,
     microbatches=microbatches,
     feed=feed,
     seed=seed,

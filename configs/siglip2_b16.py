@@ -1,0 +1,144 @@
+"""SigLIP 2 B/16 from scratch, with all of its losses (arXiv 2502.14786).
+
+  python -m sigjax.train \
+    --config configs/siglip2_b16.py:kind=parquet,path='data/*.parquet'
+
+From the beginning the sigmoid loss and a decoder that predicts captions; from
+80 % of the steps also self-distillation and masked prediction, on views of
+their own. docs/siglip2.md explains the losses and says what the papers leave
+open, docs/tpu.md what a step takes.
+
+Hardware: the paper used up to 2048 TPUv5e chips and WebLI, which is not public,
+in a hundred languages. Parameters and the optimizer's state are split over
+`fsdp` chips.
+
+The tokenizer is Gemma's, of 256,000 pieces; texts are lower-cased.
+
+Arguments (defaults in brackets): those of siglip_b16.py but pretrained, and
+  tokenizer, vocab: (gemma, 256000).
+  batch_size, examples, microbatches: (32768, 40e9, 1).
+  fsdp: over how many chips parameters are split (8).
+  decoder, views, masks: 0 leaves this loss out. All are 1.
+  finish: pixels of a side from 95 % of the steps on, such as 384; 0 stays at
+    256 (0).
+  naflex: from 90 % of the steps on, images of any aspect ratio in 128 to 1,024
+    patches, without self-distillation. The released NaFlex models then trained
+    on for 3.75 times as long: make `examples` larger accordingly (0).
+  smoke: the same code with tiny towers on the emoji data.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common
+from sigjax import config as config_lib
+from sigjax import errors
+
+LENGTH = 64
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the config; the module's docstring lists the arguments."""
+  large = dict(common.LARGE_ARGS, tokenizer="gemma", vocab=256_000)
+  args = config_lib.parse_arg(
+    arg,
+    **large,
+    examples=40e9,
+    fsdp=8,
+    decoder=True,
+    views=True,
+    masks=True,
+    finish=0,
+    naflex=False,
+  )
+  if args["finish"] and args["naflex"]:
+    raise errors.UserError("finish and naflex are two ways to end: choose one")
+  res = 64 if args["smoke"] else 256
+  config = ConfigDict()
+  common.large(config, args, res, LENGTH)
+  config.total_examples = args["examples"]
+  for key in ("pp", "pp_text"):  # lower-cased, and padded with 0
+    config[key] = config[key].replace(
+      f"tokenize({LENGTH})", f"lower|tokenize({LENGTH},0)"
+    )
+
+  tower = dict(scan=True, remat="attention")
+  config.model = dict(
+    image=dict(variant="B/16", pool_type="map", **tower),
+    text=dict(variant="B", vocab_size=args["vocab"], **tower),
+    out_dim=(None, 768),
+    temperature_init=10.0,
+    bias_init=-10.0,
+    dtype="bfloat16",
+  )
+  config.optim = dict(
+    name="adamw",
+    lr=1e-3,
+    wd=1e-4,
+    options=dict(b2=0.95),
+    grad_clip_norm=1.0,
+    schedule=dict(name="cosine", warmup_steps=20_000),
+  )
+  config.mesh = dict(data=-1, fsdp=args["fsdp"])
+  config.sharding = ((".*", "fsdp"),)
+
+  if args["smoke"]:
+    common.shrink(config, dict(args, captions="captions"))
+    config.mesh = dict(data=-1, fsdp=1)
+  if args["decoder"]:
+    config.losses = dict(caption=dict(type="caption"))
+  phases: dict[str, Any] = {}
+  if args["views"] or args["masks"]:
+    phases["views"] = _views(config.pp, args)
+  last = list(phases.values())[-1]["pp"] if phases else config.pp
+  if args["finish"]:
+    new = lambda pp: pp.replace(f"|resize({res})", f"|resize({args['finish']})")
+    phases["finish"] = dict(
+      from_percent=95, pp=new(last), pp_image=new(config.pp_image)
+    )
+  if args["naflex"]:
+    phases["naflex"] = _naflex(config, res, bool(phases))
+  config.phases = phases
+  return config
+
+
+def _views(pp: str, args: common.Section) -> dict[str, Any]:
+  """Returns the phase of self-distillation."""
+  size, local = (64, 32) if args["smoke"] else (256, 96)
+  ops, kept = f"global_view({size})", "'image','text','global'"
+  if args["views"]:
+    ops, kept = f"{ops}|local_views({local},8)", f"{kept},'local'"
+  pp = pp.replace("decode|", f"decode|{ops}|")
+  loss = dict(
+    type="distill",
+    weight=0.25,  # of B; .5 of L, 1 of So400m, .5 of g
+    views=1.0 if args["views"] else 0.0,
+    masks=0.25 if args["masks"] else 0.0,
+  )
+  if args["smoke"]:
+    loss |= dict(prototypes=256, patch_prototypes=256, hidden=64, bottleneck=32)
+  return dict(
+    from_percent=80,
+    pp=pp.replace("keep('image','text')", f"keep({kept})"),
+    losses=dict(views=loss),
+  )
+
+
+def _naflex(config: ConfigDict, res: int, distilled: bool) -> dict[str, Any]:
+  """Returns the phase of images of any aspect ratio."""
+  patches = "|resize_to_patches({length},16)"
+  phase: dict[str, Any] = dict(
+    from_percent=90,
+    pp=config.pp.replace(f"|resize({res})", patches),
+    pp_image=f"decode|resize_to_patches({res * res // 256},16)|keep('image')",
+    model=dict(image=dict(config.model.image.to_dict(), kind="naflex")),
+    # The paper halves the batch for the longest. Microbatches leave it as it
+    # is, and take the memory of 256 patches or less.
+    lengths=((128, 1), (256, 1), (576, 4), (784, 4), (1024, 4)),
+  )
+  if res == 64:
+    phase["lengths"] = ((9, 1), (16, 1), (25, 2))
+  if distilled:
+    phase["losses"] = dict(views=None)
+  return phase
