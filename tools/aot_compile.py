@@ -311,7 +311,7 @@ def compile_config(
     devices=devices,
   )
   make = {"step": compiler.step_job, "loss": compiler.loss_job}[what]
-  keys = inspect.signature(make).parameters
+  keys = set(inspect.signature(make).parameters) - {"mesh"}
   config = {k: v for k, v in config.items() if k in keys}
   if batch_size:
     config["batch_size"] = batch_size
