@@ -99,6 +99,51 @@ def config_of_file(weights: str) -> tuple[str, Section]:
   return file, about
 
 
+def of_weights(weights: str) -> Section:
+  """Returns what is known of weights, released ones or a run's.
+
+  Args:
+    weights: a released name or its file, the folder or file that
+      tools.convert_from_hf writes, or a workdir.
+
+  Returns:
+    dict(path=, model=, pp_image=, pp_text=, tokenizer=), and optim= of a run.
+
+  Raises:
+    UserError: they are of one tower alone, or nothing is known of them.
+  """
+  if name := known.name_of(weights):
+    it = known.get(name)
+    if it.tokenizer is None:
+      raise errors.UserError(
+        f"weights={weights} is an image tower alone; configs/siglip_b16.py: "
+        "pretrained= starts from it"
+      )
+    pp = dict(pp_image=known.pp_image(name), pp_text=known.pp_text(name))
+    return dict(pp, path=weights, model=it.model, tokenizer=it.tokenizer)
+  keys = ("model", "pp_image", "pp_text")
+  if weights.endswith(".npz") or pathlib.Path(weights, "params.npz").exists():
+    file, about = config_of_file(weights)
+    tokenizer = pathlib.Path(file).parent / "tokenizer.model"
+  else:
+    file, about = weights, config_of_run(weights)
+    keys, tokenizer = (*keys, "optim"), f"{weights}/tokenizer.model"
+  found = {key: about[key] for key in keys}
+  return dict(found, path=file, tokenizer=str(tokenizer))
+
+
+def curate(config: Config, teacher: str, of: int = 2) -> None:
+  """Lets each step choose its examples with a teacher, see curate.py.
+
+  Args:
+    config: a config whose images and texts the teacher takes as they are.
+    teacher: see of_weights.
+    of: out of how many times as many examples.
+  """
+  found = of_weights(teacher)
+  config.curate = dict(path=found["path"], model=found["model"], of=of)
+
+
 def width_of_embeddings(path: str) -> int:
   """Returns W of a folder of embeddings.
 

@@ -34,14 +34,11 @@ tower (section 4.5), the run's own for adapters. For a head 1e-3, for t and b
 4.5), a tenth of the steps is warmup, and the decay is a cosine.
 """
 
-import os
-
 from ml_collections import ConfigDict
 
 from configs import common
 from sigjax import config as config_lib
 from sigjax import errors
-from sigjax.weights import known
 
 # Parts of the towers that stay as they are, of "head".
 _BODY = ("img/Transformer", "img/embedding", "img/pos_embedding", "img/cls")
@@ -122,31 +119,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def _start(config: common.Config, weights: str, whole: bool) -> float:
   """Sets what comes from the weights; returns the learning rate of towers."""
-  config.init = dict(path=weights)
-  about: common.Section
-  if name := known.name_of(weights):
-    it = known.get(name)
-    if it.tokenizer is None:
-      raise errors.UserError(
-        f"weights={weights} is an image tower alone; configs/siglip_b16.py: "
-        "pretrained= starts from it"
-      )
-    config.pp_image, config.pp_text = known.pp_image(name), known.pp_text(name)
-    config.tokenizer = dict(path=it.tokenizer)
-    model = it.model
-  elif weights.endswith(".npz") or os.path.exists(f"{weights}/params.npz"):
-    file, about = common.config_of_file(weights)
-    config.init = dict(path=file)
-    config.pp_image, config.pp_text = about["pp_image"], about["pp_text"]
-    tokenizer = os.path.join(os.path.dirname(file), "tokenizer.model")
-    config.tokenizer = dict(path=tokenizer)
-    model = about["model"]
-  else:
-    about = common.config_of_run(weights)
-    for key in ("model", "pp_image", "pp_text"):
-      config[key] = about[key]
-    config.tokenizer = dict(path=f"{weights}/tokenizer.model")
-    return about["optim"].get("lr", 1e-3) * (0.1 if whole else 1.0)
+  found = common.of_weights(weights)
+  config.init = dict(path=found["path"])
+  for key in ("pp_image", "pp_text"):
+    config[key] = found[key]
+  config.tokenizer = dict(path=found["tokenizer"])
+  model = found["model"]
+  if "optim" in found:  # a run of ours goes on as it was
+    config.model = model
+    return found["optim"].get("lr", 1e-3) * (0.1 if whole else 1.0)
   # Stacked blocks compile faster; of their outputs nothing is kept.
   towers = {
     tower: dict(model[tower], scan=True, remat="full")

@@ -135,6 +135,11 @@ def fill(
       if section and (make := terms.TERMS.get(section.get("type"))):
         _add(section, make(), ("what", "model", "span"))
         _add(section, terms.term)
+  if (section := config.get("curate")) is not None:
+    from sigjax import curate
+
+    _add(section, curate.Settings)
+    _add(section.get("model"), two_towers.TwoTowers, MODULE)
   if (section := config.get("mesh")) is not None:
     _add(section, sharding.make_mesh, ("devices",))
   if (section := config.get("init")) is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -14,7 +14,17 @@ from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.data.source import Source
+from sigjax.models.two_towers import TwoTowers
 from sigjax.step import Batch, Result
+
+
+class Curation(NamedTuple):
+  """A teacher that helps to choose examples, see curate.py."""
+
+  settings: Any  # curate.Settings
+  teacher: TwoTowers
+  params: Any
+
 
 LENGTH = "{length}"  # in pp, where one of `lengths` is put
 
@@ -53,6 +63,8 @@ class Stage:
     sections: Mapping[str, Any],
     bad_fraction: float,
   ):
+    self._curation: Curation | None = None
+    self._curator, self._mesh = None, mesh
     self.phase, self._source, self._bad = phase, source, bad_fraction
     self._sections = sections
     from sigjax.models import flops
@@ -99,7 +111,7 @@ class Stage:
     return pipeline.train_batches(
       self._source,
       self._preprocess[self._rows[0][0]],
-      batch_size=self._sections["batch_size"],
+      batch_size=self._sections["batch_size"] * self._of,
       seed=self._sections["seed"],
       bad_fraction=self._bad,
       process_index=jax.process_index(),
@@ -110,7 +122,40 @@ class Stage:
   def train_step(self, state: Any, batch: Batch) -> Result:
     """Runs the step of the batch's length, see step.make_train_step."""
     length = None if None in self._steps else batch["image"].shape[1]
-    return self._steps[length].train_step(state, batch)
+    step = self._steps[length].train_step
+    if self._curation is None:
+      return step(state, batch)
+    batch, more = self._choose(state, batch)
+    state, metrics = step.program(state, batch)
+    return state, {**metrics, "to_learn": more}
+
+  def curate(self, curation: "Curation") -> None:
+    """From now on, a teacher chooses the examples of each step."""
+    self._curation = curation
+
+  @property
+  def _of(self) -> int:
+    return self._curation.settings.of if self._curation else 1
+
+  def _choose(self, state: Any, batch: Batch) -> tuple[Any, Any]:
+    """Returns the examples to train on, on the devices; see curate.py."""
+    from sigjax import curate
+
+    if self._curator is None:
+      assert self._curation is not None
+      settings, teacher, params = self._curation
+      k = self.phase.sections["microbatches"]
+      self._curator = curate.Curator(
+        self.run.model,
+        teacher,
+        params,
+        self._mesh,
+        self._sections["batch_size"],
+        k * max(times for _, times in self._rows) * settings.of,
+        settings.chunks,
+        self._sections["seed"],
+      )
+    return self._curator(state, batch)
 
   def _vary(self) -> Callable[[int], Any]:
     seed = self._sections["seed"]

@@ -18,7 +18,7 @@ from clu import parameter_overview
 import jax
 
 from sigjax import config as config_lib
-from sigjax import errors
+from sigjax import errors, trees
 from sigjax import sharding as sharding_lib
 from sigjax.checkpoints import restore
 from sigjax.checkpoints.save import Checkpoints
@@ -28,7 +28,7 @@ from sigjax.data.faults import BAD_FRACTION
 from sigjax.runtime import hosts, identity
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
-from sigjax.stage import Batches, Stage
+from sigjax.stage import Batches, Curation, Stage
 from sigjax.weights import vocabulary
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def main(
   losses: Mapping[str, Mapping[str, Any]] | None = None,
   phases: Mapping[str, Mapping[str, Any]] | None = None,
   lengths: Sequence[Sequence[int]] = (),
+  curate: Mapping[str, Any] | None = None,
   mesh: Mapping[str, Any] | None = None,
   sharding: Sequence = sharding_lib.REPLICATED,
   lock: Sequence[str] = (),
@@ -97,6 +98,8 @@ def main(
     lengths: rows (L, n). Of each batch, one of these numbers of patches takes
       the place of "{length}" in pp, drawn at random; then there are n times as
       many microbatches. For image towers of kind "naflex".
+    curate: lets a teacher choose the examples of each batch out of more:
+      curate.Settings.
     mesh: arguments of sharding.make_mesh.
     sharding: rows (regex, split) over the parameters, see sharding.SPLITS.
     lock: parts of the parameters that are not trained, such as ("img",); see
@@ -201,6 +204,12 @@ def main(
     _log_model(stage)
   _log_data(source, stages[0].pp, tokens, total, batch_size)
   stage_at = lambda step: stages[config_lib.phase_at(plan, step)]
+  if curate:
+    curation = _curation(
+      curate, stages[0].example, mesh_, batch_size, feed, made_from["sha256"]
+    )
+    for stage in stages:
+      stage.curate(curation)
   batches = Batches(stages[0])
 
   # ---- Evaluations ----
@@ -352,6 +361,24 @@ def _log_data(source, pp, tokens, total: int, batch_size: int) -> None:
     logger.info(
       "%.1f %% of the captions are longer than tokenize keeps", 100 * cut
     )
+
+
+def _curation(section, example, mesh, batch_size, feed, tokenizer_sha):
+  """Returns a stage.Curation: reads the teacher's weights."""
+  from sigjax import curate  # few runs have any
+
+  settings = errors.call(curate.Settings, section, "config.curate")
+  settings.check(batch_size, mesh, feed)
+  teacher, shapes = curate.teacher(settings, example, mesh)
+  given = restore.read_init(
+    shapes,
+    settings.path,
+    dont_load=("dec/.*", "distill/.*"),
+    tokenizer_sha=tokenizer_sha,
+  )
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  params = jax.device_put(trees.unflatten(given), whole)
+  return Curation(settings, teacher, params)
 
 
 def _log_model(stage) -> None:

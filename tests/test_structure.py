@@ -43,7 +43,8 @@ MAY_IMPORT = {
   "host_feed": {"sharding", "state", "step"},
   "init": {"lora", "models", "state", "terms", "trees"},
   "embed": {"models", "sharding", "terms"},
-  "stage": {"build", "config", "data", "models", "step"},
+  "curate": {"losses", "models", "sharding", "state", "step"},
+  "stage": {"build", "config", "curate", "data", "models", "step"},
   "build": {
     "lora",
     "losses",
@@ -97,6 +98,7 @@ MAY_IMPORT = {
   "evaluators": {"evaluators", "data", "sharding"},
   "defaults": {
     "checkpoints",
+    "curate",
     "data",
     "evaluators",
     "losses",
@@ -109,6 +111,7 @@ MAY_IMPORT = {
   "train": {
     "checkpoints",
     "config",
+    "curate",
     "data",
     "defaults",
     "embed",
@@ -117,6 +120,7 @@ MAY_IMPORT = {
     "runtime",
     "sharding",
     "stage",
+    "trees",
     "weights",
   },
 }
