@@ -67,6 +67,24 @@ def test_main_takes_a_filled_config(monkeypatch, config):
   assert filled["seed"] == 0 and filled["log_every_steps"] in (20, 50)
 
 
+def test_losses_of_a_phase_have_defaults_too(monkeypatch):
+  config = parse(
+    monkeypatch,
+    "--config.phases.views.losses.views.momentum=0.5",
+    "--config.phases.views.from_percent=70",
+    "--config.losses.caption.weight=0.25",
+    config="siglip2_emoji",
+  )
+  late = config.phases.views.losses.views
+  assert late.momentum == 0.5 and late.temperature == 0.1
+  assert config.losses.caption.weight == 0.25
+  assert config.losses.caption.parallel == 0.5
+  assert config.phases.naflex.losses.views is None  # ends
+  errors.check(
+    train.main, config.to_dict(), "config", "workdir", eval_only=False
+  )
+
+
 def test_another_choice_has_other_defaults(monkeypatch):
   config = parse(
     monkeypatch,

@@ -84,6 +84,8 @@ def convert(
   flat, decoder = _read(weights, is_run), {}
   for name in [name for name in flat if name.startswith("dec/")]:
     decoder[name] = flat.pop(name)
+  for name in [name for name in flat if name.startswith("distill/")]:
+    del flat[name]  # heads that only training needs
   tokenizer = pathlib.Path(tokenizer or home / "tokenizer.model")
   if is_run and not config:
     # That of the checkpoint: a later command may have changed config.json.

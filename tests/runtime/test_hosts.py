@@ -84,13 +84,14 @@ def go_on(old, step, new):
 def test_two_processes_train_like_one_and_take_over_from_any(
   tmp_path, tiny_config
 ):
-  """Loss, parameters, checkpoints, evaluation; and 1x8 -> 1x4 -> 2x2."""
+  """Losses, parameters, checkpoints, evaluation; and 1x8 -> 1x4 -> 2x2."""
   config = config_of(
     tiny_config,
     sharding=((".*", "fsdp"),),
     mesh=dict(data=-1, fsdp=2),
     checkpoints=dict(every_steps=3, keep=None),
   )
+  config = train_program.with_all_losses(config, 4)
   del config["evals"]["zeroshot"]
   config["evals"]["picture"] = dict(
     config["evals"]["retrieval"], type="picture", captions="captions"
