@@ -17,24 +17,6 @@ from sigjax.checkpoints import restore
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def with_all_losses(config: dict[str, Any], step: int) -> dict[str, Any]:
-  """Returns a tiny config that also captions, and distills after a step."""
-  distill = dict(
-    type="distill",
-    prototypes=16,
-    patch_prototypes=16,
-    hidden=16,
-    bottleneck=8,
-  )
-  pp = config["pp"].replace(
-    "decode|", "decode|global_view(16)|local_views(8,2)|"
-  )
-  pp = pp.replace("'image','text'", "'image','text','global','local'")
-  late = dict(from_steps=step, pp=pp, losses=dict(views=distill))
-  losses = dict(caption=dict(type="caption"))
-  return dict(config, losses=losses, phases=dict(late=late))
-
-
 def start(
   workdir: pathlib.Path,
   config: dict[str, Any],

@@ -91,7 +91,6 @@ def test_two_processes_train_like_one_and_take_over_from_any(
     mesh=dict(data=-1, fsdp=2),
     checkpoints=dict(every_steps=3, keep=None),
   )
-  config = train_program.with_all_losses(config, 4)
   del config["evals"]["zeroshot"]
   config["evals"]["picture"] = dict(
     config["evals"]["retrieval"], type="picture", captions="captions"
