@@ -11,7 +11,7 @@ multiplied in bfloat16, float32 ones in full float32 on every platform. Sums are
 float32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import inspect
 import math
@@ -316,7 +316,15 @@ def _sigmoid_share(
   return ring.mean(loss), gradients(ring, zimg, ztxt, t, dzimg, dztxt, db)
 
 
-def gradients(ring: Ring, zimg, ztxt, t, dzimg, dztxt, db):
+def gradients(
+  ring: Ring,
+  zimg: Rows,
+  ztxt: Rows,
+  t: Scalar,
+  dzimg: Float[Array, "b E"],
+  dztxt: Float[Array, "b E"],
+  db: Float[Array, " b"],
+) -> tuple[Rows, Rows, Array, Array]:
   """Gradients of the mean, from each row's sum of slope * the other embedding.
 
   The gradient of t needs no sum over pairs of its own: the sum of slope_ij *
@@ -336,8 +344,16 @@ def dot(x: Array, y: Array) -> Array:
 
 
 def on_all_devices(
-  share, ring: Ring, mesh: Mesh, zimg, ztxt, t, b, groups, draw=None
-):
+  share: Callable,
+  ring: Ring,
+  mesh: Mesh,
+  zimg: Rows,
+  ztxt: Rows,
+  t: Scalar,
+  b: Scalar,
+  groups: Groups,
+  draw: Any = None,
+) -> Float[Array, ""]:
   """Returns the loss, each device computing its share.
 
   If it is differentiated, the forward pass computes value and gradients and
@@ -364,12 +380,22 @@ def on_all_devices(
   return loss(zimg, ztxt, t, b, groups, draw)
 
 
-def ring_of(zimg, ztxt, t, b, mesh, axes, tile, direction, comm) -> Ring:
+def ring_of(
+  zimg: Rows,
+  ztxt: Rows,
+  t: Scalar,
+  b: Scalar,
+  mesh: Mesh,
+  axes: str | Sequence[str],
+  tile: int,
+  direction: str,
+  comm: str,
+) -> Ring:
   """Returns the ring, after a check of a ring loss's arguments."""
-  axes = (axes,) if isinstance(axes, str) else tuple(axes)
-  for axis in axes:
+  names = (axes,) if isinstance(axes, str) else tuple(axes)
+  for axis in names:
     errors.pick(mesh.shape, axis, "axes: the mesh axis")
-  devices = math.prod(mesh.shape[axis] for axis in axes)
+  devices = math.prod(mesh.shape[axis] for axis in names)
   (B, *_), like = zimg.shape, lambda z: f"{z.dtype} {z.shape}"
   wrong = []
   for name, z in (("zimg", zimg), ("ztxt", ztxt)):
@@ -390,8 +416,8 @@ def ring_of(zimg, ztxt, t, b, mesh, axes, tile, direction, comm) -> Ring:
   auto = "all_gather" if B // devices < 256 else "ring"
   ways = {"ring": "ring", "all_gather": "all_gather", "auto": auto}
   comm = errors.pick(ways, comm, "comm")
-  order = ring_lib.order(devices_on(mesh, axes))
-  return Ring(B, devices, axes, order, tile, direction, comm)
+  order = ring_lib.order(devices_on(mesh, names))
+  return Ring(B, devices, names, order, tile, direction, comm)
 
 
 def devices_on(mesh: Mesh, axes: tuple[str, ...]) -> list[Any]:

@@ -36,7 +36,7 @@ class TrainStep(NamedTuple):
   run: Callable[[TrainState, Batch], Result]
   program: Any  # jitted, of (state, global batch); None with feed "host"
 
-  def __call__(self, state: TrainState, batch: Batch):
+  def __call__(self, state: TrainState, batch: Batch) -> Result:
     return self.run(state, batch)
 
 
