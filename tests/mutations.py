@@ -1,4 +1,4 @@
-"""Counts which of 57 deliberate mistakes in the code the tests notice.
+"""Counts which of 68 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word
@@ -281,9 +281,9 @@ MUTATIONS = [
   ),
   # ---- Released weights ----
   Mutation(
-    "weights/npz.py",
-    '(new, new, table.shape[-1]), "linear")',
-    '(new, new, table.shape[-1]), "linear", antialias=False)',
+    "models/vit.py",
+    '(*grid, table.shape[2]), "linear")',
+    '(*grid, table.shape[2]), "linear", antialias=False)',
     NPZ,
   ),
   Mutation(
@@ -401,6 +401,73 @@ MUTATIONS = [
     "return tree.read(pair[1]) if pair[1] in texts else None",
     "return pair[1]",
     "data/formats/test_folder.py",
+  ),
+  # ---- SigLIP 2 ----
+  Mutation(
+    "prototypes.py",
+    "(cosines - centre[None]) / teacher_temperature",
+    "(cosines + centre[None]) / teacher_temperature",
+    "test_distill.py::test_the_loss_is_the_formula",
+  ),
+  Mutation(
+    "prototypes.py",
+    "  there = cut(jnp.ones(rows, F32))",
+    "  there = jnp.ones_like(cut(jnp.ones(rows, F32)))",
+    "test_distill.py::test_the_loss_is_the_formula",
+  ),
+  Mutation(
+    "terms/distill.py",
+    "    theirs = self._see(teacher[\"img\"], views)",
+    "    theirs = self._see(params[\"img\"], views)",
+    "test_distill.py::test_it_is_the_same_however_it_is_split",
+  ),
+  Mutation(
+    "terms/distill.py",
+    "    rest = (1 - self._momentum) * (1 + jnp.cos(jnp.pi * done)) / 2",
+    "    rest = 1 - self._momentum",
+    "test_distill.py::test_the_teacher_follows",
+  ),
+  Mutation(
+    "models/vit.py",
+    "      x = jnp.where(mask[..., None], token, x)",
+    "      x = jnp.where(mask[..., None], token, x) + 1e-2 * x",
+    "test_distill.py::test_hidden_patches",
+  ),
+  Mutation(
+    "step.py",
+    "    new[\"held\"] = self.held_after(state, trained, means)",
+    "    new[\"held\"] = state.held",
+    "test_distill.py::test_what_learns",
+  ),
+  Mutation(
+    "init.py",
+    "  stays = {k for k, x in every.items() if k in have and _same(have[k], x)}",
+    "  stays = {k for k in every if k in have and not k.startswith(\"opt\")}",
+    "test_phases.py::test_what_is_carried_over",
+  ),
+  Mutation(
+    "models/vit.py",
+    "  solve = jnp.asarray(np.linalg.pinv(resize), jnp.float32)  # (q q, p p)",
+    "  solve = jnp.asarray(resize.T / resize.sum(), jnp.float32)",
+    "test_phases.py::test_what_is_carried_over",
+  ),
+  Mutation(
+    "config.py",
+    "if phase.first < max(step, 1)",
+    "if phase.first <= max(step, 1)",
+    "test_phases.py::test_what_a_phase_takes_over",
+  ),
+  Mutation(
+    "curate.py",
+    "      return (odds + found[0] - found[1], taken), new",
+    "      return (odds + found[0] + found[1], taken), new",
+    "test_curate.py::test_what_is_drawn_is_the_formula",
+  ),
+  Mutation(
+    "data/example/views.py",
+    "    share = rng.uniform(*area) * height * width",
+    "    share = area[1] * height * width",
+    "data/example/test_views.py",
   ),
 ]
 
