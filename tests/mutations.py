@@ -417,9 +417,9 @@ MUTATIONS = [
   ),
   Mutation(
     "terms/distill.py",
-    "    theirs = self._see(teacher[\"img\"], views)",
-    "    theirs = self._see(params[\"img\"], views)",
-    "test_distill.py::test_it_is_the_same_however_it_is_split",
+    '    theirs = self._see(teacher["img"], views)',
+    '    theirs = self._see(params["img"], views)',
+    "test_distill.py::test_a_teacher_that_is_the_student_and_sees_the_same",
   ),
   Mutation(
     "terms/distill.py",
@@ -435,14 +435,14 @@ MUTATIONS = [
   ),
   Mutation(
     "step.py",
-    "    new[\"held\"] = self.held_after(state, trained, means)",
-    "    new[\"held\"] = state.held",
+    '    new["held"] = self.held_after(state, trained, means)',
+    '    new["held"] = state.held',
     "test_distill.py::test_what_learns",
   ),
   Mutation(
     "init.py",
     "  stays = {k for k, x in every.items() if k in have and _same(have[k], x)}",
-    "  stays = {k for k in every if k in have and not k.startswith(\"opt\")}",
+    '  stays = {k for k in every if k in have and not k.startswith("opt")}',
     "test_phases.py::test_what_is_carried_over",
   ),
   Mutation(

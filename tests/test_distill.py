@@ -119,11 +119,11 @@ def test_a_teacher_that_is_the_student_and_sees_the_same():
   batch["local"] = batch["global"][:, None]
   params: Any = init_params()
 
-  def loss(teacher_temperature):
+  def loss(teacher_temperature, times=1.0):
     kind: Any = make_term(
       masks=0, temperature=0.1, teacher_temperature=teacher_temperature
     ).kind
-    held = kind.hold(params)
+    held = jax.tree.map(lambda x: times * x, kind.hold(params))
     keys = jax.random.split(jax.random.key(0), B)
     fn = lambda params: kind(params, held, {}, batch, keys)
     return jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
@@ -144,6 +144,8 @@ def test_a_teacher_that_is_the_student_and_sees_the_same():
   np.testing.assert_allclose(sums["view"], cosines.sum(0), atol=2e-4)
   _, others = loss(0.05)
   assert optax.tree.norm(grads) < 1e-4 * optax.tree.norm(others)
+  (_, others), _ = loss(0.1, times=1.5)  # it is the teacher that is asked
+  assert np.abs(others["view"] - sums["view"]).max() > 0.1
 
 
 def test_hidden_patches():
