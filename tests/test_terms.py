@@ -206,6 +206,28 @@ def test_mistakes_are_one_line(change, says):
   assert "\n" not in str(e.value)
 
 
+def test_another_text_may_be_the_target():
+  """And it has to be there."""
+  model = two_towers.TwoTowers(**MODEL)
+  (term,) = terms.make({"words": dict(CAPTION, text="target")}, model)
+  batch: Any = make_batch(0)
+  batch["target"] = make_batch(1)["text"]
+  patches = np.ones((B, 4, 16), np.float32)
+  value = lambda term, batch: term.total(
+    init_params(),
+    {},
+    {"img/encoded": patches},
+    batch,
+    jax.random.key(0),
+    jnp.arange(B),
+  )[0]
+  (plain,) = terms.make({"words": CAPTION}, model)
+  want = value(plain, dict(batch, text=batch["target"]))
+  assert value(term, batch) == want != value(plain, batch)
+  with pytest.raises(errors.UserError, match='predicts "target", which'):
+    state_lib.param_shapes(model, EXAMPLE, (), [term])
+
+
 @pytest.mark.parametrize(
   "image, length, says",
   [

@@ -53,6 +53,8 @@ class Caption(terms.Kind):
     per_token: True: an example's loss is the mean over its tokens; False: their
       sum, with which long captions count more. The papers do not say.
       Padding counts for nothing.
+    text: the feature to predict: "text", or another of the examples, such as
+      "target" of the op regions.
     chunk: of how many tokens a device holds logits at a time, see
       crossentropy.py.
 
@@ -75,6 +77,7 @@ class Caption(terms.Kind):
     num_heads: int | None = None,
     parallel: float = 0.5,
     per_token: bool = True,
+    text: str = "text",
     chunk: int = 512,
   ):
     del span
@@ -89,9 +92,9 @@ class Caption(terms.Kind):
       )
     if chunk < 1:
       raise errors.UserError(f"{what}.chunk is {chunk}, but has to be from 1")
-    text = two_towers.text_tower(model)
-    assert isinstance(text, TextTransformer)
-    base = text.sizes()
+    tower = two_towers.text_tower(model)
+    assert isinstance(tower, TextTransformer)
+    base = tower.sizes()
     size = Sizes(
       width or base.width,
       depth or max(base.depth // 2, 1),
@@ -104,13 +107,18 @@ class Caption(terms.Kind):
         f"{size.num_heads}"
       )
     self.decoder = decoder.Decoder(
-      size, text.vocab_size, text.scan, text.remat, model.dtype
+      size, tower.vocab_size, tower.scan, tower.remat, model.dtype
     )
+    self._text = text
     self._what, self._dtype, self._mesh = what, model.dtype, model.mesh
     self._parallel, self._per_token, self._chunk = parallel, per_token, chunk
 
   def init(self, key: Array, out: Mapping[str, Any], batch: Mapping) -> dict:
-    text = batch["text"]
+    if self._text not in batch:
+      raise errors.UserError(
+        f'{self._what} predicts "{self._text}", which config.pp does not keep'
+      )
+    text = batch[self._text]
     if text.shape[1] < 2:
       raise errors.UserError(
         f"{self._what} needs texts of at least 2 tokens, but tokenize in "
@@ -131,7 +139,7 @@ class Caption(terms.Kind):
     keys: Array,
   ) -> tuple[Float[Array, ""], dict]:
     del held
-    text = batch["text"]
+    text = batch[self._text]
     draw = lambda key: jax.random.bernoulli(key, self._parallel)
     found: Any = self.decoder.apply(
       {"params": params[self.part]},
@@ -181,7 +189,7 @@ class Caption(terms.Kind):
       self.decoder.vocab_size,
     )
     length, (_, patches, patch) = (
-      batch["text"].shape[1],
+      batch[self._text].shape[1],
       out["img/encoded"].shape,
     )
     # Query, key, value and output, then weights and their sum of values.

@@ -535,6 +535,44 @@ def tokenize(length: int, pad: int = 1, *, tokenizer: Tokenize) -> Fn:
   return fn
 
 
+def regions(
+  length: int,
+  key: str = "objects",
+  boxes: str = "bbox",
+  texts: str = "text",
+  p: float = 0.67,
+  pad: int = 1,
+  *,
+  tokenizer: Tokenize,
+) -> Fn:
+  """Sets "target", (length,) int32 ids, for a captioning decoder (LocCa).
+
+  The text of the image, or with probability p where something in it is, or what
+  is there; see regions.target. Comes between `choice` and `tokenize`. Ops that
+  cut or move the image must not be there: boxes are shares of the whole.
+
+  Args:
+    length: L; longer targets are cut.
+    key: the feature with the regions.
+    boxes: within it, (n, 4): top, left, bottom, right, in 0 to 1, as in TFDS.
+    texts: within it, n texts.
+    p: see above.
+    pad: as of `tokenize`.
+    tokenizer: given by parse().
+  """
+  _check("regions: length", length, 1, MAX_TOKENS)
+  _check("regions: p", p, 0, 1)
+  _check("regions: pad", pad, 0, 2**31 - 1)
+  from sigjax.data.example import regions as lib  # few runs have any
+
+  def fn(example: Example, rng: np.random.Generator) -> Example:
+    text = lib.target(example, _text(example), key, (boxes, texts), p, rng)
+    example["target"] = tokenizer(text, length, pad)
+    return example
+
+  return fn
+
+
 def group(*features: str) -> Fn:
   """Sets "group", (G,) int32: two examples that agree in one are a true pair.
 
@@ -665,6 +703,7 @@ OPS: dict[str, Callable[..., Fn]] = {
     first,
     lower,
     tokenize,
+    regions,
     group,
     noise_image,
     noise_text,
