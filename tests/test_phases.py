@@ -12,6 +12,8 @@ from train_program import lines, params
 from sigjax import build, errors, sharding, train, trees
 from sigjax import config as config_lib
 from sigjax import init as init_lib
+from sigjax.data import kinds
+from sigjax.stage import Batches, Stage
 
 SECTIONS: Any = dict(
   pp="a",
@@ -149,6 +151,24 @@ def test_what_is_carried_over():
   assert len(moments) == 2 and not any(np.any(now[x]) for x in moments)
 
 
+def test_positions_of_another_resolution():
+  """A ramp over the grid stays one, but for its ends."""
+  run, example = built(32, 4, {})
+  old = init_lib.init_state(run.model, run.tx, 0, example, run.state)
+  ramp = jnp.tile(jnp.arange(8.0).reshape(1, 1, 8, 1), (1, 8, 1, 16))
+  was = old.trained["img"]["pos_embedding"]
+  old.trained["img"]["pos_embedding"] = jax.device_put(
+    ramp.reshape(1, 64, 16), was.sharding
+  )
+  new_run, example = built(64, 4, {})
+  got = init_lib.carry(
+    new_run.model, new_run.tx, 0, example, new_run.state, old
+  )
+  table = np.asarray(got.params["img"]["pos_embedding"]).reshape(16, 16, 16)
+  want = (np.arange(1, 15) + 0.5) / 2 - 0.5
+  np.testing.assert_allclose(table[3, 1:15, 2], want, atol=1e-5)
+
+
 def test_from_one_resolution_to_any_aspect_ratio():
   """The first patches' embeddings stay what they are."""
   run, example = built(32, 2, {})
@@ -190,48 +210,31 @@ def test_what_cannot_be_carried_over():
 
 
 def test_a_run_through_all_phases(tmp_path, tiny_config):
-  """Resumed from a checkpoint of each: bit for bit the same end."""
-  pp = "decode|{}resize({})|value_range(-1,1)|choice('captions')|lower"
-  pp += "|tokenize(8)|keep({})"
-  views = "global_view(16)|local_views(8,2)|"
-  four = "'image','text','global','local'"
-  patches = pp.replace(
-    "resize({})|value_range(-1,1)", "resize_to_patches({},8)"
+  """Resumed in the middle of one: bit for bit the same end."""
+  pp = (
+    "decode|{}value_range(-1,1)|choice('captions')|lower|tokenize(8)|keep({})"
   )
+  views = "global_view(16)|local_views(8,1)|"
+  image = dict(tiny_config["model"]["image"], kind="naflex")
   config = dict(
     tiny_config,
     total_steps=6,
     checkpoints=dict(every_steps=1, keep=None),
-    losses=dict(words=dict(type="caption")),
     phases=dict(
       views=dict(
         from_percent=33,
-        pp=pp.format(views, 16, four),
-        losses=dict(views=dict(DISTILL)),
-      ),
-      fine=dict(
-        from_steps=3,
-        pp=pp.format(views, 24, four),
-        pp_image="decode|resize(24)|value_range(-1,1)|keep('image')",
-        microbatches=3,
+        pp=pp.format(views, "'image','text','global','local'"),
+        losses=dict(views=DISTILL),
       ),
       any=dict(
         from_steps=4,
-        pp=patches.format("", "{length}", "'image','text'"),
-        pp_image="decode|resize_to_patches(9,8)|keep('image')",
-        model=dict(
-          image=dict(
-            kind="naflex",
-            width=32,
-            depth=1,
-            num_heads=2,
-            mlp_dim=64,
-            patch_size=8,
-          )
+        pp=pp.format("", "'image','text'").replace(
+          "value_range(-1,1)", "resize_to_patches({length},8)"
         ),
+        pp_image="decode|resize_to_patches(4,8)|keep('image')",
+        model=dict(image=image),
         losses=dict(views=None),
-        microbatches=1,
-        lengths=((9, 1), (16, 3)),
+        lengths=((9, 3),),
       ),
     ),
   )
@@ -240,20 +243,64 @@ def test_a_run_through_all_phases(tmp_path, tiny_config):
   rows = run(tmp_path / "whole")
   logged = {x["step"]: x for x in lines(tmp_path / "whole") if "loss" in x}
   assert [step for step in logged if "views" in logged[step]] == [3, 4]
-  assert all("words" in x for x in logged.values())
   saved = lambda step: params(tmp_path / f"whole/checkpoints/{step}")
-  shape = lambda step: saved(step)["img/pos_embedding"].shape
-  assert [shape(step) for step in (2, 3, 4, 5)] == [
-    (1, 4, 32),
-    (1, 4, 32),
-    (1, 9, 32),
-    (16, 16, 32),
-  ]
-  for step in (3, 5):
-    workdir = tmp_path / f"from{step}"
-    source = str(tmp_path / f"whole/checkpoints/{step}")
-    assert run(workdir, resume=source) == rows
-    got = params(workdir)
-    for name, x in saved(6).items():
-      np.testing.assert_array_equal(got[name], x, err_msg=f"{step} {name}")
-  assert run(tmp_path / "whole", eval_only=True) == rows
+  parts = [{name.split("/")[0] for name in saved(step)} for step in (2, 3, 5)]
+  towers = {"img", "txt", "t", "b"}
+  assert parts == [towers, {*towers, "distill"}, towers]
+  assert saved(5)["img/pos_embedding"].shape == (16, 16, 32)
+  # From the middle of the second phase, through the third.
+  source = str(tmp_path / "whole/checkpoints/3")
+  assert run(tmp_path / "from3", resume=source) == rows
+  got = params(tmp_path / "from3")
+  for name, x in saved(6).items():
+    np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+def test_lengths_are_drawn_by_the_step(tiny_config):
+  """The same on another day; each of them; as many patches as drawn."""
+  source = kinds.open_source(**tiny_config["data"])
+  sections = dict(
+    pp="decode|resize_to_patches({length},8)|choice('captions')|tokenize(8)"
+    "|keep('image','text')",
+    model=dict(
+      tiny_config["model"],
+      image=dict(tiny_config["model"]["image"], kind="naflex"),
+    ),
+    losses={},
+    microbatches=1,
+    lengths=((4, 1), (9, 3), (1, 1)),
+  )
+
+  def make(**changes):
+    phase = config_lib.Phase("", 0, {**sections, **changes}, {})
+    shared = dict(batch_size=24, optim={}, seed=3)
+    return Stage(
+      phase, source, Tokens(), sharding.make_mesh(), 10, shared, 0.01
+    )
+
+  stage = make()
+  batches = Batches(stage)
+  drawn = [next(batches)["image"].shape for _ in range(12)]
+  assert {shape[:1] for shape in drawn} == {(24,)}
+  lengths = [shape[1] for shape in drawn]
+  assert set(lengths) == {1, 4, 9}
+  batches.set_state({**batches.get_state(), "step": 5})
+  assert [next(batches)["image"].shape[1] for _ in range(5)] == lengths[5:10]
+  batches.close()
+  for changes, says in (
+    (dict(lengths=()), '"{length}" in config.pp, but there are none'),
+    (dict(lengths=((4, 0),)), "takes rows"),
+    (dict(lengths=((4, 1), (4, 2))), "twice"),
+    (dict(model=tiny_config["model"]), 'has to be "naflex"'),
+  ):
+    with pytest.raises(errors.UserError, match=says):
+      make(**changes)
+
+
+class Tokens:
+  """A tokenizer, of which only the length counts."""
+
+  vocab_size = 32
+
+  def __call__(self, text, length, pad):
+    return np.zeros(length, np.int32)
