@@ -168,3 +168,21 @@ def on_each_device(
     )(*args)
 
   return run
+
+
+def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Has XLA split the rows of an array over all devices, as batches are.
+
+  Args:
+    x: (b, ...), within a program.
+    mesh: the devices; None if they are not known. In a shard_map over some of
+      its axes, as in microbatches, the others are left to split.
+  """
+  outer = jax.sharding.get_abstract_mesh()
+  left = mesh and tuple(
+    a for a in mesh.axis_names if a not in outer.manual_axes
+  )
+  if not mesh or not left:
+    return x
+  sharding = NamedSharding(outer if outer.manual_axes else mesh, P(left))
+  return jax.lax.with_sharding_constraint(x, sharding)

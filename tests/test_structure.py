@@ -29,7 +29,7 @@ MAY_IMPORT = {
   "lora": {"trees"},
   "crossentropy": {"losses", "sharding"},
   "prototypes": {"losses", "sharding"},
-  "terms": {"crossentropy", "models", "prototypes", "terms"},
+  "terms": {"crossentropy", "models", "prototypes", "sharding", "terms"},
   "state": {"lora", "models", "sharding", "terms", "trees"},
   "step": {
     "host_feed",

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sigjax import errors, prototypes, terms
+from sigjax import errors, prototypes, sharding, terms
 from sigjax.models import flops, two_towers, vit
 from sigjax.models.two_towers import TwoTowers
 
@@ -200,9 +200,12 @@ class Distill(terms.Kind):
       places, mask = self._draw(batch["global"], keys)
       token = params[self.part]["token"]
       seen = self._see(params["img"], views, hidden=(mask, token))
-      take = lambda x: jnp.take_along_axis(x, places[..., None], axis=1)
+      # Said so, or XLA would gather the rows of all devices.
+      take = sharding.on_each_device(
+        lambda x, at: jnp.take_along_axis(x, at[..., None], axis=1), self._mesh
+      )
       patches, wanted = (
-        take(self._patches(x)).reshape(-1, x["encoded"].shape[2])
+        take(self._patches(x), places).reshape(-1, x["encoded"].shape[2])
         for x in (seen, theirs)
       )
       found = self._compare("patch", params, held, patches[:, None], wanted)
@@ -231,6 +234,8 @@ class Distill(terms.Kind):
     if "pos_embedding" in params:
       table = vit.resized_positions(params["pos_embedding"], grid)
       params = {**params, "pos_embedding": table}
+    # After a reshape XLA splits rows over some of the devices alone.
+    views = sharding.split_rows(views, self._mesh)
     found: Any = self._tower.apply({"params": params}, views, hidden=hidden)
     return found[1]
 
@@ -258,11 +263,8 @@ class Distill(terms.Kind):
   def _draw(self, views: Array, keys: Array) -> tuple[Int[Array, "n M"], Any]:
     """Returns the numbers of hidden patches, and the mask (n, P) of them."""
     patches, count = self._hidden(views)
-    draw = lambda key: jax.random.permutation(key, patches)[:count]
-    places = jax.vmap(draw)(keys)
-    mask = jnp.zeros((len(keys), patches), bool)
-    rows = jnp.arange(len(keys))[:, None]
-    return places, mask.at[rows, places].set(True)
+    ranks = jax.vmap(lambda key: jax.random.permutation(key, patches))(keys)
+    return jnp.argsort(ranks, axis=1)[:, :count], ranks < count
 
   def _hidden(self, views: Any) -> tuple[int, int]:
     """Returns how many patches a view has, and how many of them are hidden."""
