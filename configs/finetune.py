@@ -138,7 +138,9 @@ def _start(config: common.Config, weights: str, whole: bool) -> float:
   return 1e-5 if whole else 2e-4
 
 
-def _without_absent(model: common.Config, lock: tuple[str, ...]) -> list[str]:
+def _without_absent(
+  model: common.Config, lock: tuple[str, ...]
+) -> tuple[str, ...]:
   """Returns the parts of `lock` that the model has."""
   image = model.image
   absent = set()
@@ -146,4 +148,4 @@ def _without_absent(model: common.Config, lock: tuple[str, ...]) -> list[str]:
     absent.add("img/cls")
   if image.get("kind") == "precomputed":
     absent |= {"img/Transformer", "img/embedding", "img/pos_embedding"}
-  return [part for part in lock if part not in absent]
+  return tuple(part for part in lock if part not in absent)

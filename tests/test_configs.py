@@ -210,6 +210,7 @@ def test_fine_tuning_a_released_model():
     "|keep('image','text')"
   )
   assert config.model.image.remat == "full" and config.optim.lr == 2e-4
+  assert config.lock == ()  # a list could not be overridden by --config.lock
   with pytest.raises(errors.UserError, match="adapts whole towers"):
     get("finetune", "lora=8,train=head")
   with pytest.raises(errors.UserError, match="is an image tower alone"):
