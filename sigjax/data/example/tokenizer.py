@@ -7,6 +7,7 @@ the text tower reads the representation of the last token.
 
 from collections.abc import Iterable
 import io
+import itertools
 import logging
 import os
 import pathlib
@@ -89,6 +90,11 @@ class Tokenizer:
     row[: len(ids)] = ids
     row[len(ids)] = EOS
     return row
+
+  def text(self, ids: Iterable[int]) -> str:
+    """Returns the text of some ids, up to the first 1; all below vocab_size."""
+    before = itertools.takewhile(lambda i: i != EOS, map(int, ids))
+    return self._pieces.decode(list(before))
 
   def count(self, text: str) -> int:
     """Returns the number of ids of a text, the end token included."""

@@ -25,7 +25,8 @@ def test_ids_are_sentencepieces_then_ends(spm_path):
   assert row.dtype == np.int32
   assert row.tolist() == want + [1] * (12 - len(want))
   assert tok.vocab_size == 26
-  assert model.decode(want) == "a red dog"
+  assert model.decode(want) == "a red dog" == tok.text(row)
+  assert tok.text([*want, 1, *want]) == "a red dog"
   assert (model.eos_id(), model.unk_id(), model.bos_id()) == (1, 2, -1)
 
 
