@@ -330,7 +330,7 @@ def _fits(
   return metrics.table(rows, ("image", "rank", "text", "cosine", "probability"))
 
 
-def _check_flags(rest: list[str]) -> None:
+def check_flags(rest: list[str]) -> None:
   """Raises UserError unless flags say what to do, and none is ignored."""
   program.flags_alone(rest)
   if bool(FLAGS.texts) == FLAGS.caption:
@@ -341,27 +341,40 @@ def _check_flags(rest: list[str]) -> None:
     raise errors.UserError("--length_power is of --beam 2 and more alone")
 
 
-if __name__ == "__main__":
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of this program."""
+  given: Any = dict(flag_values=values)
   flags.DEFINE_string(
     "weights",
     None,
     "A released model's name, a workdir, a checkpoint, a folder or a file.",
+    **given,
   )
-  flags.DEFINE_alias("workdir", "weights")
-  flags.DEFINE_list("image", None, "Image files, globs and folders.")
-  flags.DEFINE_list("texts", None, "Texts.")
-  flags.DEFINE_bool("caption", False, "Writes a caption of each image.")
+  flags.DEFINE_alias("workdir", "weights", **given)
+  flags.DEFINE_list("image", None, "Image files, globs and folders.", **given)
+  flags.DEFINE_list("texts", None, "Texts.", **given)
+  flags.DEFINE_bool(
+    "caption", False, "Writes a caption of each image.", **given
+  )
   flags.DEFINE_integer(
-    "beam", None, "Of --caption: texts kept at each place.", lower_bound=1
+    "beam", None, "Of --caption: texts kept at each place.", 1, **given
   )
   flags.DEFINE_float(
     "length_power",
     None,
     "Of --beam: see sigjax/decode.py; 1 if unset.",
-    lower_bound=0,
+    0,
+    **given,
   )
   config_flags.DEFINE_config_file(
-    "tower", None, "The config of the tower, if images were precomputed."
+    "tower",
+    None,
+    "The config of the tower, if images were precomputed.",
+    **given,
   )
-  flags.mark_flags_as_required(["weights", "image"])
-  program.run(main, _check_flags)
+  flags.mark_flags_as_required(["weights", "image"], **given)
+
+
+if __name__ == "__main__":
+  define_flags()
+  program.run(main, check_flags)
