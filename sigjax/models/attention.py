@@ -243,6 +243,7 @@ class MultiHeadDotProductAttention(nn.Module):
     query, query_bias = project("query")(x)
     rows_of_keys: Array = x if keys is None else keys
     projected = lambda name: project(name)(rows_of_keys)
+    value_bias: Any = None
     if place is None:
       key, _ = projected("key")
       value, value_bias = projected("value")
@@ -256,7 +257,6 @@ class MultiHeadDotProductAttention(nn.Module):
         self._cached(name, projected, place, length_of_cache)
         for name in ("key", "value")
       )
-      value_bias = None
     if self.bias:
       query = query + query_bias
     if length:
