@@ -113,7 +113,7 @@ def read(source: str | os.PathLike[str]) -> Folder:
   arrays = names_lib.to_ours(read_arrays(source), like, source)
   config: dict[str, Any] = dict(model=model)
   if (source / "decoder.npz").exists():
-    found, config["losses"] = decoder(source / "decoder.npz", model, length)
+    found, config["losses"] = decoder(source / "decoder.npz", model)
     arrays.update(found)
   notes = []
   for key, (value, note) in {
@@ -176,14 +176,13 @@ def convert(
 
 
 def decoder(
-  file: pathlib.Path, model: Mapping[str, Any], length: int
+  file: pathlib.Path, model: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Reads the captioning decoder beside a model.
 
   Args:
     file: what tools.convert_to_hf wrote.
     model: keyword arguments of TwoTowers.
-    length: L, the number of tokens.
 
   Returns:
     {name: array}, all below "dec"; and config.losses of a run with it.
@@ -198,11 +197,13 @@ def decoder(
   towers = two_towers.TwoTowers(**model)
   image, text = two_towers.image_tower(towers), two_towers.text_tower(towers)
   made = made.clone(vocab_size=text.vocab_size)
+  # With regions (docs/siglip2.md) it is not that of the text tower.
+  table = trees.flatten(params).get("dec/pos_embedding", np.zeros((1, 2, 1)))
   like = jax.eval_shape(
     made.init,
     jax.random.key(0),
     np.zeros((1, 1, image.sizes().width), np.float32),
-    np.zeros((1, length), np.int32),
+    np.zeros(table.shape[:2], np.int32),
     np.zeros(1, bool),
   )["params"]
   if lines := trees.difference({"dec": like}, params):

@@ -245,7 +245,7 @@ def test_a_decoder_there_and_back(tmp_path, scan):
 
   file = tmp_path / "hf/decoder.npz"
   for change, says in (
-    ({"params/dec/pos_embedding": np.zeros((1, 9, 48))}, r"not \(1, 12, 48"),
+    ({"params/dec/pos_embedding": np.zeros((1, 9, 7))}, r"not \(1, 9, 48"),
     ({"params/img/x": np.zeros(3)}, 'parameters of "dec" alone'),
     ({"params/dec/LogitsDense/bias": np.zeros(7)}, "not of this model"),
   ):
