@@ -37,7 +37,7 @@ def workdir(tmp_path_factory):
 def trained(workdir, tiny_config):
   """A run of two steps with a captioning decoder, and its config.json."""
   if not (workdir / "config.json").exists():
-    words = dict(type="caption", depth=1, from_percent=50)
+    words = dict(type="caption", depth=1)
     config = dict(
       tiny_config, total_steps=2, evals={}, losses=dict(words=words)
     )
