@@ -107,7 +107,8 @@ def of_weights(weights: str) -> Section:
       tools.convert_from_hf writes, or a workdir.
 
   Returns:
-    dict(path=, model=, pp_image=, pp_text=, tokenizer=), and optim= of a run.
+    dict(path=, model=, pp_image=, pp_text=, tokenizer=), optim= of a run, and
+    losses= if there are any beside the pair loss.
 
   Raises:
     UserError: they are of one tower alone, or nothing is known of them.
@@ -129,6 +130,8 @@ def of_weights(weights: str) -> Section:
     file, about = weights, config_of_run(weights)
     keys, tokenizer = (*keys, "optim"), f"{weights}/tokenizer.model"
   found = {key: about[key] for key in keys}
+  if about.get("losses"):
+    found["losses"] = about["losses"]
   return dict(found, path=file, tokenizer=str(tokenizer))
 
 

@@ -6,7 +6,8 @@
     --config configs/finetune.py:weights=workdirs/OLD,path=pictures,lora=8
 
 The model, its preprocessing, its tokenizer and the length of its texts are
-those of the weights. All evaluations run before the first step, too, so that
+those of the weights. What they have beside the towers, such as a captioning
+decoder, is left out. All evaluations run before the first step, too, so that
 one sees what the training brings. docs/finetune.md compares the ways.
 
 Hardware: docs/finetune.md has what fits one accelerator of 16 GB.
@@ -124,6 +125,7 @@ def _start(config: common.Config, weights: str, whole: bool) -> float:
   for key in ("pp_image", "pp_text"):
     config[key] = found[key]
   config.tokenizer = dict(path=found["tokenizer"])
+  _without_terms(config, found)
   model = found["model"]
   if "optim" in found:  # a run of ours goes on as it was
     config.model = model
@@ -138,7 +140,15 @@ def _start(config: common.Config, weights: str, whole: bool) -> float:
   return 1e-5 if whole else 2e-4
 
 
-def _without_absent(model: common.Config, lock: tuple[str, ...]) -> list[str]:
+def _without_terms(config: common.Config, about: common.Section) -> None:
+  """Leaves parameters of losses beside the pair loss where they are."""
+  if about.get("losses"):
+    config.init.dont_load = (r"(?!(img|txt)/|(t|b|r)$).*",)
+
+
+def _without_absent(
+  model: common.Config, lock: tuple[str, ...]
+) -> tuple[str, ...]:
   """Returns the parts of `lock` that the model has."""
   image = model.image
   absent = set()
@@ -146,4 +156,4 @@ def _without_absent(model: common.Config, lock: tuple[str, ...]) -> list[str]:
     absent.add("img/cls")
   if image.get("kind") == "precomputed":
     absent |= {"img/Transformer", "img/embedding", "img/pos_embedding"}
-  return [part for part in lock if part not in absent]
+  return tuple(part for part in lock if part not in absent)

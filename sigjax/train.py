@@ -200,7 +200,7 @@ def main(
     for phase in plan
   ]
   for stage in stages:
-    _check_vocabulary(stage.run.model.text, tokens.vocab_size)
+    _check_vocabulary(stage.run.model.text, tokens.rows, init)
     _log_model(stage)
   _log_data(source, stages[0].pp, tokens, total, batch_size)
   stage_at = lambda step: stages[config_lib.phase_at(plan, step)]
@@ -488,12 +488,17 @@ def _without_how(model: Mapping[str, Any]) -> dict[str, Any]:
   return {**model, **towers}
 
 
-def _check_vocabulary(text: Mapping[str, Any], pieces: int) -> None:
+def _check_vocabulary(text: Mapping[str, Any], pieces: int, init) -> None:
   size = text.get("vocab_size", pieces)
   if pieces > size:
     raise errors.UserError(
       f"config.model.text.vocab_size is {size}, but the tokenizer has "
-      f"{pieces} pieces; set it to that"
+      f"{pieces} pieces; "
+      + (
+        f"take the tokenizer of {init['path']} (config.tokenizer.path)"
+        if init and init.get("path")
+        else "set it to that"
+      )
     )
 
 

@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -201,6 +202,16 @@ def test_fine_tuning_a_run(tmp_path, arg, learns):
   assert stored == all_names
 
 
+def test_fine_tuning_leaves_a_decoder_out(tmp_path):
+  old = get("siglip_emoji")
+  old.losses = dict(caption=dict(type="caption"))
+  (tmp_path / "config.json").write_text(old.to_json())
+  init = get("finetune", f"weights={tmp_path}").init
+  names = "img/x", "dec/x", "txt/t", "t", "b", "r", "total"
+  left = [n for n in names if re.fullmatch(init.dont_load[0], n)]
+  assert left == ["dec/x", "total"]
+
+
 def test_fine_tuning_a_released_model():
   config = get("finetune", "weights=siglip2/b16_256,lora=8")
   assert config.tokenizer.path == "gemma"
@@ -210,6 +221,7 @@ def test_fine_tuning_a_released_model():
     "|keep('image','text')"
   )
   assert config.model.image.remat == "full" and config.optim.lr == 2e-4
+  assert config["lock"] == ()  # of a list no override is taken
   with pytest.raises(errors.UserError, match="adapts whole towers"):
     get("finetune", "lora=8,train=head")
   with pytest.raises(errors.UserError, match="is an image tower alone"):

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "terms",
     "trees",
   },
+  "decode": {"losses", "models", "trees"},
   "host_feed": {"sharding", "state", "step"},
   "init": {"lora", "models", "state", "terms", "trees"},
   "embed": {"models", "sharding", "terms"},

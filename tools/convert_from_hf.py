@@ -5,9 +5,11 @@
 OUT is a folder that holds:
 
   params.npz       the weights, in the layout of the released files. With --scan
-                   the blocks are stacked, as in those of SigLIP 2
+                   the blocks are stacked, as in those of SigLIP 2. A captioning
+                   decoder, decoder.npz of tools.convert_to_hf, is among them
   config.json      `model`, the keyword arguments of TwoTowers; `pp_image` and
-                   `pp_text`, if the folder says enough about them
+                   `pp_text`, if the folder says enough about them; `losses`, if
+                   there is a decoder
   tokenizer.model  the SentencePiece model, if the folder has one
 
 tools.convert_to_hf --weights OUT/params.npz converts back. Weights are read
@@ -20,6 +22,7 @@ it, transformers resizes with PyTorch, which rounds otherwise.
 Needs: pip install 'sigjax[hf]'
 """
 
+from collections.abc import Mapping
 import json
 import os
 import pathlib
@@ -27,11 +30,13 @@ import shutil
 from typing import Any, NamedTuple
 
 from absl import flags
+import jax
 import numpy as np
 
 from sigjax import errors, trees
 from sigjax.data.example import preprocess
 from sigjax.data.example import tokenizer as tokenizer_lib
+from sigjax.models import decoder as decoder_lib
 from sigjax.models import two_towers
 from sigjax.runtime import program
 from sigjax.weights import npz
@@ -82,8 +87,9 @@ class Folder(NamedTuple):
 
   Attributes:
     config: `model`, unrolled; `pp_image` and `pp_text`, if the folder says
-      enough about them.
-    arrays: {name: array} in the layout of the released files, unrolled.
+      enough about them; `losses` with a decoder.
+    arrays: {name: array} in the layout of the released files, unrolled; a
+      decoder's below "dec".
     tokenizer: the SentencePiece model; None if there is none.
     notes: about what the folder does not say, or cannot be expressed exactly.
   """
@@ -106,6 +112,9 @@ def read(source: str | os.PathLike[str]) -> Folder:
   _, like = config_lib.describe(two_towers.TwoTowers(**model), size, length)
   arrays = names_lib.to_ours(read_arrays(source), like, source)
   config: dict[str, Any] = dict(model=model)
+  if (source / "decoder.npz").exists():
+    found, config["losses"] = decoder(source / "decoder.npz", model)
+    arrays.update(found)
   notes = []
   for key, (value, note) in {
     "pp_image": (
@@ -164,6 +173,46 @@ def convert(
     if pieces:
       shutil.copyfile(pieces, folder / "tokenizer.model")
   return notes
+
+
+def decoder(
+  file: pathlib.Path, model: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Reads the captioning decoder beside a model.
+
+  Args:
+    file: what tools.convert_to_hf wrote.
+    model: keyword arguments of TwoTowers.
+
+  Returns:
+    {name: array}, all below "dec"; and config.losses of a run with it.
+
+  Raises:
+    UserError: it is not a decoder, or not of this model.
+  """
+  params = npz.load_params(file)
+  if set(params) != {"dec"}:
+    raise errors.UserError(f'{file} has to hold the parameters of "dec" alone')
+  made = decoder_lib.of_params(params["dec"])
+  towers = two_towers.TwoTowers(**model)
+  image, text = two_towers.image_tower(towers), two_towers.text_tower(towers)
+  made = made.clone(vocab_size=text.vocab_size)
+  # With regions (docs/siglip2.md) it is not that of the text tower.
+  table = trees.flatten(params).get("dec/pos_embedding", np.zeros((1, 2, 1)))
+  like = jax.eval_shape(
+    made.init,
+    jax.random.key(0),
+    np.zeros((1, 1, image.sizes().width), np.float32),
+    np.zeros(table.shape[:2], np.int32),
+    np.zeros(1, bool),
+  )["params"]
+  if lines := trees.difference({"dec": like}, params):
+    raise errors.UserError(
+      f"{file} is not of this model: {lines[0]}"
+      + (f", and {len(lines) - 1} more" if lines[1:] else "")
+    )
+  section = dict(type="caption", **made.size._asdict())
+  return trees.flatten(params), dict(caption=section)
 
 
 def read_arrays(source: pathlib.Path) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ it, where tools.convert_from_hf writes it. The default of --tokenizer is
 tokenizer.model in the workdir, or beside the .npz file.
 
 The decoder of config.losses, if there is one, is written beside the model, to
-decoder.npz, which transformers do not read.
+decoder.npz, which transformers do not read and tools.convert_from_hf does.
 
 The conversion is exact, so it refuses what SiglipModel cannot express. It takes
 pool_type "map" (image) and "last" (text), a head on the text tower only, and a

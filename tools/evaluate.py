@@ -17,20 +17,23 @@ central 7/8, except of NaFlex, which sees whole images. A run's own
 preprocessing is kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from absl import flags
 import jax
 
 from sigjax import embed, errors, evaluators, sharding
+from sigjax.data import kinds
 from sigjax.data.example import pipe_string
 from sigjax.data.faults import BAD_FRACTION
-from sigjax.evaluators import Row
+from sigjax.evaluators import Row, xm3600
 from sigjax.evaluators.embedder import Embedder
 from sigjax.models import two_towers
 from sigjax.runtime import files, metrics, program
@@ -137,6 +140,10 @@ def _fewshot(spec: str) -> dict[str, Any]:
   )
 
 
+_KARPATHY = (
+  "from caption_datasets.zip of cs.stanford.edu/people/karpathy/deepimagesent "
+  "(arXiv 1412.2306)"
+)
 _TOP1 = {"1000-way top-1": "imagenet"}
 _RECALL = {"image->text recall@1": "i2t", "text->image recall@1": "t2i"}
 
@@ -145,52 +152,66 @@ TASKS = dict(
     _imagenet,
     True,
     _TOP1,
-    "the validation images of ImageNet (image-net.org, ILSVRC 2012), a folder "
-    "for each of the 1,000 WordNet ids",
+    "ILSVRC2012_img_val.tar of image-net.org, its images sorted into a folder "
+    "for each of the 1,000 WordNet ids: DIR/n01440764/*.JPEG",
   ),
   imagenet_v2=Task(
     _imagenet,
     True,
     {},
-    "ImageNetV2, matched-frequency (arXiv 1902.10811), a folder for each of "
-    "the classes 0 to 999",
+    "imagenetv2-matched-frequency.tar.gz of huggingface.co/datasets/vaishaal/"
+    "ImageNetV2 (arXiv 1902.10811), a folder for each class: DIR/0 to DIR/999",
   ),
   imagenet_real=Task(
     _imagenet_real,
     True,
     {},
     "ImageNet's validation images as for imagenet, and beside the folders "
-    "real.json of ReaL (arXiv 2006.07159)",
+    "DIR/real.json of github.com/google-research/reassessed-imagenet (arXiv "
+    "2006.07159)",
   ),
   classes=Task(
-    _classes, True, {}, "images in a folder for each class, named after it"
+    _classes,
+    True,
+    {},
+    "images of your own in a folder for each class, named after it: DIR/red "
+    "car/*.jpg",
   ),
   coco=Task(
     functools.partial(_karpathy, "dataset_coco.json"),
     False,
     _RECALL,
-    "COCO's val2014 images (cocodataset.org) in val2014/, and beside it "
-    "dataset_coco.json with Karpathy's splits (arXiv 1412.2306)",
+    "val2014.zip of cocodataset.org as DIR/val2014/*.jpg, and beside it "
+    f"DIR/dataset_coco.json with Karpathy's splits {_KARPATHY}",
   ),
   flickr30k=Task(
     functools.partial(_karpathy, "dataset_flickr30k.json"),
     False,
     {},
-    "Flickr30k's images, and beside them dataset_flickr30k.json with "
-    "Karpathy's splits (arXiv 1412.2306)",
+    "Flickr30k's images (shannon.cs.illinois.edu/DenotationGraph) as "
+    "DIR/*.jpg, and beside them DIR/dataset_flickr30k.json with Karpathy's "
+    f"splits {_KARPATHY}",
   ),
   xm3600=Task(
     _xm3600,
     False,
     {f"mean {k}": v for k, v in _RECALL.items()},
-    "captions.jsonl of Crossmodal-3600 (arXiv 2205.12522), and beside it its "
-    "images in images/",
+    "captions.jsonl of Crossmodal-3600 (google.github.io/crossmodal-3600) as "
+    "DIR/captions.jsonl, and beside it its images as DIR/images/*.jpg",
   ),
   fewshot=Task(
-    _fewshot, True, {}, "two folders of class folders, for training and test"
+    _fewshot,
+    True,
+    {},
+    "images of your own for training and test, each in a folder for each "
+    "class: DIR/train/red car/*.jpg and DIR/val/red car/*.jpg",
   ),
   retrieval=Task(
-    _retrieval, False, {}, "captioned images in a form of docs/data.md"
+    _retrieval,
+    False,
+    {},
+    "images of your own with captions in a form of docs/data.md, such as "
+    "DIR/captions.csv with the columns file and caption",
   ),
 )
 
@@ -220,14 +241,9 @@ def evaluate(
   Raises:
     UserError: there is no such model or task, or the data is not there.
   """
-  for name, spec in tasks:
-    task = errors.pick(TASKS, name, "--task")
-    for path in spec.split(",") if name == "fewshot" else [spec]:
-      folder = opened.data_of(path, "folder").get("path")
-      if folder and not os.path.isdir(folder):
-        raise errors.UserError(
-          f"--task {name}: there is no folder {folder}; it needs {task.needs}"
-        )
+  # All that can be wrong with data comes before the model, which may have to be
+  # fetched.
+  sections = [_with_data(name, spec) for name, spec in tasks]
   model = (
     weights
     if isinstance(weights, Opened)
@@ -248,10 +264,10 @@ def evaluate(
   embedder = Embedder(
     functools.partial(embed.make_embed(towers, mesh), params), model.tokenizer
   )
-  results = []
-  for name, spec in tasks:
+  image = config["pp_image"]
+  made = []
+  for (name, _), section in zip(tasks, sections):
     task = TASKS[name]
-    image = config["pp_image"]
     crops = task.crop and not model.is_run
     shared = dict(
       pp_image=cropped(image) if crops else image,
@@ -259,18 +275,14 @@ def evaluate(
       bad_fraction=config.get("bad_fraction", BAD_FRACTION),
       batch_size=batch_size,
     )
-    section = task.section(spec)
-    try:
-      evaluator = evaluators.make(
-        f"--task {name}", pathlib.Path(), section, shared
+    with _needed(name):
+      made.append(
+        evaluators.make(f"--task {name}", pathlib.Path(), section, shared)
       )
-    except errors.UserError as e:
-      raise errors.UserError(
-        f"--task {name}: {e}; it needs {task.needs}"
-      ) from None
-    labels = evaluator.source.label_names.get("label", ())
-    _check_classes(name, spec, labels)
-    data = section.get("data", {})
+  results = []
+  for (name, spec), evaluator in zip(tasks, made):
+    task = TASKS[name]
+    data = task.section(spec).get("data", {})
     # A table without Karpathy's splits has other images than the published.
     others = data.get("kind") == "folder" and "split" not in data
     found = {} if others else published(model.name, name)
@@ -279,6 +291,41 @@ def evaluate(
       for row in evaluator.run(embedder, mesh)
     ]
   return results
+
+
+def _with_data(name: str, spec: str) -> dict[str, Any]:
+  """Returns the evaluator's section of a task, its data opened.
+
+  Raises:
+    UserError: there is no such task, or its data is not there.
+  """
+  task = errors.pick(TASKS, name, "--task")
+  for path in spec.split(",") if name == "fewshot" else [spec]:
+    folder = opened.data_of(path, "folder").get("path")
+    if folder and not os.path.isdir(folder):
+      raise errors.UserError(
+        f"--task {name}: there is no folder {folder}; it needs {task.needs}"
+      )
+  section = task.section(spec)
+  with _needed(name):
+    for key in {"data", "data_test"} & set(section):
+      section[key] = kinds.open_source(**section[key])
+    if name == "xm3600":
+      xm3600.open_source(section["path"], section["images"], None)
+  if name != "xm3600":
+    _check_classes(name, spec, section["data"].label_names.get("label", ()))
+  return section
+
+
+@contextlib.contextmanager
+def _needed(name: str) -> Iterator[None]:
+  """Adds what a task needs to an error of its data."""
+  try:
+    yield
+  except errors.UserError as e:
+    raise errors.UserError(
+      f"--task {name}: {e}; it needs {TASKS[name].needs}"
+    ) from None
 
 
 def cropped(pp_image: str) -> str:
@@ -314,6 +361,15 @@ def _check_classes(task: str, spec: str, names: Sequence[str]) -> None:
       f"--task {task}: {spec} has {len(names)} classes, not {IMAGENET}; it "
       f"needs {TASKS[task].needs}"
     )
+  if task.startswith("imagenet") and os.path.isdir(spec):
+    # Their order says which class is which.
+    folders = [e.name for e in os.scandir(spec) if e.is_dir()]
+    wrong = [n for n in folders if not re.fullmatch(r"n\d{8}|\d{1,3}", n)]
+    if wrong:
+      raise errors.UserError(
+        f'--task {task}: nothing says which class "{min(wrong)}" in {spec} is; '
+        f"it needs {TASKS[task].needs}"
+      )
   ids = [
     n for n in names if n.isdecimal() or (n[:1] == "n" and n[1:].isdigit())
   ]

@@ -35,6 +35,8 @@ from tools.hf import config as hf_config
 
 log = logging.getLogger("sigjax")
 
+SPARE = 0.9  # a table with fewer tokens than this share of its rows is odd
+
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
@@ -164,12 +166,10 @@ def _run(path: str) -> Opened:
 def _file(path: pathlib.Path) -> Opened:
   config = hf_config.read_json(path.parent / "config.json")
   _check(config, path.parent / "config.json", "")
+  tokenizer = _tokenizer(path.parent / "tokenizer.model", config)
   params = npz.load_params(path)
   return Opened(
-    str(path),
-    config,
-    jax.device_put(params, jax.devices()[0]),
-    Tokenizer(path.parent / "tokenizer.model"),
+    str(path), config, jax.device_put(params, jax.devices()[0]), tokenizer
   )
 
 
@@ -184,8 +184,33 @@ def _hugging_face(path: pathlib.Path) -> Opened:
     str(path),
     folder.config,
     jax.device_put(trees.unflatten(folder.arrays), jax.devices()[0]),
-    Tokenizer(folder.tokenizer),
+    _tokenizer(folder.tokenizer, folder.config),
   )
+
+
+def _tokenizer(path: pathlib.Path, config: Mapping[str, Any]) -> Tokenizer:
+  """Returns a model's tokenizer; refuses one with more pieces than it has rows.
+
+  With fewer, it may still be its own: some tables have rows to spare.
+  """
+  found = Tokenizer(path)
+  towers = two_towers.of_config(config["model"])
+  text: Any = two_towers.text_tower(towers)
+  rows = text.vocab_size
+  if found.rows > rows:
+    raise errors.UserError(
+      f"{path} has {found.rows} pieces, but the model has embeddings of {rows} "
+      "tokens: it is the tokenizer of another model; put the model's own there"
+    )
+  if found.rows < SPARE * rows:
+    log.warning(
+      "%s has %d pieces, but the model has embeddings of %d tokens: it may be "
+      "the tokenizer of another model",
+      path,
+      found.rows,
+      rows,
+    )
+  return found
 
 
 def _check(config: Mapping[str, Any], path: pathlib.Path, notes: str) -> None:

@@ -1,9 +1,10 @@
-"""Prints how well texts fit images, according to a trained model.
+"""Prints how well texts fit images, or writes captions, by a trained model.
 
   python -m tools.predict --weights siglip2/b16_256 --image cat.png \
     --texts "a cat,a dog"
   python -m tools.predict --weights WORKDIR --image 'photos,more/*.jpg' \
     --texts ...
+  python -m tools.predict --weights WORKDIR --image photos --caption [--beam 4]
 
 --weights is the name of a released model, a workdir, a folder of Hugging Face
 or a file; see tools/opened.py.
@@ -13,6 +14,12 @@ s of both embeddings and the probability sigmoid(t * s + b). Each pair is judged
 by itself: unlike the values of a softmax, probabilities need not add up to one.
 They are small for images that are unlike the training data; the order of the
 texts still says something.
+
+With --caption, the captioning decoder of the model writes a caption of each
+image: a run's with a term of type "caption" in config.losses (docs/siglip2.md).
+At each place it takes the most probable token; with --beam it searches, and
+--length_power is as in sigjax/decode.py. Beside it stands the logarithm of the
+caption's probability.
 
 Images are files, globs or folders, separated by commas. Texts are separated by
 commas, too; a text that contains a comma stands in double quotes.
@@ -37,7 +44,7 @@ from jaxtyping import Array, Float
 from ml_collections import config_flags
 import numpy as np
 
-from sigjax import errors
+from sigjax import decode, errors
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BadExample
 from sigjax.data.formats import embeddings
@@ -48,6 +55,8 @@ from tools import opened
 from tools.embedding import tower as tower_lib
 
 FLAGS = flags.FLAGS
+
+BATCH = 16  # the most images captioned at a time
 
 
 class Scores(NamedTuple):
@@ -96,6 +105,7 @@ class Predictor:
       self._tower = self._open_tower(tower, config["data"])
       self.pp_image = self._tower.pp_image
     self._prepare_image = preprocess.parse(self.pp_image)
+    self._tokenizer = found.tokenizer
     self._prepare_text = preprocess.parse(
       config["pp_text"], tokenizer=found.tokenizer
     )
@@ -163,6 +173,45 @@ class Predictor:
     x = jnp.asarray(self._prepare_text({"text": text}, _rng())["text"])[None]
     return self._apply({"params": self._params}, None, x)[1][0]
 
+  def check_captions(self) -> None:
+    """Raises UserError if the model cannot write captions."""
+    if self._model.image.get("kind") == "precomputed":
+      raise errors.UserError(
+        f"{self.name} was trained on embeddings: it has no image tower, whose "
+        "patches a captioning decoder reads"
+      )
+    if "dec" not in self._params:
+      raise errors.UserError(
+        f"{self.name} has no captioning decoder: train one with "
+        'config.losses=dict(caption=dict(type="caption")), see docs/siglip2.md'
+      )
+
+  def captions(
+    self, images: np.ndarray, beams: int = 1, length_power: float = 1.0
+  ) -> list[tuple[str, float]]:
+    """Returns (caption, log-probability) of each of preprocessed images.
+
+    Args:
+      images: (B, ...).
+      beams, length_power: see decode.beam_search; 1 beam: greedily.
+
+    Raises:
+      UserError: see check_captions.
+    """
+    self.check_captions()
+    out: Any = self._apply({"params": self._params}, jnp.asarray(images), None)
+    found = decode.captions(
+      self._model.dtype,
+      self._params["dec"],
+      out[2]["img/encoded"],
+      out[2].get("img/mask"),
+      beams,
+      length_power,
+      self._tokenizer.vocab_size,
+    )
+    rows = zip(np.asarray(found.tokens), np.asarray(found.log_p))
+    return [(self._tokenizer.text(ids), float(log_p)) for ids, log_p in rows]
+
   def scores(
     self, zimg: Sequence[Float[Array, " E"]], ztxt: Sequence[Float[Array, " E"]]
   ) -> Scores:
@@ -221,22 +270,53 @@ def main(argv: list[str]) -> None:
   files = image_files(FLAGS.image)
   tower = FLAGS.tower.to_dict() if FLAGS.tower else None
   predictor = Predictor(FLAGS.weights, tower)
+  if FLAGS.caption:
+    predictor.check_captions()
   print(f"model: {predictor.name}")
-  zimg: dict[pathlib.Path, Array] = {}
+  pixels: dict[pathlib.Path, np.ndarray] = {}
   for file in files:
     try:
-      zimg[file] = predictor.image(file.read_bytes())
+      pixels[file] = predictor.prepared(file.read_bytes())
     except OSError as e:
       print(f"image {file} is left out: {e.strerror}", file=sys.stderr)
     except BadExample as e:
       print(f"image {file} is left out: {e}", file=sys.stderr)
-  if not zimg:
+  if not pixels:
     raise errors.UserError("no image could be read")
+  lines = _captions if FLAGS.caption else _fits
+  print("\n".join(lines(predictor, pixels)))
+
+
+def _captions(
+  predictor: Predictor, pixels: Mapping[pathlib.Path, np.ndarray]
+) -> list[str]:
+  """Returns a table of a caption for each image."""
+  images = list(pixels.values())
+  size = min(BATCH, len(images))
+  found: list[tuple[str, float]] = []
+  for i in range(0, len(images), size):
+    part = images[i : i + size]
+    part += part[:1] * (size - len(part))  # one size compiles once
+    power = 1.0 if FLAGS.length_power is None else FLAGS.length_power
+    found += predictor.captions(np.stack(part), FLAGS.beam or 1, power)
+  return metrics.table(
+    [
+      (file, text, f"{log_p:.2f}") for file, (text, log_p) in zip(pixels, found)
+    ],
+    ("image", "caption", "log p"),
+  )
+
+
+def _fits(
+  predictor: Predictor, pixels: Mapping[pathlib.Path, np.ndarray]
+) -> list[str]:
+  """Returns a table of how well the texts fit each image."""
   scores = predictor.scores(
-    list(zimg.values()), [predictor.text(text) for text in FLAGS.texts]
+    [predictor.images(x[None])[0] for x in pixels.values()],
+    [predictor.text(text) for text in FLAGS.texts],
   )
   rows = []
-  for file, cosine, probability in zip(zimg, *map(np.asarray, scores)):
+  for file, cosine, probability in zip(pixels, *map(np.asarray, scores)):
     for rank, j in enumerate(np.argsort(-cosine, kind="stable"), start=1):
       rows.append(
         (
@@ -247,23 +327,54 @@ def main(argv: list[str]) -> None:
           f"{100 * probability[j]:.2g}%",
         )
       )
-  for line in metrics.table(
-    rows, ("image", "rank", "text", "cosine", "probability")
-  ):
-    print(line)
+  return metrics.table(rows, ("image", "rank", "text", "cosine", "probability"))
 
 
-if __name__ == "__main__":
+def check_flags(rest: list[str]) -> None:
+  """Raises UserError unless flags say what to do, and none is ignored."""
+  program.flags_alone(rest)
+  if bool(FLAGS.texts) == FLAGS.caption:
+    raise errors.UserError("give --texts or --caption")
+  if FLAGS.beam and not FLAGS.caption:
+    raise errors.UserError("--beam is of --caption alone")
+  if FLAGS.length_power is not None and (FLAGS.beam or 1) == 1:
+    raise errors.UserError("--length_power is of --beam 2 and more alone")
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of this program."""
+  given: Any = dict(flag_values=values)
   flags.DEFINE_string(
     "weights",
     None,
     "A released model's name, a workdir, a checkpoint, a folder or a file.",
+    **given,
   )
-  flags.DEFINE_alias("workdir", "weights")
-  flags.DEFINE_list("image", None, "Image files, globs and folders.")
-  flags.DEFINE_list("texts", None, "Texts.")
+  flags.DEFINE_alias("workdir", "weights", **given)
+  flags.DEFINE_list("image", None, "Image files, globs and folders.", **given)
+  flags.DEFINE_list("texts", None, "Texts.", **given)
+  flags.DEFINE_bool(
+    "caption", False, "Writes a caption of each image.", **given
+  )
+  flags.DEFINE_integer(
+    "beam", None, "Of --caption: texts kept at each place.", 1, **given
+  )
+  flags.DEFINE_float(
+    "length_power",
+    None,
+    "Of --beam: see sigjax/decode.py; 1 if unset.",
+    0,
+    **given,
+  )
   config_flags.DEFINE_config_file(
-    "tower", None, "The config of the tower, if images were precomputed."
+    "tower",
+    None,
+    "The config of the tower, if images were precomputed.",
+    **given,
   )
-  flags.mark_flags_as_required(["weights", "image", "texts"])
-  program.run(main)
+  flags.mark_flags_as_required(["weights", "image"], **given)
+
+
+if __name__ == "__main__":
+  define_flags()
+  program.run(main, check_flags)

@@ -261,35 +261,39 @@ def _reads_tokens(
 
 
 def _check_tokenizer(path: AnyPath, into: str | None, sha256: str) -> None:
-  """Refuses a run's embeddings of another tokenizer, warns of released ones."""
+  """Refuses embeddings of another tokenizer; warns if that cannot be told."""
+  from sigjax.weights import known, vocabulary
+
+  ours: bool | None = True
+  weights = known.split(path)[0]
   if is_run(path):
-    workdir = layout.find(path)[0]
-    file = workdir / "tokenizer.model"
+    file = layout.find(path)[0] / "tokenizer.model"
     theirs = _about(checkpoint_of(path)).get("identity", {}).get("tokenizer")
     if theirs is None and file.exists():
       theirs = identity.sha256(file)
-    if theirs not in (None, sha256):
-      names = "Embed_0/.*" if into == "txt" else "txt/Embed_0/.*"
-      raise errors.UserError(
-        f"config.init.path={path} was trained with another tokenizer, so its "
-        "token embeddings mean other tokens; take that one with "
-        f'config.tokenizer=dict(path="{file}"), or train new embeddings with '
-        f'config.init.dont_load=("{names}",)'
-      )
-    return
-  from sigjax.weights import fetch, known, vocabulary
-
-  name = known.name_of(known.split(path)[0])
-  if name and (theirs := known.KNOWN[name].tokenizer):
-    file = fetch.cached(vocabulary.NAMES[theirs])
-    if not os.path.exists(file) or identity.sha256(file) != sha256:
-      log.warning(
-        "%s was trained with the tokenizer %s, but this run has another one: "
-        'set config.tokenizer=dict(path="%s")',
-        name,
-        theirs,
-        theirs,
-      )
+    ours = theirs in (None, sha256)
+  elif name := known.name_of(weights):
+    if file := known.KNOWN[name].tokenizer:
+      ours = vocabulary.is_released(file, sha256)
+  else:  # as tools.convert_from_hf writes it
+    file = pathlib.Path(weights).parent / "tokenizer.model"
+    ours = not file.exists() or identity.sha256(file) == sha256
+  if ours is None:
+    log.warning(
+      "%s was trained with the tokenizer %s; whether this run has it cannot be "
+      'told: config.tokenizer=dict(path="%s") fetches it',
+      path,
+      file,
+      file,
+    )
+  elif not ours:
+    names = "Embed_0/.*" if into == "txt" else "txt/Embed_0/.*"
+    raise errors.UserError(
+      f"config.init.path={path} was trained with another tokenizer, so its "
+      "token embeddings mean other tokens; take that one with "
+      f'config.tokenizer=dict(path="{file}"), or train new embeddings with '
+      f'config.init.dont_load=("{names}",)'
+    )
 
 
 def _about(path: pathlib.Path) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class FewShot:
   def __init__(
     self,
     *,
-    data: Mapping[str, Any],
-    data_test: Mapping[str, Any],
+    data: Mapping[str, Any] | Source,
+    data_test: Mapping[str, Any] | Source,
     pp_image: str,
     bad_fraction: float,
     label: str = "label",
@@ -58,8 +58,10 @@ class FewShot:
     first: int | None = None,
     batch_size: int = 256,
   ):
-    self._train = kinds.open_source(**data)
-    self.source = kinds.open_source(**data_test)
+    self._train, self.source = (
+      x if isinstance(x, Source) else kinds.open_source(**x)
+      for x in (data, data_test)
+    )
     self._train.check_evaluable()
     self.source.check_evaluable()
     self._train.check_tower(self.source.tower, "data_test")

@@ -20,7 +20,7 @@ class ZeroShot:
   is right.
 
   Args:
-    data: keyword arguments of kinds.open_source.
+    data: keyword arguments of kinds.open_source, or a Source.
     pp_image: preprocessing string that keeps "image".
     pp_text: preprocessing string of a prompt given as "text".
     bad_fraction: the largest fraction of examples that may be unusable; they
@@ -38,7 +38,7 @@ class ZeroShot:
   def __init__(
     self,
     *,
-    data: Mapping[str, Any],
+    data: Mapping[str, Any] | Source,
     pp_image: str,
     pp_text: str,
     bad_fraction: float,
@@ -49,7 +49,8 @@ class ZeroShot:
     batch_size: int = 256,
     ks: Sequence[int] = (1, 5, 10),
   ):
-    self.source = kinds.open_source(**data)
+    given = isinstance(data, Source)
+    self.source = data if given else kinds.open_source(**data)
     self.source.check_evaluable()
     self._right, prompts_of = prompts.classes(
       self.source, label, classes, templates, canonical, bad_fraction

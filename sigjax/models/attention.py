@@ -205,7 +205,7 @@ class MultiHeadDotProductAttention(nn.Module):
     num_heads: N; the heads are W / N wide.
     dtype: compute dtype.
     way: of computing it.
-    bias: whether the four projections have one.
+    bias: whether the four projections have one; with a cache they may not.
   """
 
   num_heads: int
@@ -220,24 +220,43 @@ class MultiHeadDotProductAttention(nn.Module):
     keys: Rows | None = None,
     mask: Mask = None,
     length: int | None = None,
+    place: Array | None = None,
   ) -> Array:
     """Returns an array like x.
+
+    With `place`, keys and values are kept in the collection "cache". Given
+    keys are projected in the first call alone. Without, x is one query of each
+    row, (B, 1, W), and the keys are those of this call and of earlier ones.
 
     Args:
       x: queries (B, L, W), or (B L, W) if their length L is given.
       keys: (B, M, W); None: x.
       mask: which keys there are, (B, M) or for each query (B, L, M); None for
-        all.
+        all. Needed with `place`, without keys: M is the length of the cache.
+      place: the number of the query in its row, () int32.
     """
     shape, width = x.shape, x.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
     project = lambda name, out=None: _Projection(
       heads, out, self.dtype, self.bias, name=name
     )
-    keys = x if keys is None else keys
     query, query_bias = project("query")(x)
-    key, _ = project("key")(keys)
-    value, value_bias = project("value")(keys)
+    rows_of_keys: Array = x if keys is None else keys
+    projected = lambda name: project(name)(rows_of_keys)
+    value_bias: Any = None
+    if place is None:
+      key, _ = projected("key")
+      value, value_bias = projected("value")
+    else:
+      assert not self.bias
+      length_of_cache = None
+      if keys is None:
+        assert mask is not None
+        length_of_cache = mask.shape[-1]
+      key, value = (
+        self._cached(name, projected, place, length_of_cache)
+        for name in ("key", "value")
+      )
     if self.bias:
       query = query + query_bias
     if length:
@@ -255,3 +274,23 @@ class MultiHeadDotProductAttention(nn.Module):
     if not self.bias:
       return rows
     return rows + (out(value_bias)[0] + bias)
+
+  def _cached(
+    self, name: str, projected: Callable, place: Array, length: int | None
+  ) -> Rows:
+    """Returns what the cache has of keys or values, with those of `place`.
+
+    Args:
+      name: "key" or "value".
+      projected: fn(name) -> (rows, bias) of this call.
+      place: see __call__.
+      length: of the cache; None: it is filled by the first call.
+    """
+    where = "cache", f"cached_{name}"  # a submodule is called "key"
+    if length is None:
+      return self.variable(*where, lambda: projected(name)[0]).value
+    x, _ = projected(name)
+    shape = (x.shape[0], length, x.shape[2])
+    kept = self.variable(*where, jnp.zeros, shape, x.dtype)
+    kept.value = jax.lax.dynamic_update_slice(kept.value, x, (0, place, 0))
+    return kept.value

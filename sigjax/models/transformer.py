@@ -208,7 +208,7 @@ def apply_blocks(
     return x
   scanned = nn.scan(
     block,
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, "cache": 0},
     in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
     length=stack.depth,
     split_rngs={"params": True, "dropout": True},

@@ -184,7 +184,8 @@ class ViT(nn.Module):
     if have is not None and have.shape[1] != h * w:
       raise errors.UserError(
         f"the image has {h} x {w} patches, but pos_embedding {have.shape} is "
-        f"for {have.shape[1]}; npz.load_params resamples it to `like`"
+        f"for {have.shape[1]}: resize all images alike (pp and pp_image), or "
+        "resample it by npz.load_params(like=)"
       )
     init = nn.initializers.normal(width**-0.5)
     return self.param("pos_embedding", init, (1, h * w, width))

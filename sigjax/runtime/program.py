@@ -81,7 +81,8 @@ def parse_flags(
     lines = lines or [type(e).__name__]
     # ml_collections names the mistake last, absl first.
     last = isinstance(e, OSError) or "Traceback" in str(e)
-    sys.exit(f"error: {lines[-1 if last else 0]}")
+    line = lines[-1 if last else 0].removeprefix("sigjax.errors.UserError: ")
+    sys.exit(f"error: {line}")
 
 
 def _no_key(text: str) -> str:

@@ -3,7 +3,8 @@
 Arrays are named like the parameters, such as "txt/head/kernel"; all names or
 none have "params/" in front. SigLIP files keep every layer's arrays under
 encoderblock_0, _1, .. SigLIP 2 files stack them under one encoderblock, with a
-leading layer axis. Both can be read into both forms of model.
+leading layer axis. Both can be read into both forms of model. The same holds
+for EncDecBlock0, 1, .. and EncDecBlock of a captioning decoder.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,6 +26,10 @@ from sigjax.runtime import files
 from sigjax.weights import fetch, known
 
 log = logging.getLogger("sigjax")
+
+# Of unstacked blocks: the name that they have when stacked, and the number.
+_LAYER = re.compile(r"(?<=/)(encoderblock(?=_)|EncDecBlock)_?([0-9]{1,9})(?=/)")
+_stacked = r"\1"
 
 AnyPath = str | os.PathLike[str]
 
@@ -147,7 +152,7 @@ def save_params(path: AnyPath, params: Any, scan: bool = False) -> None:
     UserError: the file cannot be written.
   """
   flat = {k: np.asarray(v) for k, v in trees.flatten(params).items()}
-  names = {re.sub(r"encoderblock_\d+/", "encoderblock/", k) for k in flat}
+  names = {_LAYER.sub(_stacked, f"/{k}")[1:] for k in flat}
   keep = names if scan else ()
   flat = _stack(_unstack(flat, keep), keep)
   arrays: dict[str, Any] = {f"params/{k}": flat[k] for k in sorted(flat)}
@@ -279,16 +284,18 @@ def _rename(
 def _unstack(
   flat: Mapping[str, np.ndarray], keep: Collection[str] = ()
 ) -> dict[str, np.ndarray]:
-  """Returns flat with encoderblock_0, _1, .. in place of an encoderblock.
+  """Returns flat with encoderblock_0, .. in place of an encoderblock.
 
   Arrays whose names are in `keep` stay stacked.
   """
   out = {}
   for name, value in flat.items():
-    head, block, tail = f"/{name}".partition("/encoderblock/")
-    if block and name not in keep and value.ndim:
+    found = re.fullmatch(r"(.*/)(encoderblock|EncDecBlock)(/.*)", f"/{name}")
+    if found and name not in keep and value.ndim:
+      head, block, tail = found.groups()
+      number = "_" if block == "encoderblock" else ""
       for i, layer in enumerate(value):
-        out[f"{head}/encoderblock_{i}/{tail}"[1:]] = layer
+        out[f"{head}{block}{number}{i}{tail}"[1:]] = layer
     else:
       out[name] = value
   return out
@@ -297,16 +304,14 @@ def _unstack(
 def _stack(
   flat: Mapping[str, np.ndarray], names: Collection[str]
 ) -> dict[str, np.ndarray]:
-  """Stacks encoderblock_0, _1, .. where `names` have an encoderblock."""
+  """Stacks encoderblock_0, .. where `names` have an encoderblock."""
   out: dict[str, np.ndarray] = {}
   layers: dict[str, dict[int, np.ndarray]] = {}
   for name, value in flat.items():
-    found = re.search(r"(?:^|/)encoderblock_([0-9]{1,9})/", name)
-    stacked = name
-    if found:
-      stacked = re.sub(r"(^|/)encoderblock_[0-9]+/", r"\1encoderblock/", name)
+    found = _LAYER.search(f"/{name}")
+    stacked = _LAYER.sub(_stacked, f"/{name}")[1:]
     if found and stacked in names:
-      layers.setdefault(stacked, {})[int(found[1])] = value
+      layers.setdefault(stacked, {})[int(found[2])] = value
     else:
       out[name] = value
   for name, by_layer in layers.items():

@@ -37,6 +37,31 @@ def released(name: str) -> tokenizer.Tokenizer:
   return tokenizer.Tokenizer(_local(name))
 
 
+def is_released(name: str, sha256: str) -> bool | None:
+  """Returns whether a tokenizer is the released one of a name in NAMES.
+
+  That one is fetched if need be.
+
+  Args:
+    name: the name.
+    sha256: of the tokenizer's file.
+
+  Returns:
+    None if it cannot be told: the released one cannot be had, and the tokenizer
+    is none of the others that were fetched.
+  """
+  from sigjax.weights import fetch  # a run with a local file needs no fetch
+
+  for other, url in NAMES.items():
+    file = fetch.cached(url)
+    if os.path.exists(file) and identity.sha256(file) == sha256:
+      return other == name
+  try:
+    return identity.sha256(_local(name)) == sha256
+  except errors.UserError:
+    return None
+
+
 def of_run(
   copy: pathlib.Path,
   texts: Callable[[str], Iterable[str]],

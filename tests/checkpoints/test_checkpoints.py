@@ -429,6 +429,23 @@ TEXT = {
 SHAPES = jax.eval_shape(lambda: TEXT)
 
 
+def no_network(*args):
+  raise errors.UserError("no network")
+
+
+def test_the_tokenizer_beside_a_file(tmp_path):
+  npz.save_params(tmp_path / "params.npz", TEXT)
+  file = tmp_path / "tokenizer.model"
+  read = lambda sha: restore.read_init(
+    SHAPES, tmp_path / "params.npz", tokenizer_sha=sha
+  )
+  assert len(read("any")) == 3
+  file.write_bytes(b"theirs")
+  assert len(read(identity.sha256(file))) == 3
+  with pytest.raises(errors.UserError, match=f'tokenizer=dict.path="{file}"'):
+    read("another")
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_embeddings_of_another_tokenizer_are_refused(tmp_path, recorded):
   """Whether the checkpoint says which one it was, or the file beside it."""
@@ -461,21 +478,31 @@ def test_embeddings_of_another_tokenizer_are_refused(tmp_path, recorded):
 def test_a_released_text_tower_with_another_tokenizer(
   tmp_path, monkeypatch, caplog
 ):
-  """Said, not refused: a text tower can be trained anew."""
+  """Refused, as far as it can be known."""
+  monkeypatch.setattr(fetch, "_download", no_network)
   monkeypatch.setenv("SIGJAX_CACHE", str(tmp_path))
   file = pathlib.Path(fetch.cached(vocabulary.NAMES["c4_en"]))
   npz.save_params(fetch.cached(known.get("siglip/b16_256").url), TEXT)
-  want = "siglip/b16_256 was trained with the tokenizer c4_en, but this run"
+  want = "siglip/b16_256 was trained with the tokenizer c4_en; whether this run"
 
   def said(sha, path="siglip/b16_256", shapes=SHAPES, **options):
     caplog.clear()
     restore.read_init(shapes, path, tokenizer_sha=sha, **options)
     return want in caplog.text
 
+  def refused(sha):
+    with pytest.raises(errors.UserError, match="another token.*path=.c4_en"):
+      said(sha)
+
   assert said("another")
-  file.parent.mkdir(parents=True)
+  gemma = pathlib.Path(fetch.cached(vocabulary.NAMES["gemma"]))
+  for name in file, gemma:
+    name.parent.mkdir(parents=True, exist_ok=True)
+  gemma.write_bytes(b"gemma")
+  refused(identity.sha256(gemma))
+  assert said("another")
   file.write_bytes(b"c4_en")
-  assert said("another")
+  refused("another")
   assert not said(identity.sha256(file))
   assert not said("another", dont_load=["txt/Embed_0/.*"])
   assert not said("another", "siglip/b16_256:img", SHAPES, into="img")

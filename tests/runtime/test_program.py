@@ -53,6 +53,16 @@ def test_a_mistake_in_a_flag_is_one_line(parse, argument, line):
   assert "\n" not in str(e.value) and "ConfigDict" not in str(e.value)
 
 
+def test_a_mistake_that_a_config_finds_is_one_line(parse, tmp_path):
+  (tmp_path / "c.py").write_text(
+    "from sigjax import errors\n"
+    "def get_config(arg=None):\n"
+    "  raise errors.UserError('lora=4 adapts whole towers')\n"
+  )
+  with pytest.raises(SystemExit, match="^error: lora=4 adapts whole towers$"):
+    parse("--config.seed=1")
+
+
 def test_overrides_are_taken(parse):
   rest, config = parse("--config.loss.name=all")
   assert rest == ["program"] and config.loss.name == "all"

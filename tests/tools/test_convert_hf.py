@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sigjax import errors, trees
-from sigjax.checkpoints import save
+from sigjax import errors, state, terms, trees
+from sigjax.checkpoints import restore, save
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
 from sigjax.weights import npz
-from tools import convert_from_hf, convert_to_hf
+from tools import convert_from_hf, convert_to_hf, predict
 
 
 @pytest.mark.parametrize("name", ["siglip_tiny", "siglip2_tiny_scan"])
@@ -197,6 +197,62 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
   assert set(decoder) == {"params/dec/pos_embedding"}
   assert np.all(decoder["params/dec/pos_embedding"] == 2)
   assert not (tmp_path / "2/decoder.npz").exists()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_decoder_there_and_back(tmp_path, scan):
+  """The arrays, what starts from them, and the captions."""
+  (tmp_path / "here").mkdir()
+  config = hf_case.write_config(
+    tmp_path / "here",
+    image=dict(scan=scan),
+    text=dict(scan=scan),
+    pp_image="decode|resize(32)|value_range(-1,1)|keep('image')",
+  )
+  model = two_towers.TwoTowers(**config["model"])
+  (term,) = terms.make({"words": dict(type="caption", depth=2)}, model)
+  example = dict(
+    image=np.zeros((32, 32, 3), np.float32), text=np.zeros(12, np.int32)
+  )
+  shapes = state.param_shapes(model, example, terms=(term,))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes
+  )
+  file = tmp_path / "here/params.npz"
+  npz.save_params(file, params, scan)
+  convert_to_hf.convert(file, tmp_path / "hf")
+  decoder = dict(np.load(tmp_path / "hf/decoder.npz"))
+  assert "params/dec/EncDecBlock1/MLP/Dense_0/kernel" in decoder
+  convert_from_hf.convert(tmp_path / "hf", tmp_path / "back", scan)
+  hf_case.same_arrays(tmp_path / "back/params.npz", np.load(file))
+  about = json.loads((tmp_path / "back/config.json").read_text())
+  assert about["losses"]["caption"]["depth"] == 2
+
+  given = restore.read_init(shapes, tmp_path / "back/params.npz")
+  for name, x in trees.flatten(params).items():
+    np.testing.assert_array_equal(given[name], x)
+  pixels = rng.uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
+  if scan:
+    return
+  got, want = [
+    predict.Predictor(tmp_path / x).captions(pixels) for x in ("hf", "here")
+  ]
+  assert len({text for text, _ in want}) > 1
+  for (text, log_p), (text_here, log_p_here) in zip(got, want):
+    assert text == text_here
+    assert log_p == pytest.approx(log_p_here, abs=1e-4)
+
+  file = tmp_path / "hf/decoder.npz"
+  for change, says in (
+    ({"params/dec/pos_embedding": np.zeros((1, 9, 7))}, r"not \(1, 9, 48"),
+    ({"params/img/x": np.zeros(3)}, 'parameters of "dec" alone'),
+    ({"params/dec/LogitsDense/bias": np.zeros(7)}, "not of this model"),
+  ):
+    np.savez(file, **{**decoder, **change})
+    with pytest.raises(errors.UserError, match=says) as e:
+      convert_from_hf.convert(tmp_path / "hf", tmp_path / "wrong")
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from sigjax import errors
 from sigjax.data import kinds
+from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.evaluators import prompts
 from sigjax.models import two_towers
 from sigjax.weights import known, npz, vocabulary
@@ -494,8 +495,8 @@ def test_each_layout_against_sums_by_hand(measured, layout):
   [
     ("imagnet", "DIR", 'did you mean "imagenet"'),
     ("imagenet", "DIR/none", "no folder .*image-net.org.*1,000 WordNet ids"),
-    ("coco", "DIR/none", "no folder .*cocodataset.org"),
-    ("coco", "DIR", "there is no table of captions"),
+    ("coco", "DIR/none", "no folder .*cocodataset.org.*DIR/val2014/"),
+    ("coco", "DIR", "has no pictures and no table of captions"),
     ("classes", "DIR", "none with an image in it"),
     ("fewshot", "DIR", "needs two"),
     ("retrieval", "tfds:coco", "tfds:NAME:SPLIT"),
@@ -504,10 +505,42 @@ def test_each_layout_against_sums_by_hand(measured, layout):
     ("coco", "DIR/none/annotations/captions_val2017.json", "no folder .*none;"),
   ],
 )
-def test_data_that_is_not_there(model, tmp_path, task, spec, says):
-  spec = spec.replace("DIR", str(tmp_path))
-  with pytest.raises(errors.UserError, match=says):
-    evaluate.evaluate(model, [(task, spec)])
+def test_data_that_is_not_there(tmp_path, task, spec, says):
+  """Said before the model is opened, and before another task runs."""
+  hf_case.jpeg(tmp_path / "good/red car/0.jpg", 0)
+  (tmp_path / "bad").mkdir()
+  tasks = [("classes", f"{tmp_path}/good")]
+  spec = spec.replace("DIR", f"{tmp_path}/bad")
+  with pytest.raises(errors.UserError, match=says) as e:
+    evaluate.evaluate("siglip2/b16_256", [*tasks, (task, spec)])
+  assert "\n" not in str(e.value)
+
+
+def test_folders_that_are_not_of_imagenet(tmp_path):
+  """Their order would say which class is which."""
+  for i in range(999):
+    (tmp_path / f"n{i:08}").mkdir()
+  hf_case.jpeg(tmp_path / "tench/0.jpg", 0)
+  with pytest.raises(errors.UserError, match='which class "tench" in'):
+    evaluate.evaluate("siglip/b16_256", [("imagenet", str(tmp_path))])
+
+
+@pytest.mark.parametrize("pieces, rows", [(97, 96), (97, 120)])
+def test_the_tokenizer_of_another_model(tmp_path, caplog, pieces, rows):
+  """With more pieces than rows it is refused; far fewer are said."""
+  hf_case.golden_folder(tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  config["model"]["text"]["vocab_size"] = rows
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  tokenizer = tokenizer_lib.Tokenizer(tmp_path / "tokenizer.model")
+  assert tokenizer.rows == pieces
+  if rows < pieces:
+    with pytest.raises(errors.UserError, match="97 pieces, but .* 96 tokens"):
+      opened.open_model(tmp_path)
+  else:
+    model = dict(config["model"], text=dict(vocab_size=rows, width=8, depth=1))
+    opened._tokenizer(tmp_path / "tokenizer.model", dict(model=model))
+    assert "97 pieces, but the model has embeddings of 120" in caplog.text
 
 
 def test_cropped():

@@ -8,17 +8,20 @@ import shutil
 import subprocess
 import sys
 
+from absl import flags
+import hf_case  # beside this file
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
-from sigjax import errors, train
+from sigjax import decode, errors, train
 from sigjax.checkpoints import restore
 from sigjax.data import faults
 from sigjax.data.example import tokenizer as tokenizer_lib
 from sigjax.models import two_towers
 from tools import evaluate, predict
+from tools.embedding import tower as tower_lib
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TEXTS = ["red disc", "blue bar", "a cross, that is green"]
@@ -32,9 +35,12 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def trained(workdir, tiny_config):
-  """A run of two steps, with its config.json."""
+  """A run of two steps with a captioning decoder, and its config.json."""
   if not (workdir / "config.json").exists():
-    config = dict(tiny_config, total_steps=2, evals={})
+    words = dict(type="caption", depth=1)
+    config = dict(
+      tiny_config, total_steps=2, evals={}, losses=dict(words=words)
+    )
     errors.call(train.main, config, "config", workdir)
     (workdir / "config.json").write_text(json.dumps(config))
   return workdir
@@ -50,6 +56,18 @@ def scores(workdir, images, texts):
   model = predict.Predictor(workdir)
   return model.scores(
     [model.image(image) for image in images], [model.text(t) for t in texts]
+  )
+
+
+def command(folder, workdir, *more):
+  """Runs the program in a folder."""
+  return subprocess.run(
+    [sys.executable, "-m", "tools.predict", f"--workdir={workdir}", *more],
+    cwd=folder,
+    text=True,
+    capture_output=True,
+    check=False,
+    env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
   )
 
 
@@ -82,20 +100,11 @@ def test_command(trained, tmp_path):
     path.write_bytes(png("red", (16, 16)))
   (tmp_path / "pictures/broken.jpg").write_bytes(png("red", (99, 99))[:80])
   (tmp_path / "pictures/captions.csv").write_text("not an image")
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "tools.predict",
-      f"--workdir={trained}",
-      '--texts=red disc,"a cross, that is green",blue bar',
-      "--image=pictures,pictures/mor*/*.png",
-    ],
-    cwd=tmp_path,
-    text=True,
-    capture_output=True,
-    check=False,
-    env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+  done = command(
+    tmp_path,
+    trained,
+    '--texts=red disc,"a cross, that is green",blue bar',
+    "--image=pictures,pictures/mor*/*.png",
   )
   assert done.returncode == 0, done.stderr
   assert "image pictures/broken.jpg is left out: " in done.stderr
@@ -115,6 +124,71 @@ def test_command(trained, tmp_path):
     probability = float(percent.removesuffix("%")) / 100
     assert probability == pytest.approx(float(want.probability[0, j]), rel=0.06)
     assert probability > 0
+
+
+def test_captions(trained, tiny_config, tmp_path):
+  """Of the run's own decoder, patches and tokenizer."""
+  images = [png("red", (16, 16)), png("blue", (40, 30))]
+  model = predict.Predictor(trained)
+  pixels = np.stack([model.prepared(image) for image in images])
+  params = restore.read_params(
+    trained, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  )
+  towers = two_towers.TwoTowers(**tiny_config["model"])
+  _, _, out = towers.apply({"params": params}, pixels, None)
+  want = decode.captions("float32", params["dec"], out["img/encoded"], None)
+  tokenizer = tokenizer_lib.Tokenizer(trained / "tokenizer.model")
+  got = model.captions(pixels)
+  for (text, log_p), ids, p in zip(got, np.asarray(want.tokens), want.log_p):
+    assert text == tokenizer.text(ids)
+    assert log_p == pytest.approx(float(p), abs=1e-3)
+
+  for i, image in enumerate(images):
+    (tmp_path / f"{i}.png").write_bytes(image)
+  done = command(tmp_path, trained, "--image=0.png,1.png", "--caption")
+  assert done.returncode == 0, done.stderr
+  _, head, _, *rows = done.stdout.splitlines()
+  assert head.split() == ["image", "caption", "log", "p"]
+  for i, (row, (text, log_p)) in enumerate(zip(rows, got, strict=True)):
+    assert row.split() == [f"{i}.png", *text.split(), f"{log_p:.2f}"]
+
+
+@pytest.mark.parametrize(
+  "more, says",
+  [
+    ((), "give --texts or --caption"),
+    (("--caption", "--texts=x"), "give --texts or --caption"),
+    (("--texts=x", "--beam=2"), "--beam is of --caption alone"),
+    (("--caption", "--length_power=0"), "--length_power is of --beam 2"),
+  ],
+)
+def test_flags_that_do_not_go_together(monkeypatch, more, says):
+  values = flags.FlagValues()
+  monkeypatch.setattr(predict, "FLAGS", values)
+  predict.define_flags(values)
+  values(["predict", "--weights=x", "--image=y", *more])
+  with pytest.raises(errors.UserError, match=says):
+    predict.check_flags([])
+
+
+def test_models_that_write_no_captions(trained, tmp_path):
+  hf_case.golden_folder(tmp_path)
+  with pytest.raises(
+    errors.UserError, match="has no captioning decoder: train"
+  ):
+    predict.Predictor(tmp_path).check_captions()
+  model = predict.Predictor(trained)
+  model._model = model._model.clone(image=dict(kind="precomputed", width=32))
+  with pytest.raises(errors.UserError, match="was trained on embeddings"):
+    model.check_captions()
+
+
+def test_its_image_tower_alone(trained):
+  """The decoder does not stand in the way."""
+  pixels = np.zeros((1, 16, 16, 3), np.float32)
+  want = predict.Predictor(trained).images(pixels)
+  got = tower_lib.open_tower(trained, jax.devices()[:1])(pixels)
+  np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_a_run_is_evaluated_and_stays_as_it_is(trained, tmp_path):

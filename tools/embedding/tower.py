@@ -208,10 +208,8 @@ def blank(pp_image: str) -> np.ndarray:
 def _weights(shapes, dtype, init):
   """Reads the image tower's weights, in the compute dtype."""
   if init.get("into") is None:
-    # The weights hold both towers. Only the image tower is needed.
-    init = dict(
-      init, dont_load=(*init.get("dont_load", ()), "txt/.*", "t", "b", "r")
-    )
+    # The weights hold both towers, and more. Only the image tower is needed.
+    init = dict(init, dont_load=(*init.get("dont_load", ()), "(?!img/).*"))
   given = errors.call(restore.read_init, init, "config.init", {"img": shapes})
   return jax.tree.map(
     lambda x: np.asarray(x, jnp.dtype(dtype)), trees.unflatten(given)["img"]

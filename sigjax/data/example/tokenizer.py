@@ -7,9 +7,11 @@ the text tower reads the representation of the last token.
 
 from collections.abc import Iterable
 import io
+import itertools
 import logging
 import os
 import pathlib
+import re
 
 from jaxtyping import Int
 import numpy as np
@@ -21,6 +23,7 @@ from sigjax.runtime import files
 log = logging.getLogger("sigjax")
 
 EOS = 1
+_EXTRA = re.compile("▁?<extra_id_[0-9]+>")
 CHARACTER_COVERAGE = 0.9995  # SentencePiece's own default
 
 
@@ -35,6 +38,9 @@ class Tokenizer:
   Attributes:
     model: the bytes of its file.
     vocab_size: the number of ids.
+    rows: V, the rows that a table of embeddings needs: vocab_size, without the
+      symbols <extra_id_0>, .. at its end, which T5 added and which no ordinary
+      text contains. The table of siglip/b16_256_i18n has none for them.
 
   Raises:
     UserError: the file is missing or is no SentencePiece model, or the model's
@@ -43,6 +49,7 @@ class Tokenizer:
 
   model: bytes
   vocab_size: int
+  rows: int
 
   def __init__(self, path: str | os.PathLike[str], model: bytes | None = None):
     try:
@@ -61,7 +68,9 @@ class Tokenizer:
         f"SentencePiece model {path} ends texts with id "
         f"{self._pieces.eos_id()}, but it has to be {EOS}"
       )
-    self.vocab_size = self._pieces.vocab_size()
+    self.vocab_size = self.rows = self._pieces.vocab_size()
+    while self.rows and _EXTRA.fullmatch(self._pieces.IdToPiece(self.rows - 1)):
+      self.rows -= 1
 
   def __call__(
     self, text: str, length: int, pad: int = EOS
@@ -81,6 +90,11 @@ class Tokenizer:
     row[: len(ids)] = ids
     row[len(ids)] = EOS
     return row
+
+  def text(self, ids: Iterable[int]) -> str:
+    """Returns the text of some ids, up to the first 1; all below vocab_size."""
+    before = itertools.takewhile(lambda i: i != EOS, map(int, ids))
+    return self._pieces.decode(list(before))
 
   def count(self, text: str) -> int:
     """Returns the number of ids of a text, the end token included."""

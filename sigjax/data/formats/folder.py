@@ -337,6 +337,11 @@ def _rows_of_texts(tree: _Tree, wrong: Faults) -> list[_Row]:
     for name in names
     if name.lower().endswith(files.IMAGES)
   ]
+  if not pairs:
+    raise errors.UserError(
+      f"{tree.path} has no pictures and no table of captions: there is no file "
+      f"*{', *'.join(files.IMAGES)} in it or its folders"
+    )
   if not any(text in texts for _, text in pairs):
     raise errors.UserError(
       f"there is no table of captions in {tree.path}, looked for "

@@ -10,6 +10,7 @@ from corpus import TEXTS
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from sigjax import errors
 from sigjax.data.example import preprocess, tokenizer
@@ -24,8 +25,23 @@ def test_ids_are_sentencepieces_then_ends(spm_path):
   assert row.dtype == np.int32
   assert row.tolist() == want + [1] * (12 - len(want))
   assert tok.vocab_size == 26
-  assert model.decode(want) == "a red dog"
+  assert model.decode(want) == "a red dog" == tok.text(row)
+  assert tok.text([*want, 1, *want]) == "a red dog"
   assert (model.eos_id(), model.unk_id(), model.bos_id()) == (1, 2, -1)
+
+
+def test_symbols_that_t5_added_need_no_rows(tmp_path):
+  """As in the vocabulary of siglip/b16_256_i18n, of 250,000 rows."""
+  file = tmp_path / "extra.model"
+  extra = [f"▁<extra_id_{i}>" for i in (1, 0)]
+  proto = sentencepiece_model_pb2.ModelProto()
+  tokenizer.train(TEXTS, 26, file)
+  proto.ParseFromString(file.read_bytes())
+  for piece in extra:
+    proto.pieces.add(piece=piece, score=0.0, type=4)  # user-defined
+  file.write_bytes(proto.SerializeToString())
+  tok = tokenizer.Tokenizer(file)
+  assert (tok.rows, tok.vocab_size) == (26, 28)
 
 
 def test_long_text_keeps_the_end_token(spm_path):

@@ -227,6 +227,9 @@ def test_missing_folders_and_tables_are_named(folder):
     opened(folder / "0.jpg")
   with pytest.raises(errors.UserError, match="no table of captions.*txt besid"):
     opened(folder)
+  (folder / "nothing").mkdir()
+  with pytest.raises(errors.UserError, match="nothing has no pictures and no"):
+    opened(folder / "nothing")
   for split in ("train", "test"):
     (folder / split).mkdir()
     (folder / split / "metadata.csv").write_text("file_name,text\n1.jpg,a\n")
