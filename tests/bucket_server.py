@@ -31,7 +31,9 @@ class Server(http.server.ThreadingHTTPServer):
 
   Attributes:
     objects: {"BUCKET/NAME": Object}, with those that were deleted.
-    fail: fn(method, "BUCKET/NAME") -> an HTTP status, or None to do it.
+    fail: fn(method, "BUCKET/NAME") -> an HTTP status, or None to do what is
+      asked. A listing has the name "BUCKET/". With a negative status it is
+      done, and only the answer is lost.
     lag_s: after this many seconds a listing shows what has changed.
     anonymous: whether requests need no credentials.
     seen: (method, "BUCKET/NAME") of all requests.
@@ -97,6 +99,8 @@ class Server(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
   server: Server
   protocol_version = "HTTP/1.1"
+  disable_nagle_algorithm = True
+  lost = 0  # the status that is answered in place of the true one
 
   def _serve(self) -> None:
     size = int(self.headers.get("Content-Length", 0))
@@ -115,8 +119,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       status = self.server.fail(self.command, key)
       if not self.server.anonymous and "authorization" not in self.headers:
         status = 401 if gcs else 403
-      if status:
-        self._answer(status, b"emulated")
+      self.lost = -status if status and status < 0 else 0
+      if status and status > 0:
+        self._answer(status, b'{"error": "emulated"}')
       elif gcs:
         self._gcs(bucket, name, query, body)
       else:
@@ -240,6 +245,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return self._answer(206, data[first:end], headers)
 
   def _answer(self, status, body=b"", headers=()) -> None:
+    status = self.lost or status
     self.send_response(status)
     for name, value in dict(headers).items():
       self.send_header(name, value)

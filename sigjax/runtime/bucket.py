@@ -9,7 +9,7 @@ with it. An object appears whole or not at all, but nothing can be renamed:
 rename() copies.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import errno
 import fnmatch
 import functools
@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from typing import Any, TypeVar
@@ -30,13 +31,10 @@ log = logging.getLogger("sigjax")
 
 T = TypeVar("T")
 
-SCHEMES = ("gs", "s3")
 # Of requests for small objects: a run that starts says within half a minute
 # that the bucket does not answer. Arrays have tensorstore's own, more patience.
 RETRIES = dict(max_retries=6, initial_delay="0.5s", max_delay="8s")
 PUT_EVERY_S = 5.0  # what is appended reaches the bucket after so many seconds
-
-NONE = b"\x02"  # tensorstore's generation of an object that is not there
 
 _LOG_IN = {
   "gs": "log in with `gcloud auth application-default login`, or name a key in "
@@ -56,7 +54,7 @@ class BucketError(errors.UserError, OSError):
     return self.args[0]
 
 
-@epath.register_path_cls(tuple(f"{scheme}://" for scheme in SCHEMES))
+@epath.register_path_cls(("gs://", "s3://"))
 class Path(epath.Path):
   """A path in a bucket, with the methods of pathlib.Path that we use.
 
@@ -68,12 +66,16 @@ class Path(epath.Path):
     FileNotFoundError: as pathlib.Path does.
   """
 
-  # PurePosixPath would take "gs://b/x" for "gs:/b/x". Inside it is "/gs/b/x".
-  def __new__(cls, *parts: epath.PathLike):
-    names = [os.fspath(part) for part in parts]
-    return super().__new__(
-      cls, *(re.sub("^(gs|s3)://", r"/\1/", n) for n in names)
-    )
+  # Python 3.12 makes paths in another method.
+  if sys.version_info < (3, 12):
+
+    def __new__(cls, *parts: epath.PathLike) -> "Path":
+      return super().__new__(cls, *_inside(parts))
+
+  else:
+
+    def __init__(self, *parts: epath.PathLike):
+      super().__init__(*_inside(parts))
 
   def __str__(self) -> str:
     if len(self.parts) > 1 and self.parts[0] == "/":
@@ -109,7 +111,7 @@ class Path(epath.Path):
     if not self.bucket:
       raise errors.UserError(f"{self} names no bucket")
     try:
-      return ask(_store(self.scheme, self.bucket)).result()
+      return ask(stores(self.scheme, self.bucket)).result()
     except Exception as e:  # tensorstore raises anything
       raise BucketError(self, reason(e, self.scheme)) from e
 
@@ -128,8 +130,8 @@ class Path(epath.Path):
 
     Args:
       data: its content.
-      was: the generation that it must have, NONE if it must not be there; None
-        writes in any case.
+      was: the generation that it must have, as read() gave it, also of no
+        object; None writes in any case.
 
     Returns:
       Its generation; None if it had another one than `was`, so that nothing was
@@ -178,25 +180,30 @@ class Path(epath.Path):
     self.write(None)
 
   def is_file(self) -> bool:
+    if not self.key:
+      return False
     got = self._ask(lambda store: store.read(self.key, byte_range=slice(0, 0)))
-    return bool(self.key) and got.state == "value"
+    return got.state == "value"
 
   # ---- Folders ----
 
   def below(self) -> list[str]:
     """Returns the names of all objects below a folder, relative to it."""
     start = f"{self.key}/" if self.key else ""
-    # "0" is the character after "/".
-    ends = (start, f"{self.key}0") if self.key else ("", "")
-    found = self._ask(
-      lambda store: store.list(ts.KvStore.KeyRange(*ends), len(start))
-    )
+    found = self._ask(lambda store: store.list(self._all(), len(start)))
     if not found:
       # To tensorstore a listing that GCS refuses is empty. A lookup that GCS
       # refuses, of an object that is not there, is an error.
       self._ask(lambda store: store.read(start or "/"))
     names = sorted(name.decode() for name in found)
     return [name for name in names if name and not name.endswith("/")]
+
+  def _all(self) -> ts.KvStore.KeyRange:
+    """Returns the range of all names below a folder."""
+    if not self.key:
+      return ts.KvStore.KeyRange()
+    # "0" is the character after "/".
+    return ts.KvStore.KeyRange(f"{self.key}/", f"{self.key}0")
 
   def exists(self) -> bool:
     return self.is_file() or self.is_dir()
@@ -231,13 +238,15 @@ class Path(epath.Path):
 
     So the file that marks a checkpoint as complete is gone before the others.
     """
-    names = sorted(self.below(), key=lambda name: name.count("/"))
+    names = self.below()
     if not names and not missing_ok and not self.is_file():
       raise FileNotFoundError(
         errno.ENOENT, os.strerror(errno.ENOENT), str(self)
       )
-    for path in (self, *(self / name for name in names)):
+    for path in (self, *(self / name for name in names if "/" not in name)):
       path.write(None)
+    if names:
+      self._ask(lambda store: store.delete_range(self._all()))
 
   def rmdir(self) -> None:
     """Does nothing: a folder without objects is not there."""
@@ -254,6 +263,14 @@ class Path(epath.Path):
 
   def resolve(self, strict: bool = False) -> "Path":
     return self
+
+
+def _inside(parts: Iterable[epath.PathLike]) -> list[str]:
+  """Returns the parts of a path as PurePosixPath keeps them.
+
+  It would take "gs://bucket/x" for "gs:/bucket/x".
+  """
+  return [re.sub("^(gs|s3)://", r"/\1/", os.fspath(part)) for part in parts]
 
 
 class _Written(io.BytesIO):
@@ -285,7 +302,8 @@ class Appended:
   """
 
   def __init__(self, path: Path):
-    self._path, self._new = path, b""
+    self._path = path
+    self._new: list[bytes] = []  # one thread adds, another takes from the front
     data, self._generation = path.read()
     self._put = data or b""  # what the bucket has
     self._lock, self._ends = threading.Lock(), threading.Event()
@@ -295,14 +313,14 @@ class Appended:
 
   def write(self, data: bytes) -> None:
     """Appends; returns at once."""
-    self._new += data
+    self._new.append(data)
 
   def flush(self) -> None:
     """Puts what is not yet in the bucket, if it takes it."""
     with self._lock:
       try:
-        while new := self._new:
-          whole = self._put + new
+        while count := len(self._new):
+          whole = b"".join([self._put, *self._new[:count]])
           generation = self._path.write(whole, self._generation)
           if generation is None:  # someone has written, perhaps we ourselves
             data, self._generation = self._path.read()
@@ -311,7 +329,8 @@ class Appended:
               continue
           else:
             self._generation = generation
-          self._put, self._new = whole, self._new[len(new) :]
+          self._put = whole
+          del self._new[:count]
         self._failed = False
       except BucketError as e:
         if not self._failed:
@@ -333,7 +352,7 @@ class Appended:
 
 
 @functools.cache
-def _store(scheme: str, bucket: str) -> ts.KvStore:
+def stores(scheme: str, bucket: str) -> ts.KvStore:
   retries = {"gcs_request_retries": RETRIES, "s3_request_retries": RETRIES}
   return ts.KvStore.open(
     spec(f"{scheme}://{bucket}/"), context=ts.Context(retries)

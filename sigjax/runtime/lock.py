@@ -22,6 +22,7 @@ log = logging.getLogger("sigjax")
 # In a bucket no kernel frees a lock: who holds it writes it again and again.
 BEAT_S = 10.0
 DEAD_S = 30.0  # unchanged for so long, it is of a run that was killed
+LISTED_S = 10.0  # so late a listing may show it; GCS and S3 show it at once
 
 
 @contextlib.contextmanager
@@ -116,6 +117,7 @@ def _held_in_bucket(path: "bucket.Path", me: str) -> Iterator[None]:
   held = _BucketLock(path, me)
   try:
     held.take()
+    held.check_listed()
   except OSError as e:
     raise errors.UserError(
       f"{path} cannot be written: {e.strerror}; give a --workdir that can be, "
@@ -183,6 +185,23 @@ class _BucketLock:
       self._wait_until_dead(there)
     if not self.write():
       self._refuse(self.path.read()[0])
+
+  def check_listed(self) -> None:
+    """Raises UserError if a listing of the workdir lacks the lock.
+
+    To tensorstore a listing that GCS refuses is empty. A run would not see its
+    own checkpoints, and begin anew.
+    """
+    end = time.monotonic() + LISTED_S
+    while self.path.name not in self.path.parent.below():
+      if time.monotonic() > end:
+        self.write(None)
+        raise errors.UserError(
+          f"{self.path.parent} cannot be listed, or its listing lacks what was "
+          f"written {LISTED_S:.0f} s ago; the credentials need the right to "
+          "list objects (storage.objects.list, s3:ListBucket)"
+        )
+      time.sleep(1)
 
   def _wait_until_dead(self, there: bytes) -> None:
     log.info(
