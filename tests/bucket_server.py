@@ -18,12 +18,17 @@ import urllib.parse
 
 
 class Object(NamedTuple):
-  """An object, or what a listing still has of a deleted one (data is None)."""
+  """An object, or what a listing may still have of a deleted one.
+
+  Attributes:
+    data: its content; None if it was deleted.
+    generation: a number that no other version has.
+    since: when it was created or deleted, by time.monotonic().
+  """
 
   data: bytes | None
   generation: int
-  changed: float
-  before: bool = False  # whether it existed before the last change
+  since: float
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -72,9 +77,11 @@ class Server(http.server.ThreadingHTTPServer):
   def put(self, name: str, data: bytes | None) -> Object:
     """Writes an object, or deletes it."""
     self._count += 1
-    there = self.get(name) is not None
-    made = Object(data, self._count, time.monotonic(), there)
-    self.objects[name] = made
+    before = self.objects.get(name)
+    since = time.monotonic()
+    if before and (before.data is None) == (data is None):
+      since = before.since
+    self.objects[name] = made = Object(data, self._count, since)
     return made
 
   def names(self, prefix: str = "") -> list[str]:
@@ -92,7 +99,7 @@ class Server(http.server.ThreadingHTTPServer):
       name
       for name, it in self.objects.items()
       if name.startswith(prefix)
-      and (it.before if it.changed > late else it.data is not None)
+      and (it.data is not None) == (it.since <= late)
     )
 
 

@@ -117,7 +117,6 @@ def _held_in_bucket(path: "bucket.Path", me: str) -> Iterator[None]:
   held = _BucketLock(path, me)
   try:
     held.take()
-    held.check_listed()
   except OSError as e:
     raise errors.UserError(
       f"{path} cannot be written: {e.strerror}; give a --workdir that can be, "
@@ -136,6 +135,7 @@ def _held_in_bucket(path: "bucket.Path", me: str) -> Iterator[None]:
 
   hosts.before_leaving.append(remove)
   try:
+    _check_listed(path)
     yield
   finally:
     hosts.before_leaving.remove(remove)
@@ -154,23 +154,21 @@ class _BucketLock:
     self.path, self._me = path, me
     self._generation, self._beats = None, 0
 
-  def write(self, content: str | None = "") -> bool:
-    """Writes the lock, or deletes it with None, if it is as it was left.
-
-    Returns:
-      Whether that was so.
-    """
+  def beat(self) -> bool:
+    """Writes the lock with another content; returns whether it was ours."""
     self._beats += 1
-    data = None if content is None else f"{self._me}, {self._beats}".encode()
+    return self.write(f"{self._me}, {self._beats}".encode())
+
+  def write(self, data: bytes | None) -> bool:
+    """Writes the lock, or deletes it with None; returns whether it was ours."""
     now = self.path.write(data, self._generation)
     if now is None:
-      # An answer may have been lost, and the request sent again.
       there, now = self.path.read()
-      if there is None and data is not None:  # somebody has deleted the lock
-        self._generation = now
-        return self.write(content)
-      if there != data:
+      if there and not there.startswith(f"{self._me}, ".encode()):
         return False
+      if there != data:  # the last answer was lost, or somebody has deleted it
+        self._generation = now
+        return self.write(data)
     self._generation = now
     return True
 
@@ -183,25 +181,8 @@ class _BucketLock:
     there, self._generation = self.path.read()
     if there is not None:
       self._wait_until_dead(there)
-    if not self.write():
+    if not self.beat():
       self._refuse(self.path.read()[0])
-
-  def check_listed(self) -> None:
-    """Raises UserError if a listing of the workdir lacks the lock.
-
-    To tensorstore a listing that GCS refuses is empty. A run would not see its
-    own checkpoints, and begin anew.
-    """
-    end = time.monotonic() + LISTED_S
-    while self.path.name not in self.path.parent.below():
-      if time.monotonic() > end:
-        self.write(None)
-        raise errors.UserError(
-          f"{self.path.parent} cannot be listed, or its listing lacks what was "
-          f"written {LISTED_S:.0f} s ago; the credentials need the right to "
-          "list objects (storage.objects.list, s3:ListBucket)"
-        )
-      time.sleep(1)
 
   def _wait_until_dead(self, there: bytes) -> None:
     log.info(
@@ -227,6 +208,23 @@ class _BucketLock:
     )
 
 
+def _check_listed(path: "bucket.Path") -> None:
+  """Raises UserError if a listing of the workdir lacks the lock.
+
+  To tensorstore a listing that GCS refuses is empty. A run would not see its
+  own checkpoints, and begin anew.
+  """
+  end = time.monotonic() + LISTED_S
+  while path.name not in path.parent.below():
+    if time.monotonic() > end:
+      raise errors.UserError(
+        f"{path.parent} cannot be listed, or its listing lacks what was "
+        f"written {LISTED_S:.0f} s ago; the credentials need the right to "
+        "list objects (storage.objects.list, s3:ListBucket)"
+      )
+    time.sleep(LISTED_S / 20)
+
+
 def _holder(there: bytes | None) -> str:
   return (there or b"").decode().partition(",")[0] or "another process"
 
@@ -235,7 +233,7 @@ def _beat(held: _BucketLock, ended: threading.Event) -> None:
   """Writes the lock anew, in a thread, as long as it is ours."""
   while not ended.wait(BEAT_S):
     try:
-      if held.write():
+      if held.beat():
         continue
       holder = _holder(held.path.read()[0])
     except errors.UserError:  # no answer; the next beat may have one
