@@ -98,8 +98,7 @@ class Server(http.server.ThreadingHTTPServer):
     return sorted(
       name
       for name, it in self.objects.items()
-      if name.startswith(prefix)
-      and (it.data is not None) == (it.since <= late)
+      if name.startswith(prefix) and (it.data is not None) == (it.since <= late)
     )
 
 

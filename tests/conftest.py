@@ -151,6 +151,7 @@ def server(monkeypatch):
       monkeypatch.setenv(name, value)
     yield server
     bucket.stores.cache_clear()
+    bucket.lagging.clear()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from typing import Any, TypeVar
+import uuid
 
 from etils import epath
 import tensorstore as ts
@@ -35,6 +36,12 @@ T = TypeVar("T")
 # that the bucket does not answer. Arrays have tensorstore's own, more patience.
 RETRIES = dict(max_retries=6, initial_delay="0.5s", max_delay="8s")
 PUT_EVERY_S = 5.0  # what is appended reaches the bucket after so many seconds
+
+# Buckets whose listings show an object later than it was written, see lock.py.
+# Those of Google and Amazon show it at once.
+lagging: set[str] = set()
+LISTED_S = 10.0  # so much later, and no more
+_PROBE = ".is-it-listed"
 
 _LOG_IN = {
   "gs": "log in with `gcloud auth application-default login`, or name a key in "
@@ -189,6 +196,29 @@ class Path(epath.Path):
 
   def below(self) -> list[str]:
     """Returns the names of all objects below a folder, relative to it."""
+    if self.bucket in lagging:
+      self._wait_until_listed()
+    return [name for name in self._list() if not name.endswith(_PROBE)]
+
+  def _wait_until_listed(self) -> None:
+    """Waits until a listing has what was written before this call."""
+    probe = self / f"{uuid.uuid4().hex}{_PROBE}"
+    probe.write_bytes(b"")
+    end = time.monotonic() + LISTED_S
+    try:
+      while probe.name not in self._list():
+        if time.monotonic() > end:
+          raise BucketError(
+            self,
+            f"it cannot be listed, or lacks what was written {LISTED_S:.0f} s "
+            "ago; the credentials need the right to list objects "
+            "(storage.objects.list, s3:ListBucket)",
+          )
+        time.sleep(LISTED_S / 100)
+    finally:
+      probe.unlink()
+
+  def _list(self) -> list[str]:
     start = f"{self.key}/" if self.key else ""
     found = self._ask(lambda store: store.list(self._all(), len(start)))
     if not found:

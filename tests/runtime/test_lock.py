@@ -31,7 +31,7 @@ def run(request, server, monkeypatch):
   del server
   monkeypatch.setattr(lock, "BEAT_S", 0.05)
   monkeypatch.setattr(lock, "DEAD_S", 0.4)
-  monkeypatch.setattr(lock, "LISTED_S", 0.5)
+  monkeypatch.setattr(bucket, "LISTED_S", 0.5)
   return bucket.Path(f"{request.param}://bucket/run")
 
 
@@ -110,7 +110,7 @@ def test_in_a_bucket_that_cannot_be_listed(run, server):
     pass
   server.lag_s = 60
   with (
-    pytest.raises(errors.UserError, match="run cannot be listed, or its"),
+    pytest.raises(errors.UserError, match="run: it cannot be listed, or"),
     lock.hold(run),
   ):
     pass
