@@ -113,12 +113,12 @@ class Path(epath.Path):
     """The name within the bucket."""
     return "/".join(self.parts[3:])
 
-  def _ask(self, ask: Callable[[ts.KvStore], ts.Future[T]]) -> T:
-    """Returns what tensorstore answers, or raises BucketError."""
+  def _ask(self, ask: Callable[[ts.KvStore], T]) -> T:
+    """Returns ask(the bucket); what tensorstore raises becomes BucketError."""
     if not self.bucket:
       raise errors.UserError(f"{self} names no bucket")
     try:
-      return ask(stores(self.scheme, self.bucket)).result()
+      return ask(stores(self.scheme, self.bucket))
     except Exception as e:  # tensorstore raises anything
       raise BucketError(self, reason(e, self.scheme)) from e
 
@@ -129,7 +129,7 @@ class Path(epath.Path):
 
     The generation changes with every write of other content.
     """
-    got = self._ask(lambda store: store.read(self.key))
+    got = self._ask(lambda store: store.read(self.key).result())
     return None if got.state == "missing" else got.value, got.stamp.generation
 
   def write(self, data: bytes | None, was: bytes | None = None) -> bytes | None:
@@ -144,7 +144,9 @@ class Path(epath.Path):
       Its generation; None if it had another one than `was`, so that nothing was
       written.
     """
-    got = self._ask(lambda store: store.write(self.key, data, if_equal=was))
+    got = self._ask(
+      lambda store: store.write(self.key, data, if_equal=was).result()
+    )
     return got.generation or None
 
   def read_bytes(self) -> bytes:
@@ -189,7 +191,9 @@ class Path(epath.Path):
   def is_file(self) -> bool:
     if not self.key:
       return False
-    got = self._ask(lambda store: store.read(self.key, byte_range=slice(0, 0)))
+    got = self._ask(
+      lambda store: store.read(self.key, byte_range=slice(0, 0)).result()
+    )
     return got.state == "value"
 
   # ---- Folders ----
@@ -220,20 +224,22 @@ class Path(epath.Path):
 
   def _list(self) -> list[str]:
     start = f"{self.key}/" if self.key else ""
-    found = self._ask(lambda store: store.list(self._all(), len(start)))
+    # "0" is the character after "/".
+    ends = (start, f"{self.key}0") if self.key else ()
+    found = self._ask(
+      lambda store: store.list(ts.KvStore.KeyRange(*ends)).result()
+    )
     if not found:
       # To tensorstore a listing that GCS refuses is empty. A lookup that GCS
       # refuses, of an object that is not there, is an error.
-      self._ask(lambda store: store.read(start or "/"))
-    names = sorted(name.decode() for name in found)
-    return [name for name in names if name and not name.endswith("/")]
-
-  def _all(self) -> ts.KvStore.KeyRange:
-    """Returns the range of all names below a folder."""
-    if not self.key:
-      return ts.KvStore.KeyRange()
-    # "0" is the character after "/".
-    return ts.KvStore.KeyRange(f"{self.key}/", f"{self.key}0")
+      self._ask(lambda store: store.read(start or "/").result())
+    # Not every emulator keeps to the range.
+    names = [
+      name for name in map(bytes.decode, found) if name.startswith(start)
+    ]
+    return sorted(
+      name.removeprefix(start) for name in names if not name.endswith("/")
+    )
 
   def exists(self) -> bool:
     return self.is_file() or self.is_dir()
@@ -275,8 +281,12 @@ class Path(epath.Path):
       )
     for path in (self, *(self / name for name in names if "/" not in name)):
       path.write(None)
-    if names:
-      self._ask(lambda store: store.delete_range(self._all()))
+    keys = [(self / name).key for name in names if "/" in name]
+    self._ask(
+      lambda store: [
+        future.result() for future in [store.write(key, None) for key in keys]
+      ]
+    )
 
   def rmdir(self) -> None:
     """Does nothing: a folder without objects is not there."""
