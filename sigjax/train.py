@@ -8,7 +8,6 @@ import contextlib
 import errno
 import functools
 import logging
-import pathlib
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ logger = logging.getLogger("sigjax")
 
 
 def main(
-  workdir: str | pathlib.Path,
+  workdir: str | files.Path,
   *,
   batch_size: int,
   data: Mapping[str, Any],

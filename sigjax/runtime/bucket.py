@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import time
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 import uuid
 
 from etils import epath
@@ -291,9 +291,9 @@ class Path(epath.Path):
   def rmdir(self) -> None:
     """Does nothing: a folder without objects is not there."""
 
-  def rename(self, target: epath.PathLike) -> "Path":
+  def rename(self, target: epath.PathLike) -> Self:
     """Copies an object, or all below a folder, then deletes it."""
-    target = Path(target)
+    target = type(self)(target)
     for name in [""] if self.is_file() else self.below():
       (target / name).write_bytes((self / name).read_bytes())
     self.rmtree()
@@ -301,7 +301,7 @@ class Path(epath.Path):
 
   replace = rename
 
-  def resolve(self, strict: bool = False) -> "Path":
+  def resolve(self, strict: bool = False) -> Self:
     return self
 
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import shutil
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 import uuid
 
 from etils import epath
@@ -29,7 +29,7 @@ def path(name: str | os.PathLike[str]) -> Path:
 
 def in_bucket(path: Path) -> "TypeGuard[bucket.Path]":
   """Returns whether what path() returned is in a bucket, not on a disk."""
-  return not isinstance(path, pathlib.Path)
+  return not isinstance(path, pathlib.Path) and "://" in str(path)
 
 
 def cache_dir() -> pathlib.Path:
@@ -58,13 +58,13 @@ def replacing(path: AnyPath) -> Iterator[AnyPath]:
     raise
 
 
-def write(path: AnyPath, data: bytes | str) -> None:
+def write(path: Path, data: bytes | str) -> None:
   """Writes a file, all of it or nothing; str is written as UTF-8."""
   data = data.encode() if isinstance(data, str) else data
   if in_bucket(path):  # as an object is written
     path.write_bytes(data)
     return
-  with replacing(path) as aside:
+  with replacing(cast(pathlib.Path, path)) as aside:
     aside.write_bytes(data)
 
 

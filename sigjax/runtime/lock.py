@@ -47,8 +47,10 @@ def hold(workdir: files.Path) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     with hosts.primary_first():
       if hosts.is_primary():
-        held = _held_in_bucket if files.in_bucket(path) else _held
-        stack.enter_context(held(path, me))
+        if files.in_bucket(path):
+          stack.enter_context(_held_in_bucket(path, me))
+        else:
+          stack.enter_context(_held(pathlib.Path(path), me))
       else:
         _wait_for(path, me)
     yield
@@ -114,13 +116,7 @@ def _take(file: TextIO, path: pathlib.Path, me: str) -> None:
 def _held_in_bucket(path: "bucket.Path", me: str) -> Iterator[None]:
   """Makes the lock, and writes it anew every BEAT_S until the body ends."""
   held = _BucketLock(path, me)
-  try:
-    held.take()
-  except OSError as e:
-    raise errors.UserError(
-      f"{path} cannot be written: {e.strerror}; give a --workdir that can be, "
-      "or --eval_only"
-    ) from e
+  held.take()
   ended = threading.Event()
   thread = threading.Thread(target=_beat, args=(held, ended), daemon=True)
   thread.start()
@@ -193,12 +189,12 @@ class _BucketLock:
     end = time.monotonic() + DEAD_S
     while time.monotonic() < end:
       time.sleep(DEAD_S / 15)
-      there, generation = self.path.read()
-      if there is None:  # it has just ended
+      now, generation = self.path.read()
+      if now is None:  # it has just ended
         self._generation = generation
         return
       if generation != self._generation:
-        self._refuse(there)
+        self._refuse(now)
 
   def _refuse(self, there: bytes | None) -> NoReturn:
     raise errors.UserError(

@@ -117,7 +117,7 @@ def test_in_a_bucket_that_cannot_be_listed(run, server):
   assert server.names() == []
   server.fail = lambda method, name: 403 if method in ("PUT", "POST") else None
   with (
-    pytest.raises(errors.UserError, match="lock cannot be written: access is"),
+    pytest.raises(errors.UserError, match="run/lock: access is denied"),
     lock.hold(run),
   ):
     pass
