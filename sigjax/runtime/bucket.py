@@ -199,10 +199,17 @@ class Path(epath.Path):
   # ---- Folders ----
 
   def below(self) -> list[str]:
-    """Returns the names of all objects below a folder, relative to it."""
+    """Returns the names of all objects below a folder, relative to it.
+
+    What a console makes for a folder is left out: an object named "FOLDER/".
+    """
+    others = ("/", _PROBE)
+    return [name for name in self._all() if name and not name.endswith(others)]
+
+  def _all(self) -> list[str]:
     if self.bucket in lagging:
       self._wait_until_listed()
-    return [name for name in self._list() if not name.endswith(_PROBE)]
+    return self._list()
 
   def _wait_until_listed(self) -> None:
     """Waits until a listing has what was written before this call."""
@@ -234,11 +241,9 @@ class Path(epath.Path):
       # refuses, of an object that is not there, is an error.
       self._ask(lambda store: store.read(start or "/").result())
     # Not every emulator keeps to the range.
-    names = [
-      name for name in map(bytes.decode, found) if name.startswith(start)
-    ]
+    names = [name.decode() for name in found]
     return sorted(
-      name.removeprefix(start) for name in names if not name.endswith("/")
+      name.removeprefix(start) for name in names if name.startswith(start)
     )
 
   def exists(self) -> bool:
@@ -274,14 +279,14 @@ class Path(epath.Path):
 
     So the file that marks a checkpoint as complete is gone before the others.
     """
-    names = self.below()
+    names = self._all()
     if not names and not missing_ok and not self.is_file():
       raise FileNotFoundError(
         errno.ENOENT, os.strerror(errno.ENOENT), str(self)
       )
     for path in (self, *(self / name for name in names if "/" not in name)):
       path.write(None)
-    keys = [(self / name).key for name in names if "/" in name]
+    keys = [f"{self.key}/{name}" for name in names if "/" in name]
     self._ask(
       lambda store: [
         future.result() for future in [store.write(key, None) for key in keys]

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import socket
 import time
 from typing import Any
@@ -286,7 +285,7 @@ class Clock:
     return rates
 
 
-def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read(workdir: files.Path) -> list[dict[str, Any]]:
   """Returns the objects of a workdir's metrics.jsonl, in order."""
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines]
