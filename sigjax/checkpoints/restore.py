@@ -89,7 +89,7 @@ def read(
   return _read(found, _at(state, found), _at(run, found))
 
 
-def _at(value: Any, path: pathlib.Path) -> Any:
+def _at(value: Any, path: files.Path) -> Any:
   """Returns a value, or what a function makes of a checkpoint's step."""
   return value(int(path.name)) if callable(value) else value
 
