@@ -93,7 +93,9 @@ def test_a_run_that_is_killed_ends_like_one_left_alone(
     opened.open_model(f"{workdir}0")
 
 
-def test_an_evaluation_alone_adds_to_the_metrics(tmp_path, tiny_config, server):
+def test_an_evaluation_alone_adds_to_the_metrics(
+  tiny_config, server, monkeypatch
+):
   workdir = bucket.Path("gs://bucket/run")
   data = dict(tiny_config["evals"]["zeroshot"]["data"])
   config = dict(
@@ -104,7 +106,17 @@ def test_an_evaluation_alone_adds_to_the_metrics(tmp_path, tiny_config, server):
       picture=dict(type="picture", data=data, captions="captions"),
     ),
   )
+  monkeypatch.setattr(bucket, "PUT_EVERY_S", 1000)
+  written = []
+
+  def watch(method, name):
+    if method == "POST" and name.endswith("checkpoints/2/commit_success.txt"):
+      written.append(server.get("bucket/run/metrics.jsonl"))
+
+  server.fail = watch
   train.main(workdir, **config)
+  # A resumed run lacks nothing of what led to its checkpoint.
+  assert [line.count(b"\n") for line in written] == [2]
   before = server.names()
   with lock.hold(workdir):  # it may run beside another run
     train.main(workdir, eval_only=True, **config)
