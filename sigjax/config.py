@@ -21,7 +21,7 @@ def default_workdir(config: str) -> str:
   return f"workdirs/{pathlib.Path(file).stem}{'_' if colon else ''}{arg}"
 
 
-def write_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
+def write_config(config: Mapping[str, Any], path: files.Path) -> None:
   """Writes config.json; logs what differs from the one that was there."""
   text = json.dumps(config, indent=2, default=str) + "\n"
   new, old = json.loads(text), {}

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import functools
 import logging
-import pathlib
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from sigjax.checkpoints.save import Checkpoints
 from sigjax.data import kinds
 from sigjax.data.example import preprocess
 from sigjax.data.faults import BAD_FRACTION
-from sigjax.runtime import hosts, identity
+from sigjax.runtime import files, hosts, identity
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
 from sigjax.stage import Batches, Curation, Stage
@@ -38,7 +37,7 @@ logger = logging.getLogger("sigjax")
 
 
 def main(
-  workdir: str | pathlib.Path,
+  workdir: str | files.Path,
   *,
   batch_size: int,
   data: Mapping[str, Any],
@@ -77,7 +76,8 @@ def main(
   """Runs a config; its top-level keys are these arguments.
 
   Args:
-    workdir: output directory; an existing run there is resumed.
+    workdir: output directory, perhaps in a bucket; an existing run there is
+      resumed.
     batch_size: B, over all devices.
     data: the training data, arguments of kinds.open_source.
     pp: preprocessing of a training example, to "image" and "text", and to
@@ -133,7 +133,7 @@ def main(
   config = dict(locals())
   for key in ("workdir", "eval_only", "profile_steps"):
     del config[key]
-  workdir = pathlib.Path(workdir)
+  workdir = files.path(workdir)
   identity.check_hosts("config", config)
   if log:
     from sigjax.runtime import trackers  # few runs have any
@@ -319,6 +319,7 @@ def main(
           position = {**batches.get_state(), "tower": source.tower}
           now = {**config, **stage.phase.sections}
           about = {"config": now, "identity": me(step)}
+          writer.flush()  # or a resumed run lacks what led to its checkpoint
           saver.save(step, state, position, about)
         if stopping:
           saver.check(step)
@@ -465,7 +466,7 @@ def _initial(stage, seed, init, tokenizer_sha):
   )
 
 
-def _write_settings(workdir: pathlib.Path, config, stage) -> None:
+def _write_settings(workdir: files.Path, config, stage) -> None:
   """Writes config.json and parameters.txt."""
   config_lib.write_config(config, workdir / "config.json")
   shapes = stage.run.state.stored
@@ -612,7 +613,10 @@ def define_flags() -> None:
 
   defaults.define_config_flag(main)
   flags.DEFINE_string(
-    "workdir", None, "Output directory; workdirs/NAME_OF_CONFIG if unset."
+    "workdir",
+    None,
+    "Output directory, here or in a bucket (gs://, s3://); "
+    "workdirs/NAME_OF_CONFIG if unset.",
   )
   flags.DEFINE_bool(
     "eval_only", False, "Only evaluate the workdir's newest checkpoint."
@@ -640,12 +644,7 @@ def command_line(argv: list[str]) -> None:
   del argv
   flag: Any = FLAGS["config"]
   workdir = FLAGS.workdir or config_lib.default_workdir(flag.config_filename)
-  if "://" in workdir:  # pathlib would make a local folder of that name
-    sys.exit(
-      f"error: --workdir {workdir} is in a bucket, where a run cannot be kept; "
-      "give a folder, on a disk that all hosts share"
-    )
-  workdir = pathlib.Path(workdir)
+  workdir = files.path(workdir)
   program.quiet_libraries()
   start.keep_memory()
   start.keep_compiled()

@@ -4,6 +4,7 @@ import io
 import pathlib
 from typing import Any
 
+import bucket_server
 import corpus
 import cpu_devices  # noqa: F401  # it has to come before JAX
 import jax
@@ -135,6 +136,22 @@ def tiny_config(shapes_dir) -> dict[str, Any]:
       ),
     ),
   )
+
+
+@pytest.fixture
+def server(monkeypatch):
+  """Returns an emulator in which gs://.. and s3://.. are; nobody waits long."""
+  from sigjax.runtime import bucket
+
+  retries = dict(max_retries=2, initial_delay="0.02s", max_delay="0.02s")
+  monkeypatch.setattr(bucket, "RETRIES", retries)
+  monkeypatch.setattr(bucket, "PUT_EVERY_S", 0.05)
+  with bucket_server.serve() as server:
+    for name, value in server.env.items():
+      monkeypatch.setenv(name, value)
+    yield server
+    bucket.stores.cache_clear()
+    bucket.lagging.clear()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Counts which of 68 deliberate mistakes in the code the tests notice.
+"""Counts which of 71 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word
@@ -46,6 +46,9 @@ ORDER = "data/batches/test_order.py"
 MIXTURE = "data/test_mixture.py"
 TAR = "data/formats/test_tar.py"
 CHECKPOINTS = "checkpoints/test_checkpoints.py"
+IN_BUCKETS = "checkpoints/test_checkpoints_in_buckets.py"
+BUCKET = "runtime/test_bucket.py"
+LOCK = "runtime/test_lock.py"
 NPZ = "weights/test_npz.py"
 EVALUATORS = "evaluators/test_evaluators.py"
 
@@ -263,14 +266,14 @@ MUTATIONS = [
   # ---- Checkpoints ----
   Mutation(
     "checkpoints/manifest.py",
-    "        os.fsync(f.fileno())\n  with",
-    "        pass\n  with",
+    "      _to_disk(folder, f)\n    return found",
+    "      pass\n    return found",
     CHECKPOINTS,
   ),
   Mutation(
     "checkpoints/manifest.py",
-    "        if _digest(f) != digest:",
-    "        if False:",
+    "if _digest(f) != digest else",
+    "if False else",
     CHECKPOINTS,
   ),
   Mutation(
@@ -278,6 +281,25 @@ MUTATIONS = [
     "layout.steps(self.dir)[: -self._keep]",
     "layout.steps(self.dir)[:-1]",
     CHECKPOINTS,
+  ),
+  # ---- Buckets ----
+  Mutation(
+    "checkpoints/layout.py",
+    "if name[1:] == [_COMMITTED]]",
+    "if name[1:]]",
+    IN_BUCKETS,
+  ),
+  Mutation(
+    "runtime/bucket.py",
+    '      self._ask(lambda store: store.read(start or "/").result())',
+    "      pass",
+    BUCKET,
+  ),
+  Mutation(
+    "runtime/lock.py",
+    "self.path.write(data, self._generation)",
+    "self.path.write(data)",
+    LOCK,
   ),
   # ---- Released weights ----
   Mutation(

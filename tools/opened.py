@@ -28,7 +28,7 @@ from sigjax import errors, sharding, trees
 from sigjax.checkpoints import layout, restore
 from sigjax.data.example.tokenizer import Tokenizer
 from sigjax.models import two_towers
-from sigjax.runtime import identity
+from sigjax.runtime import files, identity
 from sigjax.weights import known, npz, vocabulary
 from tools.embedding import tower as tower_lib
 from tools.hf import config as hf_config
@@ -83,9 +83,12 @@ def open_model(
       raise errors.UserError(
         f"--{flag} is of released models alone; {weights} has its own"
       )
-  path = pathlib.Path(weights)
+  path = files.path(weights)
   if restore.is_run(weights):
     return _run(weights)
+  if files.in_bucket(path) and path.suffix != ".npz":
+    raise errors.UserError(f"{path} has no checkpoints; train there first")
+  path = pathlib.Path(path)
   if (path / "params.npz").is_file():
     path = path / "params.npz"
   if path.name.endswith(".npz"):
@@ -148,7 +151,7 @@ def _released(
 
 
 def _run(path: str) -> Opened:
-  workdir = pathlib.Path(layout.find(path)[0])
+  workdir = layout.find(path)[0]
   # That of the checkpoint: a later command may have changed config.json.
   about = restore.read_about(path)
   tokenizer = Tokenizer(workdir / "tokenizer.model")

@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -17,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from sigjax import errors, trees
 from sigjax.checkpoints import layout, manifest
-from sigjax.runtime import hosts, identity
+from sigjax.runtime import files, hosts, identity
 
 log = logging.getLogger("sigjax")
 
@@ -25,10 +24,10 @@ AnyPath = str | os.PathLike[str]
 
 
 def newest(
-  folder: pathlib.Path,
+  folder: files.Path,
   state: Any,
   run: Any,
-) -> tuple[tuple[Any, dict[str, Any]] | None, list[pathlib.Path]]:
+) -> tuple[tuple[Any, dict[str, Any]] | None, list[files.Path]]:
   """Reads the newest undamaged checkpoint.
 
   Args:
@@ -90,7 +89,7 @@ def read(
   return _read(found, _at(state, found), _at(run, found))
 
 
-def _at(value: Any, path: pathlib.Path) -> Any:
+def _at(value: Any, path: files.Path) -> Any:
   """Returns a value, or what a function makes of a checkpoint's step."""
   return value(int(path.name)) if callable(value) else value
 
@@ -158,7 +157,7 @@ def read_params(path: AnyPath, sharding: jax.sharding.Sharding) -> dict:
   return params
 
 
-def checkpoint_of(path: AnyPath) -> pathlib.Path:
+def checkpoint_of(path: AnyPath) -> files.Path:
   """Returns the folder of the checkpoint that a path names.
 
   Args:
@@ -175,7 +174,7 @@ def checkpoint_of(path: AnyPath) -> pathlib.Path:
   if newest is None:
     raise errors.UserError(f"{workdir} has no complete checkpoint")
   found = folder / str(newest if step is None else step)
-  if not found.exists():
+  if not layout.is_complete(folder, found.name):
     there = ", ".join(map(str, layout.steps(folder)))
     raise errors.UserError(
       f"there is no checkpoint {found}; there are: {there}"
@@ -296,7 +295,7 @@ def _check_tokenizer(path: AnyPath, into: str | None, sha256: str) -> None:
     )
 
 
-def _about(path: pathlib.Path) -> dict[str, Any]:
+def _about(path: files.Path) -> dict[str, Any]:
   """Returns the item "about" of a checkpoint; {} of an older version."""
   with _one_line(path):
     if not (path / "about").exists():
@@ -307,7 +306,7 @@ def _about(path: pathlib.Path) -> dict[str, Any]:
     return _restore(path, about=ocp.args.JsonRestore())["about"]
 
 
-def _fault(path: pathlib.Path) -> str:
+def _fault(path: files.Path) -> str:
   """Returns what is wrong with a checkpoint, or ""; each host reads a part."""
   if not (path / manifest.NAME).exists():
     log.warning(
@@ -321,27 +320,27 @@ def _fault(path: pathlib.Path) -> str:
   return fault or ("another host names the file" if anywhere else "")
 
 
-def _refuse_damage(path: pathlib.Path) -> None:
+def _refuse_damage(path: files.Path) -> None:
   with _one_line(path):
     if fault := _fault(path):
       raise ValueError(fault)
 
 
-def _metadata(path: pathlib.Path) -> dict[str, Any]:
+def _metadata(path: files.Path) -> dict[str, Any]:
   """Returns {item: tree of what has a shape and a dtype}."""
   with contextlib.closing(ocp.Checkpointer(layout.handler())) as checkpointer:
     items = checkpointer.metadata(path).item_metadata or {}
   return {name: getattr(item, "tree", item) for name, item in items.items()}
 
 
-def _restore(path: pathlib.Path, **items: Any) -> Any:
+def _restore(path: files.Path, **items: Any) -> Any:
   """Returns {item: what orbax reads}, for orbax's arguments of each item."""
   with contextlib.closing(ocp.Checkpointer(layout.handler())) as checkpointer:
     return checkpointer.restore(path, args=ocp.args.Composite(**items))
 
 
 def _read(
-  path: pathlib.Path, state: Any, run: dict[str, Any] | None
+  path: files.Path, state: Any, run: dict[str, Any] | None
 ) -> tuple[Any, dict[str, Any]]:
   if run is not None:
     identity.check_resumed(path, _about(path).get("identity", {}), run)
@@ -351,7 +350,7 @@ def _read(
   return state.restored(params=found["params"], **found["rest"]), data
 
 
-def _read_items(path: pathlib.Path, **items: Any) -> Any:
+def _read_items(path: files.Path, **items: Any) -> Any:
   """Returns {item: tree}, for trees of ShapeDtypeStructs with shardings."""
   with _one_line(path):
     stored = _metadata(path)
@@ -370,14 +369,15 @@ def _read_items(path: pathlib.Path, **items: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _one_line(path: pathlib.Path) -> Iterator[None]:
+def _one_line(path: files.Path) -> Iterator[None]:
   """Turns any error of the body into a UserError that names the checkpoint."""
   try:
     yield
   except errors.UserError:
     raise
   except Exception as e:  # orbax and tensorstore raise anything
+    what = "cannot be read" if files.in_bucket(path) else "is damaged"
     raise errors.UserError(
-      f"{path} is damaged ({layout.reason(e)}); delete this folder to resume "
+      f"{path} {what} ({layout.reason(e)}); delete this folder to resume "
       "from the checkpoint before it"
     ) from e

@@ -1,10 +1,10 @@
 """Saves a run's checkpoints in the background, each whole or not at all."""
 
+from collections.abc import Callable
 import logging
 import os
-import pathlib
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -14,6 +14,8 @@ from sigjax.checkpoints import layout, manifest, restore
 from sigjax.runtime import files, hosts
 
 log = logging.getLogger("sigjax")
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -55,7 +57,7 @@ class Checkpoints:
     self._error: BaseException | None = None  # why it failed on this host
     self._why = "no save was attempted"  # why the last save failed
     self._saves, self._any_failed = 0, False
-    self._damaged: list[pathlib.Path] = []  # are set aside by open()
+    self._damaged: list[files.Path] = []  # are set aside by open()
     if keep is not None and keep < 1:
       raise errors.UserError(
         f"config.checkpoints.keep is {keep}, but one is needed to resume from"
@@ -158,7 +160,7 @@ class Checkpoints:
         self._give_up(e)
     step, self._step = self._step, None
     complete = hosts.max_over_processes(
-      hosts.is_primary() and (self.dir / str(step)).exists()
+      hosts.is_primary() and self._is_complete(step)
     )
     if not complete:
       self._why = (
@@ -172,15 +174,14 @@ class Checkpoints:
     elif hosts.is_primary() and self._keep is not None:
       for old in layout.steps(self.dir)[: -self._keep]:
         if not self._keep_every or old % self._keep_every:
-          # Renamed first: a deletion may be interrupted half-way.
-          files.remove((self.dir / str(old)).rename(self.dir / f"{old}.old"))
+          self._try(layout.discard, self.dir, old)
     self._error = None
 
   def check(self, step: int) -> None:
     """Waits; raises UserError unless the newest checkpoint is of this step."""
     self.wait()
-    newest = self.newest()
-    if newest != step:
+    if not layout.is_complete(self.dir, step):
+      newest = self.newest()
       raise errors.UserError(
         f"step {step} could not be saved ({self._why}); "
         + (
@@ -220,9 +221,24 @@ class Checkpoints:
     removes those.
     """
     if hosts.is_primary():
-      for leftover in ("*.orbax-checkpoint-tmp*", "*.old"):
-        for path in self.dir.glob(leftover):
-          files.remove(path)
+      for path in self._try(layout.leftovers, self.dir) or ():
+        self._try(files.remove, path)
+
+  def _is_complete(self, step: int) -> bool:
+    """Returns whether a step is known to be complete."""
+    try:
+      return layout.is_complete(self.dir, step)
+    except errors.UserError as e:
+      self._error = self._error or e
+      return False
+
+  def _try(self, call: Callable[..., T], *args: Any) -> T | None:
+    """Returns call(*args); a bucket that does not answer does not end a run."""
+    try:
+      return call(*args)
+    except errors.UserError as e:
+      log.warning("%s; it is left there for now", e)
+      return None
 
   # Several hosts: how the failure of one ends the save on all of them.
 
@@ -259,5 +275,5 @@ class Checkpoints:
 
   def _seal(self) -> None:
     """Writes the manifest: the primary's last act before orbax renames."""
-    (folder,) = self.dir.glob(f"{self._step}.orbax-checkpoint-tmp*")
-    manifest.write(folder)
+    assert self._step is not None
+    manifest.write(layout.unfinished(self.dir, self._step))

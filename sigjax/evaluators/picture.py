@@ -106,7 +106,8 @@ class Picture:
           ],
         )
       )
-    _draw(cells).save(self.path)
+    with self.path.open("wb") as f:
+      _draw(cells).save(f, "PNG")
     return []
 
 

@@ -1,16 +1,35 @@
-"""Files that are written whole or not at all, and the cache folder."""
+"""Files that are written whole or not at all, here or in a bucket."""
 
 from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
+import re
 import shutil
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 import uuid
 
 from etils import epath
 
+if TYPE_CHECKING:
+  from sigjax.runtime import bucket
+
+Path = pathlib.Path | epath.Path  # on a disk, or in a bucket
 AnyPath = TypeVar("AnyPath", pathlib.Path, epath.Path)
+
+
+def path(name: str | os.PathLike[str]) -> Path:
+  """Returns a path: of gs:// and s3:// a bucket.Path, else a pathlib.Path."""
+  if re.match("(gs|s3)://", os.fspath(name)):
+    from sigjax.runtime import bucket  # most runs are on a disk
+
+    return bucket.Path(name)
+  return pathlib.Path(name)
+
+
+def in_bucket(path: Path) -> "TypeGuard[bucket.Path]":
+  """Returns whether what path() returned is in a bucket, not on a disk."""
+  return not isinstance(path, pathlib.Path) and "://" in str(path)
 
 
 def cache_dir() -> pathlib.Path:
@@ -39,13 +58,17 @@ def replacing(path: AnyPath) -> Iterator[AnyPath]:
     raise
 
 
-def write(path: AnyPath, data: bytes | str) -> None:
+def write(path: Path, data: bytes | str) -> None:
   """Writes a file, all of it or nothing; str is written as UTF-8."""
-  with replacing(path) as aside:
-    aside.write_bytes(data.encode() if isinstance(data, str) else data)
+  data = data.encode() if isinstance(data, str) else data
+  if in_bucket(path):  # as an object is written
+    path.write_bytes(data)
+    return
+  with replacing(cast(pathlib.Path, path)) as aside:
+    aside.write_bytes(data)
 
 
-def remove(path: pathlib.Path | epath.Path) -> None:
+def remove(path: Path) -> None:
   """Deletes a file or a folder with all that is in it, if it is there.
 
   What cannot be deleted from a folder is left.

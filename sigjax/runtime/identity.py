@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from sigjax import errors
-from sigjax.runtime import hosts
+from sigjax.runtime import files, hosts
 
 
 def of_run(
@@ -35,7 +35,8 @@ def sha256(content: bytes | str | os.PathLike[str]) -> str:
   """Returns the SHA-256 in hexadecimal, of bytes or of the file at a path."""
   if isinstance(content, bytes):
     return hashlib.sha256(content).hexdigest()
-  with open(content, "rb") as f:
+  file: Any = files.path(content)
+  with file.open("rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import socket
 import time
 from typing import Any
@@ -52,7 +51,8 @@ class Writer:
   that a killed run left half-written is cut off.
 
   Args:
-    workdir: the run's directory.
+    workdir: the run's directory. In a bucket, what is appended is put every
+      few seconds, and by flush().
     first_step: the run resumes from this step. Metrics of later steps are cut
       off: a run wrote them that was killed after its last checkpoint. Lines
       that are not metrics are cut off as well. None keeps everything, and a
@@ -72,10 +72,11 @@ class Writer:
     config: Mapping[str, Any] | None = None,
   ):
     self._file = self._events = None
+    self._appended = []
     self._trackers = []
     if not hosts.is_primary():
       return
-    workdir = pathlib.Path(workdir)
+    workdir = files.path(workdir)
     if to and first_step is not None:
       from sigjax.runtime import trackers  # few runs have any
 
@@ -88,9 +89,9 @@ class Writer:
     try:
       if path.exists():
         _cut(path, first_step)
-      self._file = _AppendedFile(path)
+      self._file = self._append(path)
       self._events = record_writer.RecordWriter(
-        _AppendedFile(workdir / f"events.out.tfevents.{time.time_ns()}.{host}")
+        self._append(workdir / f"events.out.tfevents.{time.time_ns()}.{host}")
       )
     except OSError as e:
       if first_step is not None:
@@ -105,6 +106,21 @@ class Writer:
     if first_step is not None:  # TensorBoard forgets what came after it
       start = _event_pb2.SessionLog(status=_event_pb2.SessionLog.START)
       self._write_event(step=first_step + 1, session_log=start)
+
+  def _append(self, path: files.Path) -> Any:
+    """Opens a file to append to."""
+    if files.in_bucket(path):
+      from sigjax.runtime import bucket  # most runs are on a disk
+
+      self._appended.append(bucket.Appended(path))
+    else:
+      self._appended.append(_AppendedFile(path))
+    return self._appended[-1]
+
+  def flush(self) -> None:
+    """Puts into a bucket what was written, before a checkpoint of this step."""
+    for file in self._appended:
+      file.flush()
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one JSON object {"step": step, **scalars}; NaN becomes null."""
@@ -147,9 +163,8 @@ class Writer:
     return self
 
   def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-    for file in (self._file, self._events):
-      if file is not None:
-        file.close()
+    for file in self._appended:
+      file.close()
     for tracker in self._trackers:
       tracker.close(ok=error is None)
 
@@ -157,8 +172,8 @@ class Writer:
 class _AppendedFile:
   """A file to append to; what a full disk does not take waits for room."""
 
-  def __init__(self, path: pathlib.Path):
-    self._file = path.open("ab", buffering=0)
+  def __init__(self, path: files.Path):
+    self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # see close()
     self._waiting = b""
 
   def write(self, data: bytes) -> None:
@@ -175,15 +190,20 @@ class _AppendedFile:
           e.strerror,
         )
 
-  def close(self) -> None:
+  def flush(self) -> None:
+    """Tries again what did not find room."""
     self.write(b"")
+
+  def close(self) -> None:
+    self.flush()
     self._file.close()
 
 
-def _cut(path: pathlib.Path, last_step: int | None) -> None:
+def _cut(path: files.Path, last_step: int | None) -> None:
   """Leaves the whole lines of metrics.jsonl, up to last_step if given."""
   lines = path.read_bytes().splitlines(keepends=True)
-  if lines and not lines[-1].endswith(b"\n"):
+  whole = files.in_bucket(path) or not lines or lines[-1].endswith(b"\n")
+  if not whole:
     # In place: a run that only evaluates may not replace another run's file.
     os.truncate(path, sum(map(len, lines)) - len(lines.pop()))
   if last_step is None:
@@ -265,7 +285,7 @@ class Clock:
     return rates
 
 
-def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read(workdir: files.Path) -> list[dict[str, Any]]:
   """Returns the objects of a workdir's metrics.jsonl, in order."""
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines]

@@ -5,11 +5,12 @@ train.py names each step on its timeline.
 
 from collections.abc import Sequence
 import pathlib
+import tempfile
 
 import jax
 
 from sigjax import errors
-from sigjax.runtime import hosts
+from sigjax.runtime import files, hosts
 
 
 def check(steps: Sequence[str] | None) -> tuple[int, int] | None:
@@ -37,18 +38,21 @@ class Trace:
     steps: the first and the last step to trace; None traces nothing.
   """
 
-  def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | None):
+  def __init__(self, folder: files.Path, steps: tuple[int, int] | None):
     self._folder, self._steps = folder, steps if hosts.is_primary() else None
+    self._here = folder
     self._runs = False
 
   def before(self, step: int) -> None:
     """Begins the trace if it is due."""
     due = self._steps and self._steps[0] <= step <= self._steps[1]
     if due and not self._runs:
-      jax.profiler.start_trace(self._folder)
+      if files.in_bucket(self._folder):
+        self._here = pathlib.Path(tempfile.mkdtemp())
+      jax.profiler.start_trace(self._here)
       self._runs = True
 
-  def after(self, step: int, results: object) -> pathlib.Path | None:
+  def after(self, step: int, results: object) -> files.Path | None:
     """Ends the trace if it is due, when `results` are computed.
 
     Returns:
@@ -58,5 +62,11 @@ class Trace:
       return None
     jax.block_until_ready(results)
     jax.profiler.stop_trace()
+    if files.in_bucket(self._folder):
+      for path in self._here.rglob("*"):
+        if path.is_file():
+          to = self._folder / path.relative_to(self._here)
+          to.write_bytes(path.read_bytes())
+      files.remove(self._here)
     self._runs, self._steps = False, None
     return self._folder

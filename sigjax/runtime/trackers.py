@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import logging
-import pathlib
 import secrets
 from typing import Any, NamedTuple
 
@@ -38,13 +37,18 @@ class _Run(NamedTuple):
   finish: Callable[[bool], object]
 
 
-def _wandb(workdir: pathlib.Path, project: str, id_: str, config: Any) -> _Run:
+def _wandb(workdir: files.Path, project: str, id_: str, config: Any) -> _Run:
   import wandb  # pyright: ignore[reportMissingImports]
+
+  here = workdir
+  if files.in_bucket(workdir):
+    here = files.cache_dir() / "wandb"
+    here.mkdir(parents=True, exist_ok=True)
 
   entity, _, project = project.rpartition("/")
   try:
     run = wandb.init(
-      dir=workdir,
+      dir=here,
       # None leaves the choice to WANDB_ENTITY and WANDB_PROJECT.
       entity=entity or None,
       project=project or None,
@@ -69,9 +73,7 @@ def _wandb(workdir: pathlib.Path, project: str, id_: str, config: Any) -> _Run:
   )
 
 
-def _trackio(
-  workdir: pathlib.Path, project: str, id_: str, config: Any
-) -> _Run:
+def _trackio(workdir: files.Path, project: str, id_: str, config: Any) -> _Run:
   import trackio  # pyright: ignore[reportMissingImports]
 
   run = trackio.init(
@@ -134,7 +136,7 @@ class Tracker:
     self,
     name: str,
     project: str,
-    workdir: pathlib.Path,
+    workdir: files.Path,
     first_step: int,
     config: Mapping[str, Any],
   ):
@@ -173,7 +175,7 @@ class Tracker:
     self._run.finish(ok)
 
 
-def _before(path: pathlib.Path, project: str) -> dict[str, Any]:
+def _before(path: files.Path, project: str) -> dict[str, Any]:
   """Returns what an earlier process wrote to WORKDIR/NAME.json; {} if none."""
   try:
     about = json.loads(path.read_text())

@@ -63,7 +63,7 @@ def is_released(name: str, sha256: str) -> bool | None:
 
 
 def of_run(
-  copy: pathlib.Path,
+  copy: files.Path,
   texts: Callable[[str], Iterable[str]],
   source: str,
   trained: bool,
@@ -138,7 +138,7 @@ def of_run(
 
 
 def keep(
-  copy: pathlib.Path, made: tokenizer.Tokenizer, record: dict[str, Any]
+  copy: files.Path, made: tokenizer.Tokenizer, record: dict[str, Any]
 ) -> None:
   """Writes what of_run returned to WORKDIR/tokenizer.model and .json."""
   files.write(copy, made.model)
@@ -146,7 +146,7 @@ def keep(
 
 
 def _make(
-  copy: pathlib.Path,
+  copy: files.Path,
   texts: Callable[[str], Iterable[str]],
   trained: bool,
   wanted: dict[str, Any],
@@ -200,7 +200,7 @@ def _train(
     return tokenizer.Tokenizer(path)
 
 
-def _open(copy: pathlib.Path) -> tokenizer.Tokenizer | None:
+def _open(copy: files.Path) -> tokenizer.Tokenizer | None:
   """Returns the tokenizer of a file; None if it is missing or damaged."""
   try:
     return tokenizer.Tokenizer(copy)
@@ -208,12 +208,12 @@ def _open(copy: pathlib.Path) -> tokenizer.Tokenizer | None:
     return None
 
 
-def _record(copy: pathlib.Path) -> pathlib.Path:
+def _record(copy: files.Path) -> files.Path:
   return copy.with_suffix(".json")
 
 
 def _recorded(
-  record: pathlib.Path,
+  record: files.Path,
 ) -> tuple[dict[str, Any], str | None]:
   """Returns (what the copy was made from, its SHA-256); ({}, None): unknown."""
   try:

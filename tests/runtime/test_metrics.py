@@ -2,12 +2,13 @@
 
 import json
 import resource
+import time
 
 import pytest
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer import record_writer
 
-from sigjax.runtime import metrics
+from sigjax.runtime import bucket, metrics
 
 
 def test_jsonl_and_events(tmp_path):
@@ -172,3 +173,32 @@ def test_table():
 )
 def test_finite(loss, norm, ok):
   assert metrics.finite(dict(loss=loss, grad_norm=norm)) is ok
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_in_a_bucket(scheme, server):
+  """Put now and then, before a save, and at the end; resumed as on a disk."""
+  workdir = bucket.Path(f"{scheme}://bucket/run")
+  with metrics.Writer(workdir, 0) as writer:
+    writer.write(1, {"loss": 2.5})
+    writer.write_image(1, "picture", b"a PNG")
+    writer.flush()
+    assert server.get("bucket/run/metrics.jsonl").count(b"\n") == 1
+    writer.write(2, {"loss": 2.0})
+    end = time.monotonic() + 20  # it needs no flush
+    while server.get("bucket/run/metrics.jsonl").count(b"\n") < 2:
+      assert time.monotonic() < end
+      time.sleep(0.01)
+    writer.write(3, {"loss": 1.5})
+  with metrics.Writer(workdir, 2) as writer:
+    writer.write(3, {"loss": 1.0})
+  lines = metrics.read(workdir)
+  assert [(x["step"], x["loss"]) for x in lines] == [(1, 2.5), (2, 2), (3, 1)]
+  paths = sorted(workdir.glob("events.*"))
+  found = [events(path.read_bytes()) for path in paths]
+  assert [step for step, _, _ in found[0]] == [1, 1, 2, 3]
+  assert found[1] == [(3, "loss", 1.0)]
+  server.fail = lambda method, name: 403 if method in ("PUT", "POST") else None
+  with metrics.Writer(workdir) as writer:  # evaluation alone may not write
+    writer.write(3, {"x": 1.0})
+  assert metrics.read(workdir) == lines

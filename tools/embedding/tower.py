@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from sigjax import errors, sharding, trees
 from sigjax.checkpoints import restore
 from sigjax.data.example import preprocess
 from sigjax.models import two_towers
+from sigjax.runtime import files
 from sigjax.weights import known
 
 
@@ -144,7 +144,7 @@ def open_tower(
   Raises:
     UserError: it names no image tower, or nothing says how images are prepared.
   """
-  path = pathlib.Path(weights)
+  path = files.path(weights)
   if path.suffix == ".py":
     return _of_program(path, devices)
   if str(weights) in known.KNOWN:
@@ -167,7 +167,7 @@ def open_tower(
   return of_config(pp_image, model=model, init=init, devices=devices)
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
+def _read_config(path: files.Path) -> dict[str, Any]:
   """Returns the config.json beside a .npz file."""
   file = path.parent / "config.json"
   try:
@@ -183,7 +183,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
   return config
 
 
-def _of_program(path: pathlib.Path, devices: Sequence[Any] | None) -> Tower:
+def _of_program(path: files.Path, devices: Sequence[Any] | None) -> Tower:
   spec = importlib.util.spec_from_file_location(path.stem, path)
   if not path.is_file() or spec is None or spec.loader is None:
     raise errors.UserError(f"there is no file {path}")

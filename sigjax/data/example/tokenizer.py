@@ -53,7 +53,7 @@ class Tokenizer:
 
   def __init__(self, path: str | os.PathLike[str], model: bytes | None = None):
     try:
-      self.model = pathlib.Path(path).read_bytes() if model is None else model
+      self.model = files.path(path).read_bytes() if model is None else model
       # SentencePiece loads an empty file as a model without pieces.
       self._pieces = sentencepiece.SentencePieceProcessor(
         model_proto=self.model or b"empty"
