@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   if args["finish"] and args["naflex"]:
     raise errors.UserError("finish and naflex are two ways to end: choose one")
   res = 64 if args["smoke"] else 256
-  config = ConfigDict()
+  config: common.Config = ConfigDict()
   common.large(config, args, res, LENGTH)
   config.total_examples = args["examples"]
   for key in ("pp", "pp_text"):  # lower-cased, and padded with 0
