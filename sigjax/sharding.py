@@ -6,6 +6,7 @@ device holds all of it. Plain data parallelism is fsdp=1.
 """
 
 from collections.abc import Callable, Sequence
+import math
 from typing import Any
 
 import jax
@@ -174,15 +175,16 @@ def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Has XLA split the rows of an array over all devices, as batches are.
 
   Args:
-    x: (b, ...), within a program.
+    x: (n, ...), within a program. If the devices do not divide n, as for the
+      one example of an initialisation, it stays as it is.
     mesh: the devices; None if they are not known. In a shard_map over some of
       its axes, as in microbatches, the others are left to split.
   """
+  if mesh is None:
+    return x
   outer = jax.sharding.get_abstract_mesh()
-  left = mesh and tuple(
-    a for a in mesh.axis_names if a not in outer.manual_axes
-  )
-  if not mesh or not left:
+  left = tuple(a for a in mesh.axis_names if a not in outer.manual_axes)
+  if not left or len(x) % math.prod(mesh.shape[a] for a in left):
     return x
   sharding = NamedSharding(outer if outer.manual_axes else mesh, P(left))
   return jax.lax.with_sharding_constraint(x, sharding)

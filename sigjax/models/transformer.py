@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sigjax import errors
+from sigjax import errors, sharding
 from sigjax.models import attention
 
 
@@ -163,6 +163,9 @@ class EncoderBlock(nn.Module):
   def __call__(
     self, x: Float[Array, "N W"], mask: Bool[Array, "B L"] | None = None
   ) -> tuple[Array, None]:
+    # Said in each block, or XLA gathers rows rather than the kernels that
+    # fsdp splits.
+    x = sharding.split_rows(x, self.way.mesh)
     drop = nn.Dropout(self.dropout, deterministic=False)
     attend = attention.MultiHeadDotProductAttention(
       self.num_heads, self.dtype, self.way

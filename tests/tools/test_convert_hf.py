@@ -178,6 +178,7 @@ def test_a_run_is_as_good_as_a_file(tmp_path):
         },
         step=np.int32(step),
         opt_state={},
+        held={},
       ),
       {},
       {},
