@@ -1,7 +1,10 @@
 """The mesh, and how parameters and batches lie on it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -91,3 +94,17 @@ def test_a_sharded_array_holds_its_part_only():
   own = sharding.shard_params(kernel, mesh, ((".*", "fsdp"),))
   placed = jax.device_put(kernel, own)["kernel"]
   assert {s.data.shape for s in placed.addressable_shards} == {(8, 16)}
+
+
+def test_rows_are_split_within_a_program():
+  """Over all devices; in a shard_map over some axes, over the others."""
+  mesh = sharding.make_mesh(data=4, fsdp=2)
+  fn = functools.partial(sharding.split_rows, mesh=mesh)
+  whole = jax.device_put(jnp.ones((16, 3)), NamedSharding(mesh, P()))
+  assert jax.jit(fn)(whole).sharding.spec == P(("data", "fsdp"))
+  assert jax.jit(fn)(whole[:12]).sharding.spec == P()  # 8 do not divide 12
+  inner = jax.shard_map(
+    fn, mesh=mesh, in_specs=P(), out_specs=P("data"), axis_names={"data"}
+  )
+  text = jax.jit(inner).lower(whole).as_text()
+  assert text.count("sdy.sharding_constraint") == 1
