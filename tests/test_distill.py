@@ -123,7 +123,9 @@ def test_a_teacher_that_is_the_student_and_sees_the_same():
     kind: Any = make_term(
       masks=0, temperature=0.1, teacher_temperature=teacher_temperature
     ).kind
-    held = jax.tree.map(lambda x: times * x, kind.hold(params))
+    held = kind.hold(params)
+    tower = jax.tree.map(lambda x: times * x, held["teacher"]["img"])
+    held["teacher"]["img"] = tower
     keys = jax.random.split(jax.random.key(0), B)
     fn = lambda params: kind(params, held, {}, batch, keys)
     return jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
