@@ -206,6 +206,83 @@ def large(
     del config.evals
 
 
+def adamw(**warmup: float) -> Section:
+  """Returns the optimizer that the papers train from scratch with.
+
+  Args:
+    **warmup: how long the learning rate rises, such as warmup_steps=20_000.
+  """
+  return dict(
+    name="adamw",
+    lr=1e-3,
+    wd=1e-4,
+    options=dict(b2=0.95),
+    grad_clip_norm=1.0,
+    schedule=dict(name="cosine", **warmup),
+  )
+
+
+def distilled(
+  config: Config,
+  from_percent: float,
+  sizes: tuple[int, int],
+  views: int,
+  masks: bool,
+  **options: Any,
+) -> Section:
+  """Returns a phase that adds self-distillation and masked prediction.
+
+  Args:
+    config: a config whose pp decodes images first.
+    from_percent: of the steps.
+    sizes: of the teacher's view and of the student's, pixels.
+    views: how many the student sees; 0 leaves its loss out.
+    masks: whether masked patches are predicted.
+    **options: other arguments of the loss.
+  """
+  ops, kept = f"global_view({sizes[0]})", "'image','text','global'"
+  if views:
+    ops, kept = f"{ops}|local_views({sizes[1]},{views})", f"{kept},'local'"
+  pp = config.pp.replace("decode|", f"decode|{ops}|")
+  loss = dict(
+    type="distill",
+    views=1.0 if views else 0.0,
+    masks=0.25 if masks else 0.0,
+    **options,
+  )
+  return dict(
+    from_percent=from_percent,
+    pp=pp.replace("keep('image','text')", f"keep({kept})"),
+    losses=dict(views=loss),
+  )
+
+
+def any_aspect(
+  config: Config,
+  pp: str,
+  patches: int,
+  lengths: tuple[tuple[int, int], ...],
+  end: str,
+) -> Section:
+  """Returns a phase of images of any aspect ratio, from 90 % of the steps on.
+
+  Args:
+    config: a config of images at one resolution, in patches of 16 pixels.
+    pp: of training examples, with {length} where the number of patches goes.
+    patches: in evaluation.
+    lengths: as config.lengths.
+    end: the loss that ends with it, for it needs images at one resolution; "".
+  """
+  phase = dict(
+    from_percent=90,
+    pp=pp,
+    pp_image=f"decode|resize_to_patches({patches},16)|keep('image')",
+    model=dict(image=dict(config.model.image.to_dict(), kind="naflex")),
+    lengths=lengths,
+  )
+  return dict(phase, losses={end: None}) if end else phase
+
+
 def precompute(config: Config, folder: str) -> None:
   """Replaces the image tower by embeddings that tools.embed computed.
 

@@ -72,14 +72,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     bias_init=-10.0,
     dtype="bfloat16",
   )
-  config.optim = dict(
-    name="adamw",
-    lr=1e-3,
-    wd=1e-4,
-    options=dict(b2=0.95),
-    grad_clip_norm=1.0,
-    schedule=dict(name="cosine", warmup_steps=20_000),
-  )
+  config.optim = common.adamw(warmup_steps=20_000)
   config.mesh = dict(data=-1, fsdp=args["fsdp"])
   config.sharding = ((".*", "fsdp"),)
 
@@ -90,7 +83,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.losses = dict(caption=dict(type="caption"))
   phases: dict[str, Any] = {}
   if args["views"] or args["masks"]:
-    phases["views"] = _views(config.pp, args)
+    heads = dict(prototypes=256, patch_prototypes=256, hidden=64, bottleneck=32)
+    phases["views"] = common.distilled(
+      config,
+      from_percent=80,
+      sizes=(64, 32) if args["smoke"] else (256, 96),
+      views=8 if args["views"] else 0,
+      masks=args["masks"],
+      weight=0.25,  # of B; .5 of L, 1 of So400m, .5 of g
+      **(heads if args["smoke"] else {}),
+    )
   last = list(phases.values())[-1]["pp"] if phases else config.pp
   if args["finish"]:
     new = lambda pp: pp.replace(f"|resize({res})", f"|resize({args['finish']})")
@@ -98,47 +100,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
       from_percent=95, pp=new(last), pp_image=new(config.pp_image)
     )
   if args["naflex"]:
-    phases["naflex"] = _naflex(config, res, bool(phases))
-  config.phases = phases
-  return config
-
-
-def _views(pp: str, args: common.Section) -> dict[str, Any]:
-  """Returns the phase of self-distillation."""
-  size, local = (64, 32) if args["smoke"] else (256, 96)
-  ops, kept = f"global_view({size})", "'image','text','global'"
-  if args["views"]:
-    ops, kept = f"{ops}|local_views({local},8)", f"{kept},'local'"
-  pp = pp.replace("decode|", f"decode|{ops}|")
-  loss = dict(
-    type="distill",
-    weight=0.25,  # of B; .5 of L, 1 of So400m, .5 of g
-    views=1.0 if args["views"] else 0.0,
-    masks=0.25 if args["masks"] else 0.0,
-  )
-  if args["smoke"]:
-    loss |= dict(prototypes=256, patch_prototypes=256, hidden=64, bottleneck=32)
-  return dict(
-    from_percent=80,
-    pp=pp.replace("keep('image','text')", f"keep({kept})"),
-    losses=dict(views=loss),
-  )
-
-
-def _naflex(config: ConfigDict, res: int, distilled: bool) -> dict[str, Any]:
-  """Returns the phase of images of any aspect ratio."""
-  patches = "|resize_to_patches({length},16)"
-  phase: dict[str, Any] = dict(
-    from_percent=90,
-    pp=config.pp.replace(f"|resize({res})", patches),
-    pp_image=f"decode|resize_to_patches({res * res // 256},16)|keep('image')",
-    model=dict(image=dict(config.model.image.to_dict(), kind="naflex")),
     # The paper halves the batch for the longest. Microbatches leave it as it
     # is, and take the memory of 256 patches or less.
-    lengths=((128, 1), (256, 1), (576, 4), (784, 4), (1024, 4)),
-  )
-  if res == 64:
-    phase["lengths"] = ((9, 1), (16, 1), (25, 2))
-  if distilled:
-    phase["losses"] = dict(views=None)
-  return phase
+    lengths = ((128, 1), (256, 1), (576, 4), (784, 4), (1024, 4))
+    phases["naflex"] = common.any_aspect(
+      config,
+      config.pp.replace(f"resize({res})", "resize_to_patches({length},16)"),
+      patches=(res // 16) ** 2,
+      lengths=((9, 1), (16, 1), (25, 2)) if args["smoke"] else lengths,
+      end="views" if phases else "",
+    )
+  config.phases = phases
+  return config

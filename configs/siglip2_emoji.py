@@ -24,10 +24,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import siglip_emoji
+from configs import common, siglip_emoji
 from sigjax import config as config_lib
-
-VIEW, LOCAL = 64, 32  # pixels
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -48,48 +46,28 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.losses = dict(caption=dict(type="caption", chunk=1024))
   phases: dict[str, Any] = {}
   if args["views"] or args["masks"]:
-    phases["views"] = _views(config.pp, args["views"], args["masks"])
+    # Few steps and a small model: a teacher that follows faster, fewer
+    # prototypes, narrower heads.
+    phases["views"] = common.distilled(
+      config,
+      from_percent=60,
+      sizes=(64, 32),
+      views=4 if args["views"] else 0,
+      masks=args["masks"],
+      momentum=0.98,
+      prototypes=1024,
+      patch_prototypes=512,
+      hidden=256,
+      bottleneck=64,
+    )
   if args["naflex"]:
-    phases["naflex"] = _naflex(config, bool(phases))
+    patches = "resize_to_patches({length},16)"
+    phases["naflex"] = common.any_aspect(
+      config,
+      config.pp.replace("|choice", f"|{patches}|choice"),
+      patches=16,
+      lengths=((9, 1), (16, 1), (25, 1)),
+      end="views" if phases else "",
+    )
   config.phases = phases
   return config
-
-
-def _views(pp: str, views: bool, masks: bool) -> dict[str, Any]:
-  """Returns the phase of self-distillation."""
-  ops, kept = f"global_view({VIEW})", "'image','text','global'"
-  if views:
-    ops, kept = f"{ops}|local_views({LOCAL},4)", f"{kept},'local'"
-  pp = pp.replace("decode|", f"decode|{ops}|")
-  # Few steps and a small model: a teacher that follows faster, fewer
-  # prototypes, a narrower head.
-  loss = dict(
-    type="distill",
-    views=1.0 if views else 0.0,
-    masks=0.25 if masks else 0.0,
-    momentum=0.98,
-    prototypes=1024,
-    patch_prototypes=512,
-    hidden=256,
-    bottleneck=64,
-  )
-  return dict(
-    from_percent=60,
-    pp=pp.replace("keep('image','text')", f"keep({kept})"),
-    losses=dict(views=loss),
-  )
-
-
-def _naflex(config: ConfigDict, distilled: bool) -> dict[str, Any]:
-  """Returns the phase of images of any aspect ratio."""
-  patches = "resize_to_patches({length},16)"
-  phase: dict[str, Any] = dict(
-    from_percent=90,
-    pp=config.pp.replace("|choice", f"|{patches}|choice"),
-    pp_image="decode|resize_to_patches(16,16)|keep('image')",
-    model=dict(image=dict(config.model.image.to_dict(), kind="naflex")),
-    lengths=((9, 1), (16, 1), (25, 1)),
-  )
-  if distilled:
-    phase["losses"] = dict(views=None)
-  return phase

@@ -74,14 +74,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     bias_init=-10.0,
     dtype="bfloat16",
   )
-  config.optim = dict(
-    name="adamw",
-    lr=1e-3,
-    wd=1e-4,
-    options=dict(b2=0.95),
-    grad_clip_norm=1.0,
-    schedule=dict(name="cosine", warmup_examples=200e6),
-  )
+  config.optim = common.adamw(warmup_examples=200e6)
 
   if args["pretrained"]:
     common.pretrained(config, "img", args["pretrained"])

@@ -19,9 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sigjax import losses, trees
 from sigjax.models import decoder as decoder_lib
-from sigjax.models.decoder import Decoder
-
-END = 1  # the id that ends every text
+from sigjax.models.decoder import END, Decoder
 
 
 class Captions(NamedTuple):

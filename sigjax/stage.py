@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,13 +17,8 @@ from sigjax.data.source import Source
 from sigjax.models.two_towers import TwoTowers
 from sigjax.step import Batch, Result
 
-
-class Curation(NamedTuple):
-  """A teacher that helps to choose examples, see curate.py."""
-
-  settings: Any  # curate.Settings
-  teacher: TwoTowers
-  params: Any
+if TYPE_CHECKING:
+  from sigjax import curate
 
 
 LENGTH = "{length}"  # in pp, where one of `lengths` is put
@@ -63,8 +58,8 @@ class Stage:
     sections: Mapping[str, Any],
     bad_fraction: float,
   ):
-    self._curation: Curation | None = None
-    self._curator, self._mesh = None, mesh
+    self._of, self._mesh = 1, mesh
+    self._curator: curate.Curator | None = None
     self.phase, self._source, self._bad = phase, source, bad_fraction
     self._sections = sections
     from sigjax.models import flops
@@ -123,39 +118,35 @@ class Stage:
     """Runs the step of the batch's length, see step.make_train_step."""
     length = None if None in self._steps else batch["image"].shape[1]
     step = self._steps[length].train_step
-    if self._curation is None:
+    if self._curator is None:
       return step(state, batch)
-    batch, more = self._choose(state, batch)
+    batch, more = self._curator(state, batch)
     state, metrics = step.program(state, batch)
     return state, {**metrics, "to_learn": more}
 
-  def curate(self, curation: "Curation") -> None:
-    """From now on, a teacher chooses the examples of each step."""
-    self._curation = curation
+  def curate(
+    self, settings: "curate.Settings", teacher: TwoTowers, params: Any
+  ) -> None:
+    """From now on, a teacher chooses the examples of each step.
 
-  @property
-  def _of(self) -> int:
-    return self._curation.settings.of if self._curation else 1
+    Args:
+      settings: the section config.curate.
+      teacher, params: the teacher's towers, and its parameters.
+    """
+    from sigjax import curate  # few runs have a teacher
 
-  def _choose(self, state: Any, batch: Batch) -> tuple[Any, Any]:
-    """Returns the examples to train on, on the devices; see curate.py."""
-    from sigjax import curate
-
-    if self._curator is None:
-      assert self._curation is not None
-      settings, teacher, params = self._curation
-      k = self.phase.sections["microbatches"]
-      self._curator = curate.Curator(
-        self.run.model,
-        teacher,
-        params,
-        self._mesh,
-        self._sections["batch_size"],
-        k * max(times for _, times in self._rows) * settings.of,
-        settings.chunks,
-        self._sections["seed"],
-      )
-    return self._curator(state, batch)
+    most = max(times for _, times in self._rows)
+    self._of = settings.of
+    self._curator = curate.Curator(
+      self.run.model,
+      teacher,
+      params,
+      self._mesh,
+      self._sections["batch_size"],
+      self.phase.sections["microbatches"] * most * settings.of,
+      settings.chunks,
+      self._sections["seed"],
+    )
 
   def _vary(self) -> Callable[[int], Any]:
     seed = self._sections["seed"]
@@ -168,53 +159,6 @@ class Stage:
       return self._preprocess[length]
 
     return drawn
-
-
-class Batches:
-  """The batches of a run, whose preprocessing changes with its phase.
-
-  Args:
-    stage: with which it begins.
-
-  Attributes:
-    waited: seconds that next() has taken so far.
-  """
-
-  def __init__(self, stage: Stage):
-    self._stage, self._open = stage, stage.batches()
-    self._waited = 0.0
-
-  def change(self, stage: Stage) -> None:
-    """Goes on at the same position, with the batches of another phase."""
-    if stage is self._stage:
-      return
-    position, self._waited = self.get_state(), self.waited
-    self.close()
-    self._stage, self._open = stage, stage.batches()
-    self.set_state(position)
-
-  def __next__(self) -> Batch:
-    return next(self._open)
-
-  @property
-  def waited(self) -> float:
-    return self._waited + self._open.waited
-
-  def faults(self) -> dict[str, int]:
-    """See pipeline.TrainBatches."""
-    return self._open.faults()
-
-  def get_state(self) -> dict[str, Any]:
-    """See pipeline.TrainBatches."""
-    return self._open.get_state()
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    """See pipeline.TrainBatches."""
-    self._open.set_state(state)
-
-  def close(self) -> None:
-    """Ends its threads."""
-    self._open.close()
 
 
 def with_length(pp: str, length: int | None) -> str:

@@ -27,7 +27,7 @@ from sigjax.data.faults import BAD_FRACTION
 from sigjax.runtime import files, hosts, identity
 from sigjax.runtime import metrics as metrics_lib
 from sigjax.runtime.progress import Progress
-from sigjax.stage import Batches, Curation, Stage
+from sigjax.stage import Stage
 from sigjax.weights import vocabulary
 
 if TYPE_CHECKING:
@@ -205,12 +205,12 @@ def main(
   _log_data(source, stages[0].pp, tokens, total, batch_size)
   stage_at = lambda step: stages[config_lib.phase_at(plan, step)]
   if curate:
-    curation = _curation(
+    chosen_by = _teacher(
       curate, stages[0].example, mesh_, batch_size, feed, made_from["sha256"]
     )
     for stage in stages:
-      stage.curate(curation)
-  batches = Batches(stages[0])
+      stage.curate(*chosen_by)
+  batches = stages[0].batches()
 
   # ---- Evaluations ----
   evaluations = _Evaluations(
@@ -244,7 +244,8 @@ def main(
     batches.set_state(position)
   first_step = int(state.step)
   stage = stage_at(first_step)
-  batches.change(stage)
+  if stage is not stages[0]:
+    batches.change(stage.batches())
   hosts.max_over_processes(0)  # now no host can refuse any more
 
   # ---- Training ----
@@ -290,7 +291,7 @@ def main(
           stage = stage_at(step)
           progress.write(f"step {step}: {stage.phase.name} begins")
           state = _begin(stage, state, seed)
-          batches.change(stage)
+          batches.change(stage.batches())
           clock.change(stage.flops)
           if hosts.is_primary():
             _write_settings(workdir, config, stage)
@@ -364,8 +365,8 @@ def _log_data(source, pp, tokens, total: int, batch_size: int) -> None:
     )
 
 
-def _curation(section, example, mesh, batch_size, feed, tokenizer_sha):
-  """Returns a stage.Curation: reads the teacher's weights."""
+def _teacher(section, example, mesh, batch_size, feed, tokenizer_sha):
+  """Reads a teacher; returns the arguments of Stage.curate."""
   from sigjax import curate  # few runs have any
 
   settings = errors.call(curate.Settings, section, "config.curate")
@@ -379,7 +380,7 @@ def _curation(section, example, mesh, batch_size, feed, tokenizer_sha):
   )
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   params = jax.device_put(trees.unflatten(given), whole)
-  return Curation(settings, teacher, params)
+  return settings, teacher, params
 
 
 def _log_model(stage) -> None:

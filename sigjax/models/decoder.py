@@ -20,6 +20,7 @@ from sigjax import errors
 from sigjax.models import attention, transformer
 
 START = 0  # the input before the first token; in texts it is padding at most
+END = 1  # the id that ends every text, see data/example/tokenizer.py
 
 
 class EncDecBlock(nn.Module):

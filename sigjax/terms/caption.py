@@ -18,8 +18,6 @@ from sigjax.models.text import TextTransformer
 from sigjax.models.transformer import Sizes
 from sigjax.models.two_towers import TwoTowers
 
-END = 1  # the id that ends every text, see data/example/tokenizer.py
-
 
 def token_weights(
   text: Int[Array, "B L"], per_token: bool
@@ -30,7 +28,7 @@ def token_weights(
     text: rows that end in 1 and are then filled up, with 1 or 0.
     per_token: whether the weights of an example add up to 1.
   """
-  ends = (text == END).astype(jnp.int32)
+  ends = (text == decoder.END).astype(jnp.int32)
   counts = (jnp.cumsum(ends, axis=1) == ends).astype(jnp.float32)
   if per_token:
     counts /= jnp.sum(counts, axis=1, keepdims=True)

@@ -133,6 +133,26 @@ class Counting:
     return {"i": i}
 
 
+def test_goes_on_with_another_preprocessing():
+  double = lambda example, rng: {"i": np.int32(2 * example["i"])}
+  whole = take(batches(10, 4), 6)["i"]
+  run = batches(10, 4)
+  take(run, 3)
+  threads = threading.active_count()
+  run.change(batches(10, 4, fn=double))
+  assert threading.active_count() <= threads  # the first one's are gone
+  np.testing.assert_array_equal(take(run, 3)["i"], 2 * whole[3:])
+  assert run.get_state()["step"] == 6
+  older = {**run.get_state(), "step": 3}
+  run.set_state(older)
+  np.testing.assert_array_equal(take(run, 3)["i"], 2 * whole[3:])
+  with pytest.raises(errors.UserError, match="batch_size=4"):
+    run.change(batches(10, 5, fn=double))
+  run.close()
+  with pytest.raises(StopIteration):
+    next(run)
+
+
 def test_resuming_far_away_reads_nothing_before():
   records = Counting(20)
   run = batches(Source("test", records), 4, num_threads=1, prefetch=1)
