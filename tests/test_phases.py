@@ -13,7 +13,7 @@ from sigjax import build, errors, sharding, train, trees
 from sigjax import config as config_lib
 from sigjax import init as init_lib
 from sigjax.data import kinds
-from sigjax.stage import Batches, Stage
+from sigjax.stage import Stage
 
 SECTIONS: Any = dict(
   pp="a",
@@ -279,7 +279,7 @@ def test_lengths_are_drawn_by_the_step(tiny_config):
     )
 
   stage = make()
-  batches = Batches(stage)
+  batches = stage.batches()
   drawn = [next(batches)["image"].shape for _ in range(12)]
   assert {shape[:1] for shape in drawn} == {(24,)}
   lengths = [shape[1] for shape in drawn]
