@@ -101,12 +101,12 @@ def build(
   )
   loss_fn = losses_lib.make(mesh, sharding_lib.AXES, **(loss or {}))
   _check_loss(loss_fn, batch_size, example.get("group"))
+  state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock, terms)
   options: Any = dict(
-    terms=terms, seed=seed, microbatches=microbatches, feed=feed
+    terms=terms, seed=seed, microbatches=microbatches, feed=feed, state=state
   )
   make_step = step_lib.make_train_step
   train_step = make_step(towers, tx, lr_fn, loss_fn, mesh, **options)
-  state = state_lib.abstract_state(shapes, tx, mesh, sharding, lock, terms)
   return Built(towers, tx, train_step, state, lock, terms)
 
 

@@ -14,13 +14,16 @@ from jax.sharding import Mesh
 
 from sigjax import sharding
 from sigjax.state import TrainState
-from sigjax.step import Batch, Step
+from sigjax.step import Batch, Step, like_before
 
 
 def make_train_step(
-  step: Step, mesh: Mesh
+  step: Step, mesh: Mesh, state: TrainState | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
-  """Returns step.in_microbatches as one program for each of its parts."""
+  """Returns step.in_microbatches as one program for each of its parts.
+
+  The arguments are those of step.make_train_step.
+  """
   embed = jax.jit(step.embed)
   loss_and_gradients = jax.jit(step.loss_and_gradients)
   stack = jax.jit(lambda *z: jax.tree.map(lambda *x: jnp.stack(x), *z))
@@ -32,7 +35,9 @@ def make_train_step(
     # The second result is one to wait for: the gradients are donated.
     return own, min(jax.tree.leaves(own), key=jnp.size) + 0
 
-  @functools.partial(jax.jit, donate_argnums=(0, 3))
+  @functools.partial(
+    jax.jit, donate_argnums=(0, 3), out_shardings=like_before(state)
+  )
   def update(state, z, loss, grads, own):
     return step.update(state, z, loss, *step.add_up(grads, own))
 

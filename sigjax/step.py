@@ -51,6 +51,7 @@ def make_train_step(
   seed: int = 0,
   microbatches: int = 1,
   feed: str = "device",
+  state: TrainState | None = None,
 ) -> TrainStep:
   """Builds a training step.
 
@@ -74,6 +75,9 @@ def make_train_step(
     feed: "device": the whole batch is put on the devices and the step is one
       program. "host": one microbatch at a time is put on the devices, twice,
       for batches whose images do not fit.
+    state: from state.abstract_state: after each step, the state is split over
+      the devices like this. With None XLA chooses, and a state that comes back
+      split in another way has the step compiled a second time.
 
   Returns:
     A TrainStep. Its batch is dict(image=(B, H, W, C) uint8 or float32,
@@ -88,11 +92,19 @@ def make_train_step(
   if errors.pick({"device": False, "host": True}, feed, "config.feed"):
     from sigjax import host_feed  # few runs need it
 
-    return TrainStep(host_feed.make_train_step(step, mesh), None)
+    return TrainStep(host_feed.make_train_step(step, mesh, state), None)
   fn = step.whole_batch if microbatches == 1 else step.in_microbatches
-  program = jax.jit(fn, donate_argnums=0)
+  out = like_before(state)
+  program = jax.jit(fn, donate_argnums=0, out_shardings=out)
   run = lambda state, batch: program(state, sharding.put_batch(batch, mesh))
   return TrainStep(run, program)
+
+
+def like_before(state: TrainState | None) -> Any:
+  """Returns out_shardings of a step: see `state` of make_train_step."""
+  if state is None:
+    return None
+  return jax.tree.map(lambda x: x.sharding, state), None
 
 
 class Step(NamedTuple):

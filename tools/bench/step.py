@@ -160,13 +160,8 @@ def step_parts(
   batch = sharding_lib.put_batch(noise, over)
 
   def make(loss_section, k):
-    fn = built(loss_section, k).train_step
-    # The new state is sharded like the old one, so any variant can take it.
-    return jax.jit(
-      fn.program,
-      donate_argnums=0,
-      out_shardings=(jax.tree.map(lambda x: x.sharding, run.state), None),
-    ), run.state
+    # Any variant can take the state that another one returns.
+    return built(loss_section, k).train_step.program, run.state
 
   return (
     make,
