@@ -21,9 +21,11 @@ METRICS = {
 }
 
 
-def config(losses: str, steps: int = 300) -> Config:
+def config(losses: str, steps: int = 300, batch_size: int = 128) -> Config:
   """Returns the config of a run: towers from scratch, on 64 pixels."""
-  given = ",".join(x for x in (PARTS[losses], f"naflex=0,steps={steps}") if x)
+  given = f"naflex=0,steps={steps},batch_size={batch_size}"
+  if PARTS[losses]:
+    given += f",{PARTS[losses]}"
   config: Config = siglip2_emoji.get_config(given)
   config = common.short(config, "held_style_zeroshot", "held_style_retrieval")
   unseen = drawings("held_style")

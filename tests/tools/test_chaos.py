@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import cpu_devices
 import pytest
 
 from tools.chaos import run
@@ -39,7 +40,7 @@ def test_chaos(tmp_path):
     cwd=ROOT,
     timeout=550,
     check=False,
-    env={**os.environ, "XLA_FLAGS": ""},
+    env={**os.environ, "XLA_FLAGS": cpu_devices.xla_flags(1)},
   )
   assert done.returncode == 0, done.stdout + done.stderr
   table = done.stdout[done.stdout.index("effect") :]

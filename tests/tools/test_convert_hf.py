@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import cpu_devices
 import hf_case  # beside this file
 import jax
 import numpy as np
@@ -352,7 +353,7 @@ def test_commands(tmp_path):
     text=True,
     check=False,
     capture_output=True,
-    env={**os.environ, "XLA_FLAGS": ""},
+    env={**os.environ, "XLA_FLAGS": cpu_devices.xla_flags(1)},
   )
   done = ask(
     "tools.convert_to_hf",

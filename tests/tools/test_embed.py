@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import cpu_devices
 import jax
 import numpy as np
 from PIL import Image
@@ -183,7 +184,7 @@ def test_any_folder_by_any_tower(config, tmp_path, capsys):
   done = subprocess.run(
     [sys.executable, "-m", *command, f"--out={tmp_path}/mean"],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": ""},
+    env={**os.environ, "XLA_FLAGS": cpu_devices.xla_flags(1)},
     capture_output=True,
     text=True,
     check=False,

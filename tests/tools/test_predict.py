@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from absl import flags
+import cpu_devices
 import hf_case  # beside this file
 import jax
 import numpy as np
@@ -67,7 +68,7 @@ def command(folder, workdir, *more):
     text=True,
     capture_output=True,
     check=False,
-    env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+    env={**os.environ, "XLA_FLAGS": cpu_devices.xla_flags(1), "PYTHONPATH": str(ROOT)},
   )
 
 

@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 
+import cpu_devices
 import hf_case  # beside this file
 import jax
 import numpy as np
@@ -88,7 +89,7 @@ def command(weights, folder, *more):
     text=True,
     env={
       **os.environ,
-      "XLA_FLAGS": "",
+      "XLA_FLAGS": cpu_devices.xla_flags(1),
       "SIGJAX_CACHE": str(folder.parent / "cache"),
     },
   )

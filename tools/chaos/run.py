@@ -159,7 +159,8 @@ class Run:
       ),
       "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+      + f" --xla_force_host_platform_device_count={devices}",
     }
     self._output = open(folder / f"{workdir.name}.txt", "a+")  # noqa: SIM115
     self._output.seek(0, os.SEEK_END)
