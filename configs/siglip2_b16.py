@@ -3,6 +3,10 @@
   python -m sigjax.train \
     --config configs/siglip2_b16.py:kind=parquet,path='data/*.parquet'
 
+and then, as small models end, on examples that a teacher chooses: the same with
+
+  start=WORKDIR,teacher=siglip2/so400m16_256
+
 From the beginning the sigmoid loss and a decoder that predicts captions; from
 80 % of the steps also self-distillation and masked prediction, on views of
 their own. docs/siglip2.md explains the losses and says what the papers leave
@@ -16,7 +20,9 @@ The tokenizer is Gemma's, of 256,000 pieces; texts are lower-cased.
 
 Arguments (defaults in brackets): those of siglip_b16.py but pretrained, and
   tokenizer, vocab: (gemma, 256000).
-  batch_size, examples, microbatches: (32768, 40e9, 1).
+  batch_size, microbatches: (32768, 1).
+  examples: 40e9, or 4e9 with a teacher.
+  patch: 16 or 32 pixels of a side (16).
   fsdp: over how many chips parameters are split (8).
   decoder, views, masks: 0 leaves this loss out. All are 1.
   finish: pixels of a side from 95 % of the steps on, such as 384; 0 stays at
@@ -24,6 +30,9 @@ Arguments (defaults in brackets): those of siglip_b16.py but pretrained, and
   naflex: from 90 % of the steps on, images of any aspect ratio in 128 to 1,024
     patches, without self-distillation. The released NaFlex models then trained
     on for 3.75 times as long: make `examples` larger accordingly (0).
+  start, teacher: go on from the workdir `start` with the sigmoid loss alone, a
+    learning rate of 1e-5 and no weight decay. The teacher, a released name or
+    a workdir, chooses half of the examples (""). See sigjax/curate.py.
   smoke: the same code with tiny towers on the emoji data.
 """
 
@@ -44,20 +53,35 @@ def get_config(arg: str | None = None) -> ConfigDict:
   args = config_lib.parse_arg(
     arg,
     **large,
-    examples=40e9,
+    examples=0.0,
+    patch=16,
     fsdp=8,
     decoder=True,
     views=True,
     masks=True,
     finish=0,
     naflex=False,
+    start="",
+    teacher="",
   )
+  teacher = args["teacher"]
+  if bool(teacher) != bool(args["start"]):
+    raise errors.UserError(
+      "start and teacher belong together: a run to go on from, and a model "
+      "that chooses its examples"
+    )
+  if teacher:
+    args.update(decoder=False, views=False, masks=False)
   if args["finish"] and args["naflex"]:
     raise errors.UserError("finish and naflex are two ways to end: choose one")
+  if args["naflex"] and args["patch"] != 16:
+    raise errors.UserError(
+      f"naflex has patches of 16 pixels: patch={args['patch']} is not for it"
+    )
   res = 64 if args["smoke"] else 256
   config: common.Config = ConfigDict()
   common.large(config, args, res, LENGTH)
-  config.total_examples = args["examples"]
+  config.total_examples = args["examples"] or (4e9 if teacher else 40e9)
   for key in ("pp", "pp_text"):  # lower-cased, and padded with 0
     config[key] = config[key].replace(
       f"tokenize({LENGTH})", f"lower|tokenize({LENGTH},0)"
@@ -65,7 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   tower = dict(scan=True, remat="attention")
   config.model = dict(
-    image=dict(variant="B/16", pool_type="map", **tower),
+    image=dict(variant=f"B/{args['patch']}", pool_type="map", **tower),
     text=dict(variant="B", vocab_size=args["vocab"], **tower),
     out_dim=(None, 768),
     temperature_init=10.0,
@@ -73,11 +97,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     dtype="bfloat16",
   )
   config.optim = common.adamw(warmup_steps=20_000)
+  if teacher:
+    config.optim.update(lr=1e-5, wd=0.0, wd_mults=((".*", 0.0),))
+    config.init = dict(path=args["start"], dont_load=("dec/.*", "distill/.*"))
+    common.curate(config, teacher)
   config.mesh = dict(data=-1, fsdp=args["fsdp"])
   config.sharding = ((".*", "fsdp"),)
 
   if args["smoke"]:
     common.shrink(config, dict(args, captions="captions"))
+    config.model.image.patch_size = args["patch"]
     config.mesh = dict(data=-1, fsdp=1)
   if args["decoder"]:
     config.losses = dict(caption=dict(type="caption"))

@@ -47,6 +47,7 @@ class CountingTokenizer:
     ("msiglip_emoji", "bottleneck=0,shuffle_captions"),
     ("siglit_l16", "smoke,embeddings=x"),
     ("finetune", "weights=siglip2/b16_naflex"),
+    ("siglip2_b16", "patch=32,start=x,teacher=siglip2/so400m16_256"),
   ],
 )
 def test_config(name, arg):
@@ -123,6 +124,31 @@ def test_arguments():
   assert config.data.shuffle == "captions"
   with pytest.raises(errors.UserError, match='did you mean "dataset"'):
     get("siglip_b16", "datset=x")
+
+
+def test_a_teacher_chooses_at_the_end_of_small_models():
+  config = get("siglip2_b16", "start=x,teacher=siglip2/so400m16_256")
+  assert config.init.path == "x" and config.total_examples == 4e9
+  assert config.curate.path == "siglip2/so400m16_256"
+  assert config.curate.model.image.variant == "So400m/16"
+  assert not config.phases and "losses" not in config
+  like = lambda *shape: np.zeros(shape, np.float32)
+  weights = dict(img=dict(kernel=like(2, 2)), t=like(1))
+  tx, lr_fn = optim.make_optimizer(
+    weights, 10, **dict(config.optim.to_dict(), schedule={})
+  )
+  assert float(lr_fn(0)) == pytest.approx(1e-5)
+  zeros = jax.tree.map(np.zeros_like, weights)
+  ones = jax.tree.map(np.ones_like, weights)
+  updates, _ = tx.update(zeros, tx.init(ones), ones)
+  assert not any(np.any(x) for x in jax.tree.leaves(updates))  # no decay
+  for arg, says in (
+    ("teacher=y", "start and teacher belong together"),
+    ("start=x", "start and teacher belong together"),
+    ("naflex,patch=32", "patch=32 is not for it"),
+  ):
+    with pytest.raises(errors.UserError, match=says):
+      get("siglip2_b16", arg)
 
 
 def test_languages_are_trained_on_or_held_out():

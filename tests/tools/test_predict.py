@@ -68,7 +68,11 @@ def command(folder, workdir, *more):
     text=True,
     capture_output=True,
     check=False,
-    env={**os.environ, "XLA_FLAGS": cpu_devices.xla_flags(1), "PYTHONPATH": str(ROOT)},
+    env={
+      **os.environ,
+      "XLA_FLAGS": cpu_devices.xla_flags(1),
+      "PYTHONPATH": str(ROOT),
+    },
   )
 
 
