@@ -105,6 +105,45 @@ def test_a_collective_in_steps_counts_once_and_hides_the_products_in_it():
   }
 
 
+# The second of its steps is in a loop of 64 turns.
+TURNS = """
+%body (s.1: (s32[], bf16[64,768])) -> (s32[], bf16[64,768]) {
+  %s.1 = (s32[], bf16[64,768]) parameter(0)
+  %b = bf16[64,768] get-tuple-element(%s.1), index=1
+  %go.2 = f32[64,64] fusion(%b), calls=%part, \
+backend_config={"estimated_cycles":"1000"}
+  ROOT %turn = (s32[], bf16[64,768]) tuple(%s.1, %b)
+}
+
+%condition (s.2: (s32[], bf16[64,768])) -> pred[] {
+  %s.2 = (s32[], bf16[64,768]) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+ENTRY"""
+IN_A_LOOP = STEPS.replace("\nENTRY", TURNS).replace(
+  """  %go.2 = f32[64,64] fusion(%a), calls=%part, \
+backend_config={"estimated_cycles":"1000"}
+  %sort""",
+  """  %loop = (s32[], bf16[64,768]) while(%a), condition=%condition, \
+body=%body, backend_config={"known_trip_count":{"n":"64"}}
+  %sort""",
+)
+
+
+def test_steps_in_a_loop_are_of_the_collective_around_it():
+  program = hlo.Program(IN_A_LOOP)
+  assert program.times["body"] == 64
+  (found,) = program.collectives()
+  assert found.times == 1 and found.hidden == 1000 + 30 + 64 * 1000
+  # One of another channel is the loop's own, and runs in each turn.
+  part = STEPS[STEPS.index("%part") : STEPS.index("%border")]
+  own = part.replace("%part", "%own").replace("channel_id=7", "channel_id=8")
+  body = TURNS.replace("calls=%part", "calls=%own")
+  two = hlo.Program(IN_A_LOOP.replace(TURNS, f"\n{own}{body}")).collectives()
+  assert [x.times for x in two] == [1, 64]
+
+
 @pytest.mark.parametrize(
   "name, row, column",
   [

@@ -121,19 +121,21 @@ class Program:
     found = re.search(r"num_partitions=(\d+)", text)
     self._devices = int(found[1]) if found else 1
     self.times, self.uncounted = {}, 0
-    self._visit(self._entry, 1)
+    self._around: dict[str, tuple[str, ...]] = {}  # the computations that call
+    self._visit(self._entry, 1, ())
 
-  def _visit(self, name: str, times: int) -> None:
+  def _visit(self, name: str, times: int, around: tuple[str, ...]) -> None:
     """Counts how often a computation, and those it calls, run."""
     self.times[name] = self.times.get(name, 0) + times
+    self._around[name], around = around, (*around, name)
     for op in self.computations[name]:
       if op.op == "while":
         trips = self._trips(op)
         self.uncounted += trips is None
-        self._visit(_attribute(op, "body"), times * (trips or 1))
+        self._visit(_attribute(op, "body"), times * (trips or 1), around)
       elif op.op == "conditional":
         for branch in _branches(op):
-          self._visit(branch, times)
+          self._visit(branch, times, around)
 
   def _trips(self, loop: Op) -> int | None:
     """Returns how often a loop runs that counts from 0, as lax.scan's do.
@@ -222,18 +224,19 @@ class Program:
 
     The TPU compiler cuts a collective into steps, the fusions between its start
     and its end, which compute something else as well. They have one channel.
+    Some of them may be in a loop that lies between, one in each turn.
     """
-    found = []
-    for name in self.times:
-      channels = set()
+    found, steps = [], set()
+    for name in self.times:  # a loop comes after what it is in
       for i, op in enumerate(self.computations[name]):
         kind = None if op.op.endswith("-done") else self._kind(op)
         if kind is None:
           continue
         channel = _channel(kind[1]) if op.op == "fusion" else None
-        if channel is None or channel not in channels:
+        places = [(place, channel) for place in (name, *self._around[name])]
+        if channel is None or steps.isdisjoint(places):
           found.append(self._collective(name, i, *kind))
-        channels.add(channel)
+        steps.add((name, channel))
     return found
 
   def _kind(self, op: Op) -> tuple[str, Op] | None:
