@@ -50,9 +50,11 @@ def cross_entropy(
     () float32. Differentiable by features, kernel and bias.
   """
 
-  def run(with_grads, *args):
+  def run(with_grads, x, kernel, *others):
     fn = functools.partial(_share, chunk, with_grads)
-    return sharding.on_each_device(fn, mesh, whole=(1, 2))(*args)
+    # Rounded before it is gathered, if it is split: half as much is sent.
+    kernel = kernel.astype(x.dtype)
+    return sharding.on_each_device(fn, mesh, whole=(1, 2))(x, kernel, *others)
 
   def scale(grads, g):
     by = lambda x: (x.astype(F32) * g).astype(x.dtype)
@@ -60,7 +62,8 @@ def cross_entropy(
 
   def forward(*args):
     value, dx, dkernel, dbias = run(True, *args)
-    return jnp.sum(value), (dx, jnp.sum(dkernel, 0), jnp.sum(dbias, 0))
+    dkernel = jnp.sum(dkernel, 0).astype(args[1].dtype)
+    return jnp.sum(value), (dx, dkernel, jnp.sum(dbias, 0))
 
   fn = jax.custom_vjp(lambda *args: jnp.sum(run(False, *args)[0]))
   fn.defvjp(forward, scale)
@@ -75,13 +78,11 @@ def _share(chunk, with_grads, features, kernel, bias, targets, weights):
   rows = lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))).reshape(
     -1, chunk, *x.shape[1:]
   )
-  # Not once in each chunk.
-  matrix = kernel.astype(features.dtype)
   row = bias.astype(F32)[None]
 
   def visit(sums, part):
     x, target, weight = part
-    logits = losses.dot(x, matrix) + row
+    logits = losses.dot(x, kernel) + row
     logits -= jnp.max(logits, axis=1, keepdims=True)
     of_target = jnp.arange(logits.shape[1])[None] == target[:, None]
     # Not by index: a gather is slow on a TPU, this is fused with the sum.
@@ -95,7 +96,7 @@ def _share(chunk, with_grads, features, kernel, bias, targets, weights):
     dbias = sums[2] + jnp.sum(slope, axis=0)
     slope = slope.astype(x.dtype)
     dkernel = sums[1] + losses.dot(x.T, slope)
-    dx = losses.dot(slope, matrix.T).astype(x.dtype)
+    dx = losses.dot(slope, kernel.T).astype(x.dtype)
     return (sums[0] + value, dkernel, dbias), dx
 
   zeros: Any = None, None
@@ -108,5 +109,4 @@ def _share(chunk, with_grads, features, kernel, bias, targets, weights):
   if not with_grads:
     return value[None], None, None, None
   dx = dx.reshape(-1, width)[:tokens]
-  dkernel, dbias = dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
-  return value[None], dx, dkernel[None], dbias[None]
+  return value[None], dx, dkernel[None], dbias.astype(bias.dtype)[None]
