@@ -56,12 +56,14 @@ class Case(NamedTuple):
   """What a way may be able to compute, or not.
 
   Attributes:
-    head: the width of a head.
+    heads: their number.
+    head: the width of one.
     dtype: compute dtype.
     length: tokens, L.
     masked: whether there is a mask.
   """
 
+  heads: int
   head: int
   dtype: str
   length: int
@@ -96,7 +98,19 @@ def _no_pallas(device: Any, case: Case) -> str | None:
   """Returns why there is no Pallas kernel; None if there is one."""
   if device.platform not in ("tpu", "cpu"):
     return f"is for TPUs, not for {device.platform}"
-  return _no_heads(case)
+  here = SMALL_VMEM.get(device.device_kind)
+  if (reason := _no_heads(case)) or here is None:
+    return reason
+  from sigjax.models import attention_tpu  # Pallas takes its time to import
+
+  width, size = case.heads * case.head, jnp.dtype(case.dtype).itemsize
+  needed = attention_tpu.memory(1, case.length, width, case.head, size)
+  if needed > here:
+    return (
+      f"needs {needed / 2**20:.0f} MiB of VMEM for {case.length} tokens of "
+      f"{width}, and a core of {device.device_kind} has {here / 2**20:.0f}"
+    )
+  return None
 
 
 def _no_cudnn(device: Any, case: Case) -> str | None:
@@ -119,6 +133,8 @@ def _no_heads(case: Case) -> str | None:
   return None
 
 
+# Bytes of a core. Newer chips have 64 MiB and more: enough for what there is.
+SMALL_VMEM = {f"TPU v{n}": 16 * 2**20 for n in (2, 3, 4)}
 WHY_NOT = dict(xla=lambda *_: None, pallas=_no_pallas, cudnn=_no_cudnn)
 
 
@@ -263,7 +279,7 @@ class MultiHeadDotProductAttention(nn.Module):
       query, key, value = (
         y.reshape(-1, length, width) for y in (query, key, value)
       )
-    case = Case(heads[1], self.dtype, query.shape[1], mask is not None)
+    case = Case(*heads, self.dtype, query.shape[1], mask is not None)
     name = choose(self.way, case)
     if self.is_initializing():  # of one example, which no mesh divides
       name = "xla"

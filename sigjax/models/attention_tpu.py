@@ -38,6 +38,7 @@ LANES = 128
 MASKED, FOREIGN = -1e30, -1e37
 # Registers of logits in a step: more hide latencies, and compile long.
 WORK = 800
+GIVEN = 16 * 2**20  # bytes of VMEM that a kernel may use without asking
 
 
 class Plan(NamedTuple):
@@ -75,6 +76,25 @@ def plan(batch: int, length: int, width: int, head: int) -> Plan:
   widths = [w for w in widths if w // head * work <= WORK] or widths[:1]
   times = divisor(batch // packed // least, WORK // (widths[-1] // head * work))
   return Plan(packed, least * times, widths[-1], queries)
+
+
+def memory(
+  batch: int, length: int, width: int, head: int, itemsize: int
+) -> int:
+  """Returns the bytes of VMEM that the backward kernel needs.
+
+  Args:
+    batch, length, width, head: as of plan.
+    itemsize: bytes of a number.
+  """
+  packed, images, lanes, queries = plan(batch, length, width, head)
+  keys = -(-packed * length // 8) * 8
+  # Of keys: k, v and their gradients. Of queries: q, its gradient, that of the
+  # result. Each twice, since the next step's are copied meanwhile.
+  blocks = 2 * images * lanes * itemsize * (4 * keys + 3 * queries)
+  sums = 2 * images * lanes * keys * 4 if queries < packed * length else 0
+  # What the compiler keeps of logits and weights: 12 of them for So400m/14.
+  return blocks + sums + 16 * keys * queries * 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -155,7 +175,7 @@ def _on(
 
 
 def _forward(length, num_heads, interpret, query, key, value, bias):
-  it = _Layout(query.shape, length, num_heads)
+  it = _Layout(query.shape, length, num_heads, query.dtype)
   inputs = it.inputs(query, key, value, bias)
   out, lse = pl.pallas_call(
     functools.partial(_forward_kernel, it, bias is not None),
@@ -163,7 +183,7 @@ def _forward(length, num_heads, interpret, query, key, value, bias):
     in_specs=[block for _, block in inputs],
     out_specs=[it.tokens, it.per_query],
     out_shape=[it.like(query), it.sums],
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+    compiler_params=it.params("parallel"),
     interpret=interpret,
     name="attention_forward",
   )(*(it.join(x) for x, _ in inputs))
@@ -171,7 +191,7 @@ def _forward(length, num_heads, interpret, query, key, value, bias):
 
 
 def _backward(length, num_heads, interpret, query, key, value, bias, lse, dout):
-  it = _Layout(query.shape, length, num_heads)
+  it = _Layout(query.shape, length, num_heads, query.dtype)
   inputs = it.inputs(query, key, value, bias)
   inputs += [(lse, it.per_query), (dout, it.tokens)]
   found = pl.pallas_call(
@@ -182,9 +202,7 @@ def _backward(length, num_heads, interpret, query, key, value, bias, lse, dout):
     out_shape=[it.like(query)] * 3,
     # Over parts of the queries, gradients of keys and values add up.
     scratch_shapes=[it.total] * 2 if it.grid[2] > 1 else [],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary")
-    ),
+    compiler_params=it.params("arbitrary"),
     interpret=interpret,
     name="attention_backward",
   )(*(it.join(x) for x, _ in inputs))
@@ -200,11 +218,15 @@ class _Layout:
       compiler pads and copies unless L is a multiple of 8.
   """
 
-  def __init__(self, shape: Sequence[int], length: int, num_heads: int):
+  def __init__(
+    self, shape: Sequence[int], length: int, num_heads: int, dtype: Any
+  ):
     rows, width = shape
     batch = rows // length
     self.length, self.head = length, width // num_heads
     self.plan = plan(batch, length, width, self.head)
+    size = jnp.dtype(dtype).itemsize
+    self.memory = memory(batch, length, width, self.head, size)
     packed, n, w, queries = self.plan
     self.joined, self.keys = batch // packed, packed * length
     groups, heads = width // w, w // self.head
@@ -229,6 +251,13 @@ class _Layout:
     """Returns (array, its blocks) of what both kernels take first."""
     found = [(query, self.tokens), (key, self.rows), (value, self.rows)]
     return found if bias is None else [*found, (bias, self.bias)]
+
+  def params(self, over_queries: str) -> pltpu.CompilerParams:
+    """Returns the kernel's memory and its dimensions, "parallel" or not."""
+    return pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", over_queries),
+      vmem_limit_bytes=self.memory if self.memory > GIVEN else None,
+    )
 
   def like(self, x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(self.join(x).shape, x.dtype)

@@ -11,12 +11,13 @@ import pytest
 from sigjax import errors, sharding
 from sigjax.models import attention
 
-CASE = attention.Case(64, "bfloat16", 196, False)
+CASE = attention.Case(12, 64, "bfloat16", 196, False)
+SO400M = dict(heads=16, head=72, length=729)
 
 
-def way(name, platform, capability="9.0"):
+def way(name, platform, capability="9.0", kind="a chip"):
   device = types.SimpleNamespace(
-    platform=platform, device_kind="a chip", compute_capability=capability
+    platform=platform, device_kind=kind, compute_capability=capability
   )
   mesh = types.SimpleNamespace(devices=np.array([device]))
   return attention.Way(name, mesh)  # pyright: ignore[reportArgumentType]
@@ -27,6 +28,9 @@ def way(name, platform, capability="9.0"):
   [
     ("tpu", {}, "pallas"),
     ("tpu", dict(head=68), "xla"),
+    ("tpu", dict(kind="TPU v4"), "pallas"),
+    ("tpu", dict(SO400M, kind="TPU v4"), "xla"),
+    ("tpu", dict(SO400M, kind="TPU v5"), "pallas"),
     ("gpu", {}, "cudnn"),
     ("gpu", dict(dtype="float32"), "xla"),
     ("gpu", dict(masked=True, length=49), "xla"),
@@ -37,7 +41,8 @@ def way(name, platform, capability="9.0"):
 )
 def test_auto(platform, more, want):
   more = dict(more)
-  chosen = way("auto", platform, more.pop("capability", "9.0"))
+  of_device = {k: more.pop(k) for k in ("capability", "kind") if k in more}
+  chosen = way("auto", platform, **of_device)
   assert attention.choose(chosen, CASE._replace(**more)) == want
   # Devices that are not known: a program for any platform.
   assert attention.choose(attention.Way("pallas"), CASE) == "xla"
@@ -57,6 +62,15 @@ def test_auto(platform, more, want):
 def test_what_is_named_has_to_be_there(name, platform, more, text):
   with pytest.raises(errors.UserError, match=text):
     attention.choose(way(name, platform), CASE._replace(**more))
+
+
+def test_a_chip_with_too_little_memory_is_named():
+  with pytest.raises(
+    errors.UserError, match="27 MiB of VMEM for 729 tokens of 1152, and .* 16;"
+  ):
+    attention.choose(
+      way("pallas", "tpu", kind="TPU v4"), CASE._replace(**SO400M)
+    )
 
 
 def test_cudnn_is_given_each_devices_rows(monkeypatch):

@@ -37,6 +37,9 @@ def numpy_attention(q, k, v, dout, mask, num_heads):
     (6, 64, 1, 72, True, "float32"),  # 2 are joined
     (2, 49, 2, 72, True, "float32"),  # a head over two registers
     (2, 260, 1, 128, True, "float32"),  # queries in parts, the last of 4
+    (4, 24, 2, 80, True, "float32"),
+    (2, 40, 3, 88, False, "float32"),
+    (2, 36, 4, 96, True, "float32"),
     (4, 196, 2, 64, True, "bfloat16"),
   ],
 )
@@ -72,6 +75,7 @@ def test_against_numpy(batch, length, num_heads, head, masked, dtype):
     ("v4:2x2x1", 196, 2, 64),
     ("v5e:2x2", 260, 1, 128),  # queries in parts
     ("v5p:2x2x1", 49, 2, 72),
+    ("v5p:2x2x1", 729, 16, 72),  # more VMEM than is given without asking
     ("v6e:2x2", 16, 3, 64),  # joined; a register and a half
   ],
 )
