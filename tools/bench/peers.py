@@ -172,9 +172,9 @@ def _open_clip(params: Any) -> Any:
   import torch
   from torch import nn
 
-  from open_clip import convert, transformer
-  from open_clip.loss import SigLipLoss
-  from timm.models import vision_transformer
+  from open_clip import convert, transformer  # pyright: ignore
+  from open_clip.loss import SigLipLoss  # pyright: ignore
+  from timm.models import vision_transformer  # pyright: ignore
 
   how = dict(
     act_layer=functools.partial(nn.GELU, approximate="tanh"),
@@ -213,12 +213,11 @@ def _open_clip(params: Any) -> Any:
       )
       self.logit_scale = nn.Parameter(torch.zeros(()))
       self.logit_bias = nn.Parameter(torch.zeros(()))
-      self.loss = SigLipLoss()
 
     def forward(self, image, text):
       towers = self.visual.trunk(image), self.text(text)
       z = (nn.functional.normalize(x, dim=-1) for x in towers)
-      return self.loss(*z, self.logit_scale.exp(), self.logit_bias)
+      return SigLipLoss()(*z, self.logit_scale.exp(), self.logit_bias)
 
   model: Any = Model()
   with tempfile.TemporaryDirectory() as folder:
