@@ -169,12 +169,11 @@ def _open_clip(params: Any) -> Any:
 
   The towers are as in its SigLIP models, the image tower timm's, in this size.
   """
-  import torch
-  from torch import nn
-
   from open_clip import convert, transformer  # pyright: ignore
   from open_clip.loss import SigLipLoss  # pyright: ignore
   from timm.models import vision_transformer  # pyright: ignore
+  import torch
+  from torch import nn
 
   how = dict(
     act_layer=functools.partial(nn.GELU, approximate="tanh"),
