@@ -48,7 +48,8 @@ COLUMNS = {
     ("ours", "sigjax /", ".2f"),
     ("wall_ms", "wall ms", ",.0f"),
     ("ours_wall", "sigjax / wall", ".2f"),
-    ("first_loss", "first loss", ".6f"),
+    ("first_loss", "first loss", ".5f"),
+    ("last_loss", "last loss", ".5f"),
   ),
 }
 # The plot of each mode: (key, format) of the names, (key, label) of the panels.
