@@ -1,14 +1,16 @@
 """What a phase of a run is made of: its examples, its step, its batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import functools
+import threading
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from sigjax import build, errors
+from sigjax import build, errors, sharding
 from sigjax.config import Phase
 from sigjax.data.batches import pipeline
 from sigjax.data.example import preprocess
@@ -123,6 +125,37 @@ class Stage:
     batch, more = self._curator(state, batch)
     state, metrics = step.program(state, batch)
     return state, {**metrics, "to_learn": more}
+
+  @contextlib.contextmanager
+  def compiling(self) -> Iterator[None]:
+    """A context in which a thread compiles the step; its end waits for that.
+
+    JAX keeps what it has compiled, so the first call of train_step finds it.
+    """
+    program = self.run.train_step.program
+    # Only whole batches that come from the host have the shapes below.
+    if program is None or self._curator:
+      yield
+      return
+    rows = sharding.batch_sharding(self._mesh)
+    batch = {
+      key: jax.ShapeDtypeStruct(
+        (self._sections["batch_size"], *np.shape(x)), x.dtype, sharding=rows
+      )
+      for key, x in self.example.items()
+    }
+
+    def work() -> None:
+      # What cannot be compiled fails in train_step, too.
+      with contextlib.suppress(Exception):
+        program.lower(self.run.state, batch).compile()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+      yield
+    finally:
+      thread.join()
 
   def curate(
     self, settings: "curate.Settings", teacher: TwoTowers, params: Any

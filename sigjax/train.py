@@ -423,16 +423,17 @@ def _begin(stage, state, seed):
   from sigjax import init as init_lib
 
   run = stage.run
-  return init_lib.carry(
-    run.model,
-    run.tx,
-    seed,
-    stage.example,
-    run.state,
-    state,
-    run.lock,
-    run.terms,
-  )
+  with stage.compiling():
+    return init_lib.carry(
+      run.model,
+      run.tx,
+      seed,
+      stage.example,
+      run.state,
+      state,
+      run.lock,
+      run.terms,
+    )
 
 
 def _initial(stage, seed, init, tokenizer_sha):
@@ -455,16 +456,17 @@ def _initial(stage, seed, init, tokenizer_sha):
   there = {name.split("/")[0] for name in given}
   if given and (new := [part for part in parts if part not in there]):
     logger.info("not in these weights, from scratch: %s", ", ".join(new))
-  return init_lib.init_state(
-    run.model,
-    run.tx,
-    seed,
-    stage.example,
-    run.state,
-    given,
-    run.lock,
-    run.terms,
-  )
+  with stage.compiling():  # both take seconds
+    return init_lib.init_state(
+      run.model,
+      run.tx,
+      seed,
+      stage.example,
+      run.state,
+      given,
+      run.lock,
+      run.terms,
+    )
 
 
 def _write_settings(workdir: files.Path, config, stage) -> None:

@@ -45,7 +45,15 @@ MAY_IMPORT = {
   "init": {"lora", "models", "state", "terms", "trees"},
   "embed": {"models", "sharding", "terms"},
   "curate": {"losses", "models", "sharding", "state", "step"},
-  "stage": {"build", "config", "curate", "data", "models", "step"},
+  "stage": {
+    "build",
+    "config",
+    "curate",
+    "data",
+    "models",
+    "sharding",
+    "step",
+  },
   "build": {
     "lora",
     "losses",

@@ -3,6 +3,7 @@
 import re
 import resource
 import signal
+import threading
 import time
 
 import jax
@@ -68,6 +69,29 @@ def test_learns_what_shuffled_captions_do_not_teach(tmp_path, tiny_config):
     (name, row.metric): row[1:4] for name, row in run(tmp_path / "b", config)
   }
   assert rows["zeroshot", "24-way top-1"][0] < 0.2
+
+
+def test_the_step_is_compiled_once_while_the_state_is_made(
+  tmp_path, tiny_config
+):
+  compiled = []
+
+  def listen(event, seconds, fun_name="", **_):
+    del seconds
+    if "backend_compile" in event:
+      compiled.append((fun_name, threading.current_thread()))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    run(tmp_path, dict(tiny_config, total_steps=2))
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  by = dict(compiled)
+  steps = [name for name, _ in compiled if "whole_batch" in name]
+  assert len(steps) == 1
+  assert by[steps[0]] is not threading.main_thread()
+  made = next(name for name in by if "from_scratch" in name)
+  assert by[made] is threading.main_thread()
 
 
 def test_images_of_any_aspect_ratio(tmp_path, tiny_config):

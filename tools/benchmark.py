@@ -5,9 +5,12 @@
       --microbatches 1,2,4
   python -m tools.benchmark data --config configs/siglip_emoji.py
   python -m tools.benchmark data
+  taskset -c 0 python -m tools.benchmark peers
 
-The last command compares our loading with tf.data's and webdataset's, from the
-same tar shards (pip install 'sigjax[loaders]').
+The fourth command compares our loading with tf.data's and webdataset's, from
+the same tar shards (pip install 'sigjax[loaders]'). The last one compares our
+train step with transformers' and open_clip's, on one core (pip install
+open_clip_torch transformers).
 
 All variants take turns in one process, round after round, so that a slow phase
 of the machine affects all of them. The table shows the median and the quartiles
@@ -28,7 +31,7 @@ import jax
 
 from sigjax import defaults, errors
 from sigjax.runtime import program
-from tools.bench import data, loss, report, step, timing
+from tools.bench import data, loss, peers, report, step, timing
 
 FLAGS = flags.FLAGS
 
@@ -36,6 +39,7 @@ MODES: dict[str, Callable[..., list[timing.Row]]] = {
   "loss": loss.loss,
   "step": step.step,
   "data": data.data,
+  "peers": peers.peers,
 }
 NUMBERS = dict(
   batch_sizes="loss: batch sizes, over all devices.",

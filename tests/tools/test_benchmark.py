@@ -19,7 +19,7 @@ from sigjax import errors, losses, sharding
 from sigjax import softmax as softmax_lib
 from sigjax.data import kinds
 from tools import benchmark
-from tools.bench import loaders, timing
+from tools.bench import loaders, peers, timing
 from tools.bench import loss as loss_lib
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -333,6 +333,42 @@ def test_other_loaders_are_asked_for(name, monkeypatch):
     errors.UserError, match=r"pip install 'sigjax\[loaders\]'"
   ):
     make([], None, 1)
+
+
+@pytest.mark.parametrize("other", ["transformers", "open_clip"])
+def test_the_step_of_others(other, monkeypatch):
+  """From the same weights, each has the same loss, and another after a step."""
+  torch = pytest.importorskip("torch")
+  pytest.importorskip(other)
+  small = dict(BATCH=16, WIDTH=48, DEPTH=2, HEADS=3, MLP=96, VOCAB=60)
+  for name, value in small.items():
+    monkeypatch.setattr(peers, name, value)
+  tower = dict(width=48, depth=2, num_heads=3, mlp_dim=96)
+  model = dict(
+    image=dict(tower, patch_size=16),
+    text=dict(tower, vocab_size=60),
+    out_dim=(None, 48),
+  )
+  config = dict(peers.CONFIG, batch_size=16, model=model)
+  monkeypatch.setattr(peers, "CONFIG", config)
+  monkeypatch.setattr(peers, "OTHERS", {other: peers.OTHERS[other]})
+  threads = torch.get_num_threads()
+  try:
+    rows = peers.peers(jax.devices()[:1], rounds=2)
+  finally:
+    torch.set_num_threads(threads)
+  assert [row["code"] for row in rows] == ["sigjax", other]
+  assert rows[0]["ours"] == rows[0]["ours_wall"] == 1
+  assert rows[1]["ours"] == pytest.approx(rows[0]["ms"] / rows[1]["ms"])
+  for key, rel in (("first_loss", 1e-5), ("last_loss", 1e-3)):
+    assert rows[1][key] == pytest.approx(rows[0][key], rel=rel)
+  assert rows[0]["last_loss"] < rows[0]["first_loss"]
+
+
+def test_others_are_asked_for(monkeypatch):
+  monkeypatch.setitem(sys.modules, "open_clip", None)
+  with pytest.raises(errors.UserError, match="pip install .*open_clip_torch"):
+    peers.peers(jax.devices()[:1])
 
 
 # --- Mistakes -----------------------------------------------------------------

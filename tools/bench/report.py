@@ -42,6 +42,15 @@ COLUMNS = {
     ("per_core", "per core", ",.0f"),
     ("vs_sigjax", "/ sigjax", ".2f"),
   ),
+  "peers": (
+    ("code", "code", ""),
+    *TIME,
+    ("ours", "sigjax /", ".2f"),
+    ("wall_ms", "wall ms", ",.0f"),
+    ("ours_wall", "sigjax / wall", ".2f"),
+    ("first_loss", "first loss", ".5f"),
+    ("last_loss", "last loss", ".5f"),
+  ),
 }
 # The plot of each mode: (key, format) of the names, (key, label) of the panels.
 MEMORY = ("temp_mib", "temporary memory per device (MiB)")
@@ -55,6 +64,7 @@ PANELS = {
     (("ms", "train step (ms)"), MEMORY),
   ),
   "data": ((("stage", "{}"),), (("us", "time per example (µs)"),)),
+  "peers": ((("code", "{}"),), (("ms", "processor time of a step (ms)"),)),
 }
 
 
