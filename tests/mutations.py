@@ -1,4 +1,4 @@
-"""Counts which of 71 deliberate mistakes in the code the tests notice.
+"""Counts which of 73 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word
@@ -478,6 +478,18 @@ MUTATIONS = [
     "if phase.first < max(step, 1)",
     "if phase.first <= max(step, 1)",
     "test_phases.py::test_what_a_phase_takes_over",
+  ),
+  Mutation(
+    "data/batches/pipeline.py",
+    "    other.set_state(self.get_state())\n",
+    "",
+    "data/batches/test_pipeline.py::test_goes_on_with_another_preprocessing",
+  ),
+  Mutation(
+    "step.py",
+    "  return jax.tree.map(lambda x: x.sharding, state), None",
+    "  return None",
+    "test_step.py::test_any_mesh_gives_the_same_numbers",
   ),
   Mutation(
     "curate.py",

@@ -19,7 +19,7 @@ it); products are in the inputs' dtype and summed in float32.
 from collections.abc import Callable, Iterator, Sequence
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -252,7 +252,9 @@ class _Layout:
     found = [(query, self.tokens), (key, self.rows), (value, self.rows)]
     return found if bias is None else [*found, (bias, self.bias)]
 
-  def params(self, over_queries: str) -> pltpu.CompilerParams:
+  def params(
+    self, over_queries: Literal["parallel", "arbitrary"]
+  ) -> pltpu.CompilerParams:
     """Returns the kernel's memory and its dimensions, "parallel" or not."""
     return pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", over_queries),
