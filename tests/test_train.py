@@ -112,13 +112,10 @@ def test_images_of_any_aspect_ratio(tmp_path, tiny_config):
   assert before < 0.4 and after > 0.6, accuracy
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_a_stopped_run_ends_like_one_that_was_not(
-  tmp_path, tiny_config, devices
-):
+def test_a_stopped_run_ends_like_one_that_was_not(tmp_path, tiny_config):
   """SIGTERM, then the same command again: bit for bit the same parameters.
 
-  Those of a decoder, too.
+  Those of a decoder, too. On one device: tools/test_chaos.py.
   """
   config = dict(
     tiny_config,
@@ -126,13 +123,12 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     evals={},
     checkpoints=dict(every_steps=10),
     sharding=((".*", "fsdp"),),
-    mesh=dict(data=-1, fsdp=min(devices, 2)),
+    mesh=dict(data=-1, fsdp=2),
+    microbatches=3,
+    losses=dict(caption=dict(type="caption")),
   )
-  if devices == 8:
-    config["microbatches"] = 3
-    config["losses"] = dict(caption=dict(type="caption"))
-  whole = start(tmp_path / "whole", config, devices)
-  parts = start(tmp_path / "parts", config, devices)
+  whole = start(tmp_path / "whole", config, 8)
+  parts = start(tmp_path / "parts", config, 8)
   progress = tmp_path / "parts" / "metrics.jsonl"
   while not progress.exists() or progress.read_text().count("\n") < 4:
     assert parts.poll() is None, parts.communicate()
@@ -145,7 +141,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(
   step = int(last.split()[3])
   assert 4 <= step < 30
 
-  parts = start(tmp_path / "parts", config, devices)
+  parts = start(tmp_path / "parts", config, 8)
   out, err = parts.communicate(timeout=120)
   assert parts.returncode == 0, err
   assert f"resuming from {tmp_path}/parts/checkpoints/{step}" in out
@@ -164,9 +160,8 @@ def test_a_stopped_run_ends_like_one_that_was_not(
     for name in ("parts", "whole")
   ]
   assert same[0] == same[1]
-  if devices == 8:
-    first, last = same[0][0]["caption"], same[0][-1]["caption"]
-    assert last < first == pytest.approx(np.log(32), rel=1e-6)  # as by chance
+  first, last = same[0][0]["caption"], same[0][-1]["caption"]
+  assert last < first == pytest.approx(np.log(32), rel=1e-6)  # as by chance
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +174,7 @@ def test_where_to_start(tmp_path, tiny_config, caplog):
   """The workdir's own checkpoint, then resume, then init, then scratch."""
   caplog.set_level("INFO", logger="sigjax")
   config = dict(tiny_config, total_steps=4)
+  del config["evals"]["retrieval"]
   a, b, c = (tmp_path / x for x in "abc")
   first = run(a, config)
   assert "starting from scratch" in caplog.text

@@ -11,7 +11,7 @@ import train_program
 from sigjax import errors, train, trees
 from sigjax.checkpoints import layout, restore
 from sigjax.runtime import bucket, lock
-from tools import opened
+from tools import convert_to_hf, opened
 from tools.embedding import tower
 
 RATES = {"examples_per_second", "examples_per_second_per_device"}
@@ -89,6 +89,10 @@ def test_a_run_that_is_killed_ends_like_one_left_alone(
   model = opened.open_model(f"{workdir}")
   assert model.name == f"{workdir}/checkpoints/8" and model.is_run
   assert tower.open_tower(f"{workdir}/checkpoints/6").width == 32
+  for i, weights in enumerate((f"{workdir}", alone)):
+    convert_to_hf.convert(weights, tmp_path / f"hf{i}")
+  for path in (tmp_path / "hf1").iterdir():
+    assert (tmp_path / "hf0" / path.name).read_bytes() == path.read_bytes()
   with pytest.raises(errors.UserError, match="run0 has no checkpoints; train"):
     opened.open_model(f"{workdir}0")
 

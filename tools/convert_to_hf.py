@@ -40,7 +40,6 @@ import inspect
 import json
 import os
 import pathlib
-import shutil
 from typing import Any
 
 from absl import flags
@@ -51,7 +50,7 @@ from sigjax import errors, trees
 from sigjax.checkpoints import layout, restore
 from sigjax.data.example import pipe_string, preprocess
 from sigjax.models import two_towers
-from sigjax.runtime import identity, program
+from sigjax.runtime import files, identity, program
 from sigjax.weights import npz
 from tools.hf import config as config_lib
 from tools.hf import names as names_lib
@@ -69,8 +68,8 @@ def convert(
   """Writes the folder `out`, all of it or nothing.
 
   Args:
-    weights: a workdir, WORKDIR/checkpoints/STEP, or a .npz file as
-      npz.load_params takes it.
+    weights: a workdir, WORKDIR/checkpoints/STEP, both perhaps in a bucket, or
+      a .npz file as npz.load_params takes it.
     out: the folder to make; it must not exist yet.
     config: a JSON file, see above.
     tokenizer: a SentencePiece model, see above.
@@ -79,14 +78,15 @@ def convert(
     UserError: something is missing, does not fit, or cannot be expressed.
   """
   save_file = config_lib.need("safetensors.numpy").save_file
-  is_run = pathlib.Path(weights).is_dir()
+  where = files.path(weights)
+  is_run = files.in_bucket(where) or where.is_dir()
   home = layout.find(weights)[0] if is_run else pathlib.Path(weights).parent
   flat, decoder = _read(weights, is_run), {}
   for name in [name for name in flat if name.startswith("dec/")]:
     decoder[name] = flat.pop(name)
   for name in [name for name in flat if name.startswith("distill/")]:
     del flat[name]  # heads that only training needs
-  tokenizer = pathlib.Path(tokenizer or home / "tokenizer.model")
+  tokenizer = files.path(tokenizer or home / "tokenizer.model")
   if is_run and not config:
     # That of the checkpoint: a later command may have changed config.json.
     about = restore.read_about(weights)
@@ -125,7 +125,7 @@ def convert(
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     if decoder:
       npz.save_params(folder / "decoder.npz", trees.unflatten(decoder))
-    shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     for name, value in {
       "config.json": their_config,
       "preprocessor_config.json": pixels,

@@ -315,7 +315,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
     def full(*_):
       raise OSError("disk full")
 
-    patch.setattr(convert_to_hf.shutil, "copyfile", full)
+    patch.setattr(convert_to_hf.config_lib, "write_json", full)
     with pytest.raises(errors.UserError, match="cannot write .*hf: disk full"):
       hf_case.convert_golden(tmp_path)
   assert sorted(os.listdir(tmp_path)) == ["config.json", "tokenizer.model"]

@@ -68,10 +68,8 @@ def convert(path: Path, lower: bool, rows: int) -> dict[str, Any]:
   Raises:
     UserError: the model does something that tokenizers cannot do.
   """
-  tokenizer_lib.Tokenizer(path)  # checks that it is such a model
   proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
-  with open(path, "rb") as f:
-    proto.ParseFromString(f.read())
+  proto.ParseFromString(tokenizer_lib.Tokenizer(path).model)
   _refuse(proto, path, rows)
   spec = proto.normalizer_spec
   end = proto.pieces[tokenizer_lib.EOS].piece
@@ -373,7 +371,8 @@ def check(tokenizer: dict[str, Any], path: Path, lower: bool) -> None:
   """
   fast = config.need("tokenizers").Tokenizer.from_str(json.dumps(tokenizer))
   fast.encode_special_tokens = True
-  slow = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  model = tokenizer_lib.Tokenizer(path).model
+  slow = sentencepiece.SentencePieceProcessor(model_proto=model)
   pieces = [
     slow.id_to_piece(i).replace(SPACE, " ")
     for i in range(len(slow))
