@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     views=True,
     masks=True,
     naflex=True,
-    steps=900,
+    steps=800,
     batch_size=256,
   )
   config = siglip_emoji.get_config(

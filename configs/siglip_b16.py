@@ -6,7 +6,7 @@
 
 Hardware: the paper used 32 TPUv4 chips and WebLI, which is not public: 2 days
 for 3B examples (ImageNet 72.1) or 5 days for 9B (73.4). There the step takes
-29.1 of 30.75 GiB (docs/tpu.md). With fewer or smaller chips set microbatches:
+23.3 of 30.75 GiB (docs/tpu.md). With fewer or smaller chips set microbatches:
 gradients stay the same and memory falls.
 
 The tokenizer is a SentencePiece model whose token 1 is end-of-sequence. The
