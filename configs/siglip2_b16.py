@@ -106,7 +106,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   if args["smoke"]:
     common.shrink(config, dict(args, captions="captions"))
-    config.model.image.patch_size = args["patch"]
+    config.update(model=dict(image=dict(patch_size=args["patch"])))
     config.mesh = dict(data=-1, fsdp=1)
   if args["decoder"]:
     config.losses = dict(caption=dict(type="caption"))
