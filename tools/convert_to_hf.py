@@ -78,8 +78,7 @@ def convert(
     UserError: something is missing, does not fit, or cannot be expressed.
   """
   save_file = config_lib.need("safetensors.numpy").save_file
-  where = files.path(weights)
-  is_run = files.in_bucket(where) or where.is_dir()
+  is_run = restore.is_run(weights) or pathlib.Path(weights).is_dir()
   home = layout.find(weights)[0] if is_run else pathlib.Path(weights).parent
   flat, decoder = _read(weights, is_run), {}
   for name in [name for name in flat if name.startswith("dec/")]:

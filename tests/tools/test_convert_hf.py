@@ -342,6 +342,19 @@ def test_without_the_packages(tmp_path, monkeypatch, package):
       convert_from_hf.read_arrays(hf_case.GOLDEN)
 
 
+def test_a_file_in_a_bucket_is_no_run(tmp_path, monkeypatch):
+  asked = []
+
+  def load(path):
+    asked.append(path)
+    raise errors.UserError("no bucket here")
+
+  monkeypatch.setattr(convert_to_hf.npz, "load_params", load)
+  with pytest.raises(errors.UserError, match="no bucket here"):
+    convert_to_hf.convert("gs://bucket/w.npz", tmp_path / "out")
+  assert asked == ["gs://bucket/w.npz"]
+
+
 def test_commands(tmp_path):
   hf_case.write_config(tmp_path)
   (tmp_path / "w.npz").write_bytes(
