@@ -3,7 +3,9 @@
 All three train the same model from the same weights on the same batch of noise,
 in float32: two towers of width 384 and depth 6, images of 64 pixels in patches
 of 16, texts of 16 tokens, the sigmoid loss, AdamW. The first and the last
-loss of each are in the table: they show that all compute the same.
+loss of each are in the table. The first is the same in all; the last differs in
+the third figure after the point, since weight decay is of all parameters in
+PyTorch, and of kernels in ours.
 
 The time is processor time of all threads. It says what one core can do, however
 busy the machine is; the time that has passed is beside it. PyTorch's AdamW is
