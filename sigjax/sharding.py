@@ -5,7 +5,7 @@ parameter is split over "fsdp" if the config's table says so; otherwise each
 device holds all of it. Plain data parallelism is fsdp=1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import Any
 
@@ -138,6 +138,19 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Makes global arrays (B, ...) from each process's (B/processes, ...)."""
   put = jax.make_array_from_process_local_data
   return jax.tree.map(lambda x: put(batch_sharding(mesh), x), batch)
+
+
+def abstract_batch(
+  example: Mapping[str, Any], batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns a batch (B, ...) of examples like this one, for compiling."""
+  rows = batch_sharding(mesh)
+  return {
+    key: jax.ShapeDtypeStruct(
+      (batch_size, *np.shape(x)), x.dtype, sharding=rows
+    )
+    for key, x in example.items()
+  }
 
 
 def on_each_device(

@@ -137,13 +137,8 @@ class Stage:
     if program is None or self._curator:
       yield
       return
-    rows = sharding.batch_sharding(self._mesh)
-    batch = {
-      key: jax.ShapeDtypeStruct(
-        (self._sections["batch_size"], *np.shape(x)), x.dtype, sharding=rows
-      )
-      for key, x in self.example.items()
-    }
+    B = self._sections["batch_size"]
+    batch = sharding.abstract_batch(self.example, B, self._mesh)
 
     def work() -> None:
       # What cannot be compiled fails in train_step, too.

@@ -103,8 +103,10 @@ def _no_pallas(device: Any, case: Case) -> str | None:
     return reason
   from sigjax.models import attention_tpu  # Pallas takes its time to import
 
-  width, size = case.heads * case.head, jnp.dtype(case.dtype).itemsize
-  needed = attention_tpu.memory(1, case.length, width, case.head, size)
+  width = case.heads * case.head
+  plan = attention_tpu.plan(1, case.length, width, case.head)
+  size = jnp.dtype(case.dtype).itemsize
+  needed = attention_tpu.memory(plan, case.length, size)
   if needed > here:
     return (
       f"needs {needed / 2**20:.0f} MiB of VMEM for {case.length} tokens of "

@@ -78,16 +78,15 @@ def plan(batch: int, length: int, width: int, head: int) -> Plan:
   return Plan(packed, least * times, widths[-1], queries)
 
 
-def memory(
-  batch: int, length: int, width: int, head: int, itemsize: int
-) -> int:
-  """Returns the bytes of VMEM that the backward kernel needs.
+def memory(of: Plan, length: int, itemsize: int) -> int:
+  """Returns the bytes of VMEM that a step of the backward kernel needs.
 
   Args:
-    batch, length, width, head: as of plan.
+    of: the plan for sequences of `length` tokens.
+    length: L.
     itemsize: bytes of a number.
   """
-  packed, images, lanes, queries = plan(batch, length, width, head)
+  packed, images, lanes, queries = of
   keys = -(-packed * length // 8) * 8
   # Of keys: k, v and their gradients. Of queries: q, its gradient, that of the
   # result. Each twice, since the next step's are copied meanwhile.
@@ -175,7 +174,7 @@ def _on(
 
 
 def _forward(length, num_heads, interpret, query, key, value, bias):
-  it = _Layout(query.shape, length, num_heads, query.dtype)
+  it = _Layout(query, length, num_heads)
   inputs = it.inputs(query, key, value, bias)
   out, lse = pl.pallas_call(
     functools.partial(_forward_kernel, it, bias is not None),
@@ -191,7 +190,7 @@ def _forward(length, num_heads, interpret, query, key, value, bias):
 
 
 def _backward(length, num_heads, interpret, query, key, value, bias, lse, dout):
-  it = _Layout(query.shape, length, num_heads, query.dtype)
+  it = _Layout(query, length, num_heads)
   inputs = it.inputs(query, key, value, bias)
   inputs += [(lse, it.per_query), (dout, it.tokens)]
   found = pl.pallas_call(
@@ -218,15 +217,12 @@ class _Layout:
       compiler pads and copies unless L is a multiple of 8.
   """
 
-  def __init__(
-    self, shape: Sequence[int], length: int, num_heads: int, dtype: Any
-  ):
-    rows, width = shape
+  def __init__(self, query: Array, length: int, num_heads: int):
+    rows, width = query.shape
     batch = rows // length
     self.length, self.head = length, width // num_heads
     self.plan = plan(batch, length, width, self.head)
-    size = jnp.dtype(dtype).itemsize
-    self.memory = memory(batch, length, width, self.head, size)
+    self.memory = memory(self.plan, length, query.dtype.itemsize)
     packed, n, w, queries = self.plan
     self.joined, self.keys = batch // packed, packed * length
     groups, heads = width // w, w // self.head

@@ -232,14 +232,7 @@ def step_job(
     feed=feed,
     seed=seed,
   )
-  batch = {
-    key: jax.ShapeDtypeStruct(
-      (batch_size, *x.shape),
-      x.dtype,
-      sharding=sharding_lib.batch_sharding(mesh),
-    )
-    for key, x in example.items()
-  }
+  batch = sharding_lib.abstract_batch(example, batch_size, mesh)
   stored = run.state.stored
   count = sum(x.size for x in jax.tree.leaves(stored))
   own = {"lora", *(term.kind.part for term in run.terms)}

@@ -120,8 +120,7 @@ class TrainBatches:
     """
     other.set_state(self.get_state())
     self._make_loader, self._tally = other._make_loader, other._tally
-    if self._live:
-      self._live.pop().close()
+    _close(self._live)
     self._live.append(other._live.pop())
 
 
