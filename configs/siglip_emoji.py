@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   # One element is a concept, drawn in one of the five styles at random. Two
   # drawings of one concept in a batch would be negatives of each other.
-  data = dict(common.drawings("train"), group_by="concept")
+  data = dict(common.drawings("train"), group_by="concept", in_memory=True)
   if args["shuffle_captions"]:
     data["shuffle"] = "captions"
   config.data = data

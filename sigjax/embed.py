@@ -73,7 +73,7 @@ def others(
     def patches(params, image, text):
       out: Any = model.apply({"params": params}, image, None)
       x = out[2]["img/encoded"].astype(jnp.float32)
-      ink = jnp.min(two_towers.pixels(image), axis=3) < 0.9
+      ink = jnp.min(vit.pixels(image), axis=3) < 0.9
       rows, columns = (n // side for n in ink.shape[1:])
       ink = ink[:, : rows * side, : columns * side]
       cut = ink.reshape(-1, rows, side, columns, side).astype(jnp.float32)

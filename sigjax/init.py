@@ -52,7 +52,13 @@ def init_state(
     flat = trees.flatten(params)
     return {name: flat[name].astype(want[name].dtype) for name in scratch}
 
-  params = jax.jit(from_scratch, out_shardings=scratch)()
+  # Random numbers of many arrays: optimised, they would compile longer than all
+  # else that happens before the first step.
+  on_cpu = jax.default_backend() == "cpu"
+  options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
+  params = jax.jit(
+    from_scratch, out_shardings=scratch, compiler_options=options
+  )()
   for name, x in given.items():
     x = x.astype(want[name].dtype)
     params[name] = jax.device_put(x, want[name].sharding)

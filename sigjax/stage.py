@@ -1,6 +1,6 @@
 """What a phase of a run is made of: its examples, its step, its batches."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import functools
 import threading
@@ -62,6 +62,7 @@ class Stage:
   ):
     self._of, self._mesh = 1, mesh
     self._curator: curate.Curator | None = None
+    self._ahead: threading.Thread | None = None
     self.phase, self._source, self._bad = phase, source, bad_fraction
     self._sections = sections
     from sigjax.models import flops
@@ -118,6 +119,8 @@ class Stage:
 
   def train_step(self, state: Any, batch: Batch) -> Result:
     """Runs the step of the batch's length, see step.make_train_step."""
+    if self._ahead:
+      self._ahead.join()
     length = None if None in self._steps else batch["image"].shape[1]
     step = self._steps[length].train_step
     if self._curator is None:
@@ -126,16 +129,14 @@ class Stage:
     state, metrics = step.program(state, batch)
     return state, {**metrics, "to_learn": more}
 
-  @contextlib.contextmanager
-  def compiling(self) -> Iterator[None]:
-    """A context in which a thread compiles the step; its end waits for that.
+  def compile_ahead(self) -> None:
+    """Compiles the step in a thread; train_step waits for it.
 
     JAX keeps what it has compiled, so the first call of train_step finds it.
     """
     program = self.run.train_step.program
     # Only whole batches that come from the host have the shapes below.
-    if program is None or self._curator:
-      yield
+    if self._ahead or program is None or self._curator:
       return
     B = self._sections["batch_size"]
     batch = sharding.abstract_batch(self.example, B, self._mesh)
@@ -145,12 +146,8 @@ class Stage:
       with contextlib.suppress(Exception):
         program.lower(self.run.state, batch).compile()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-      yield
-    finally:
-      thread.join()
+    self._ahead = threading.Thread(target=work)
+    self._ahead.start()
 
   def curate(
     self, settings: "curate.Settings", teacher: TwoTowers, params: Any

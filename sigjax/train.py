@@ -160,7 +160,7 @@ def main(
     workdir / "tokenizer.model",
     functools.partial(kinds.all_captions, source),
     source.name,
-    any((workdir / "checkpoints").glob("[0-9]*")),
+    goes_on := any((workdir / "checkpoints").glob("[0-9]*")),
   )
   times = config_lib.Durations(
     batch_size,
@@ -211,6 +211,8 @@ def main(
     for stage in stages:
       stage.curate(*chosen_by)
   batches = stages[0].batches()
+  if not (goes_on or eval_only):
+    stages[0].compile_ahead()  # takes longer than all until the first step
 
   # ---- Evaluations ----
   evaluations = _Evaluations(
@@ -276,7 +278,7 @@ def main(
         )
         for name, row in rows:
           progress.write(f"before training: {name} {row}")
-        clock.start()  # evaluation is no training time
+        clock.start(batches.waited)  # evaluation is no training time
       running = None  # (step, metrics) of a step that is not yet reported
       trace = None
       if profile_steps:
@@ -292,7 +294,7 @@ def main(
           progress.write(f"step {step}: {stage.phase.name} begins")
           state = _begin(stage, state, seed)
           batches.change(stage.batches())
-          clock.change(stage.flops)
+          clock.change(stage.flops, batches.waited)
           if hosts.is_primary():
             _write_settings(workdir, config, stage)
         if trace:
@@ -332,7 +334,7 @@ def main(
           rows = evaluations.run(names, stage, state.params, step, writer)
           for name, row in rows:
             progress.write(f"step {step}: {name} {row}")
-          clock.start()  # evaluation is no training time
+          clock.start(batches.waited)  # evaluation is no training time
     names = list(evaluations.by_name)
     rows = evaluations.run(names, stage, state.params, total, writer)
     if total > first_step:
@@ -423,17 +425,17 @@ def _begin(stage, state, seed):
   from sigjax import init as init_lib
 
   run = stage.run
-  with stage.compiling():
-    return init_lib.carry(
-      run.model,
-      run.tx,
-      seed,
-      stage.example,
-      run.state,
-      state,
-      run.lock,
-      run.terms,
-    )
+  stage.compile_ahead()
+  return init_lib.carry(
+    run.model,
+    run.tx,
+    seed,
+    stage.example,
+    run.state,
+    state,
+    run.lock,
+    run.terms,
+  )
 
 
 def _initial(stage, seed, init, tokenizer_sha):
@@ -456,17 +458,16 @@ def _initial(stage, seed, init, tokenizer_sha):
   there = {name.split("/")[0] for name in given}
   if given and (new := [part for part in parts if part not in there]):
     logger.info("not in these weights, from scratch: %s", ", ".join(new))
-  with stage.compiling():  # both take seconds
-    return init_lib.init_state(
-      run.model,
-      run.tx,
-      seed,
-      stage.example,
-      run.state,
-      given,
-      run.lock,
-      run.terms,
-    )
+  return init_lib.init_state(
+    run.model,
+    run.tx,
+    seed,
+    stage.example,
+    run.state,
+    given,
+    run.lock,
+    run.terms,
+  )
 
 
 def _write_settings(workdir: files.Path, config, stage) -> None:

@@ -88,6 +88,7 @@ MAY_IMPORT = {
     "data.example",
     "data.shards",
   },
+  "data.memory": {"data.source", "data.example.images"},
   "data.kinds": {"data"},
   "data.batches": {"data.batches", "data.source", "data.faults"},
   "data.formats": {

@@ -145,6 +145,7 @@ def open_source(
   group_by: str | None = None,
   shuffle: str | None = None,
   mismatch: float = 0.0,
+  in_memory: bool = False,
   **kwargs: Any,
 ) -> Source:
   """Opens a source, narrowed and grouped as asked.
@@ -162,6 +163,8 @@ def open_source(
     shuffle: The feature that is given to the wrong examples, see `shuffled`.
     mismatch: The share of the images of each training batch that are given the
       text of another one (SigLIP, section 4.10); see pipeline.train_batches.
+    in_memory: Whether images are decoded once and then stay in memory, for
+      small datasets: an image takes height * width * 3 bytes.
     **kwargs: Arguments of that kind, such as split.
 
   Raises:
@@ -185,6 +188,23 @@ def open_source(
     )
   source = errors.call(opener, kwargs, f'source "{kind}"')
   source.mismatch = float(mismatch)
+  source = _narrowed(source, part, only, by_image, group_by, shuffle)
+  if not in_memory:
+    return source
+  from sigjax.data import memory  # only where it is needed
+
+  return memory.in_memory(source)
+
+
+def _narrowed(
+  source: Source,
+  part: Sequence[float] | None,
+  only: Mapping[str, Any] | None,
+  by_image: bool,
+  group_by: str | None,
+  shuffle: str | None,
+) -> Source:
+  """Returns the source as open_source describes it."""
   if part is None and not only and not group_by and not shuffle and by_image:
     return source
   from sigjax.data import filter as filter_lib  # only where it is needed

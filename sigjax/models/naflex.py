@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from sigjax import errors
-from sigjax.models import attention, transformer
+from sigjax.models import attention, transformer, vit
 
 
 def positions(
@@ -106,9 +106,8 @@ class NaFlex(nn.Module):
       )
     pixels, places = image[..., :-2], image[..., -2:].astype(jnp.int32)
     mask = out["mask"] = places[..., 1] >= 0
-    if jnp.issubdtype(pixels.dtype, jnp.integer):
-      pixels = pixels.astype(jnp.float32) * (2 / 255) - 1
-    x = nn.Dense(size.width, dtype=self.dtype, name="embedding")(pixels)
+    embed = nn.Dense(size.width, dtype=self.dtype, name="embedding")
+    x = embed(vit.pixels(pixels))
     init = nn.initializers.normal(size.width**-0.5)
     table = self.param("pos_embedding", init, (16, 16, size.width))
     table = table.astype(jnp.float32)

@@ -52,7 +52,7 @@ class TwoTowers(nn.Module):
     """Embeds images and texts.
 
     Args:
-      image: (B, H, W, C), floats in [-1, 1] or uint8, which is mapped to that;
+      image: (B, H, W, C), floats in [-1, 1], or uint8, which stand for them;
         patches (B, L, 3 p^2 + 2) as of naflex.NaFlex; precomputed (B, W); or
         None to leave this tower out.
       text: (B, L) int32, or None to leave this tower out.
@@ -76,7 +76,7 @@ class TwoTowers(nn.Module):
     zimg = ztxt = None
     if image is not None:
       tower = image_tower(self, name="img", parent=self)
-      zimg = _unit("img", tower(pixels(image), train), out)
+      zimg = _unit("img", tower(image, train), out)
     if text is not None:
       tower = text_tower(self, name="txt", parent=self)
       ztxt = _unit("txt", tower(text, train), out)
@@ -91,16 +91,6 @@ class TwoTowers(nn.Module):
       r = -float(self.bias_init) / self.temperature_init
       return -t * self.param("r", start(r), (1,))
     return jnp.full(1, 0.0 if self.bias == "none" else float(self.bias))
-
-
-def pixels(image: Array) -> Array:
-  """Maps uint8 to floats in [-1, 1]; other images stay as they are.
-
-  Until here they take a quarter of the memory.
-  """
-  if image.dtype != jnp.uint8:
-    return image
-  return image.astype(jnp.float32) * (2 / 255) - 1
 
 
 def of_config(

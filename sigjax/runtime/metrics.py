@@ -243,17 +243,16 @@ class Clock:
     self._batch_size = batch_size
     self._flops = flops_per_example
     self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    self._waited = 0.0
     self.start()
 
-  def start(self) -> None:
-    """Starts anew, so that the time since the last call does not count."""
-    self._time, self._steps = time.monotonic(), 0
+  def start(self, waited: float = 0.0) -> None:
+    """Starts anew, so that what was before does not count; see read."""
+    self._time, self._steps, self._waited = time.monotonic(), 0, waited
 
-  def change(self, flops_per_example: float) -> None:
+  def change(self, flops_per_example: float, waited: float = 0.0) -> None:
     """Starts anew, with steps of another kind."""
     self._flops = flops_per_example
-    self.start()
+    self.start(waited)
 
   def tick(self) -> None:
     """Counts one more step."""
@@ -276,12 +275,11 @@ class Clock:
       examples_per_second_per_device=rate / jax.device_count(),
       data_wait_percent=100 * (waited - self._waited) / max(seconds, 1e-9),
     )
-    self._waited = waited
     if self._peak is not None:
       rates["mfu_percent"] = (
         100 * rate * self._flops / (self._peak * jax.device_count())
       )
-    self.start()
+    self.start(waited)
     return rates
 
 

@@ -9,7 +9,7 @@ import jax
 from sigjax.runtime import files
 
 # Of <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def keep_compiled() -> None:
@@ -36,5 +36,12 @@ def keep_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is None:
     return False
-  settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 2))
+  settings = (
+    (_M_MMAP_MAX, 0),
+    (_M_TRIM_THRESHOLD, -1),
+    # More than an arena's piece of 64 MiB: no empty piece is given back.
+    (_M_TOP_PAD, 128 * 2**20),
+    # Each keeps memory of its own; with one, compiling threads wait in line.
+    (_M_ARENA_MAX, 4),
+  )
   return sum(mallopt(*setting) for setting in settings) == len(settings)

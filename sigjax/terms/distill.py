@@ -185,13 +185,13 @@ class Distill(terms.Kind):
     keys: Array,
   ) -> tuple[Float[Array, ""], dict]:
     teacher = held["teacher"]
-    views = two_towers.pixels(batch["global"])
+    views = batch["global"]
     theirs = self._see(teacher["img"], views)
     total, sums = jnp.zeros((), jnp.float32), {}
     if "view" in self._heads:
       local = batch["local"]
       n, count = local.shape[:2]
-      x = two_towers.pixels(local.reshape(n * count, *local.shape[2:]))
+      x = local.reshape(n * count, *local.shape[2:])
       student = self._see(params["img"], x)["pre_logits"]
       student = student.reshape(n, count, -1)
       found = self._compare("view", params, held, student, theirs["pre_logits"])

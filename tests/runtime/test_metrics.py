@@ -156,6 +156,11 @@ def test_clock(monkeypatch):
   rates = clock.read(waited=1.5)
   assert rates["examples_per_second"] == pytest.approx(16)
   assert rates["data_wait_percent"] == pytest.approx(25)
+  # An evaluation: neither its time nor what was waited before it counts.
+  now[0] += 50
+  clock.start(waited=9.5)
+  now[0] += 2
+  assert clock.read(waited=10.0)["data_wait_percent"] == pytest.approx(25)
 
 
 def test_table():

@@ -6,6 +6,7 @@ pixels are decoded or memory for them is allocated.
 """
 
 import io
+from typing import NamedTuple
 
 import cv2
 from jaxtyping import UInt8
@@ -25,8 +26,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 cv2.setNumThreads(1)  # the data pipeline has threads of its own
 
 
-def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-  """Decodes an image to RGB.
+class Decoded(NamedTuple):
+  """An image that was decoded before; its pixels are not to be written to."""
+
+  pixels: UInt8[np.ndarray, "h w 3"]
+
+
+def decode(data: bytes | Decoded) -> UInt8[np.ndarray, "h w 3"]:
+  """Decodes an image to RGB; one that was decoded before stays as it is.
 
   All modes of Pillow are converted: grey, palette, 16 bits, CMYK. Transparent
   pixels are shown on white. The image is turned upright as its EXIF data says.
@@ -35,6 +42,8 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     BadExample: the image is damaged, truncated or not of one of FORMATS, or its
       header claims more than MAX_PIXELS or MAX_ASPECT.
   """
+  if isinstance(data, Decoded):
+    return data.pixels
   try:
     with Image.open(io.BytesIO(_bytes(data)), formats=FORMATS) as image:
       _check_size(*image.size)

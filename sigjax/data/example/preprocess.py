@@ -68,8 +68,8 @@ def _check_sides(op: str, height: int, width: int | None) -> None:
   _check(f"{op}: width", height if width is None else width, 1, MAX_SIDE)
 
 
-def _decoder(fn: Callable[[bytes], np.ndarray]) -> Fn:
-  """Applies fn(bytes) -> image to the "image" of an example."""
+def _decoder(fn: Callable[[Any], np.ndarray]) -> Fn:
+  """Applies fn to the "image" of an example, bytes or images.Decoded."""
 
   def apply(example: Example, rng: np.random.Generator) -> Example:
     del rng
@@ -117,7 +117,16 @@ def decode_small(size: int) -> Fn:
   exactly Pillow's antialiased result. See images.decode_small.
   """
   _check("decode_small: size", size, 1, MAX_SIDE)
-  return _decoder(lambda data: images.decode_small(data, size))
+
+  def fn(data: Any) -> np.ndarray:
+    if isinstance(data, images.Decoded):
+      raise errors.UserError(
+        "decode_small is for images that are not decoded, but the data has "
+        f"in_memory: write decode|resize_small({size})"
+      )
+    return images.decode_small(data, size)
+
+  return _decoder(fn)
 
 
 def resize(
