@@ -82,12 +82,12 @@ def test_against_numpy(batch, length, num_heads, head, masked, dtype):
 def test_compiled_for(topology, length, num_heads, head, tpu):
   mesh = sharding.make_mesh(devices=tpu(topology)[0])
   x = jax.ShapeDtypeStruct(
-    (16, length, num_heads * head),
+    (64, length, num_heads * head),
     jnp.bfloat16,
     sharding=sharding.batch_sharding(mesh),
   )
   mask = jax.ShapeDtypeStruct(
-    (16, length), bool, sharding=sharding.batch_sharding(mesh)
+    (64, length), bool, sharding=sharding.batch_sharding(mesh)
   )
 
   def fn(q, k, v, mask):
