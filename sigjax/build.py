@@ -70,6 +70,13 @@ def build(
     UserError: a section that its function refuses, a batch size that does not
       divide, or dropout in a locked tower.
   """
+  given: dict[str, Any] = dict(locals())
+  if "auto" in (model[tower].get("remat") for tower in ("image", "text")):
+    from sigjax import remat  # few runs leave it open
+
+    make = lambda model: build(**{**given, "model": model})
+    batch = sharding_lib.abstract_batch(example, batch_size, mesh)
+    return remat.fastest(make, model, batch)
   sharding_lib.check_batch_size(batch_size, mesh, microbatches)
   towers = two_towers.of_config(model, batch_size, mesh)
   for tower, section in (("img", "image"), ("txt", "text")):

@@ -54,11 +54,13 @@ MAY_IMPORT = {
     "sharding",
     "step",
   },
+  "remat": {"build", "runtime.files"},
   "build": {
     "lora",
     "losses",
     "models",
     "optim",
+    "remat",
     "sharding",
     "state",
     "step",

@@ -57,6 +57,8 @@ REMAT = {
   "attention": _names("qkv", "attended"),
   "full": _policies.nothing_saveable,
 }
+# Training replaces it, see remat.py; without gradients all are the same.
+REMAT["auto"] = REMAT["none"]
 
 
 def sizes(tower: nn.Module, variant: str | None) -> Sizes:
@@ -202,7 +204,7 @@ def apply_blocks(
   """
   policy = errors.pick(REMAT, stack.remat, "remat")
   block = stack.block
-  if stack.remat != "none":
+  if stack.remat not in ("none", "auto"):
     # In a scan, XLA cannot merge the recomputation with the first one.
     block = nn.remat(block, policy=policy, prevent_cse=not stack.scan)
   if not stack.scan:

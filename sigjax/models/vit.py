@@ -142,7 +142,8 @@ class ViT(nn.Module):
     out_dim: the size of a dense layer "head" at the end; None for no head.
     dropout: rate while training.
     scan: keep the blocks stacked, see transformer.Encoder.
-    remat: "none", "dots", "attention" or "full", see transformer.REMAT.
+    remat: "none", "dots", "attention" or "full", see transformer.REMAT; "auto"
+      is the first of these with which the training step fits, see remat.py.
     attention: how the blocks compute it: "pallas" on TPUs, "cudnn" on GPUs,
       "xla" anywhere, or "auto", see attention.choose.
     dtype: compute dtype, see transformer.
