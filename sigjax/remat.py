@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import hashlib
 import logging
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -56,8 +57,8 @@ def fastest(
   needed = math.inf
   for name in NAMES:
     made = make(_with(model, name))
-    needed = needed_by(made, batch)
-    if needed <= limit:
+    needed = needed_by(made, batch, last=name == NAMES[-1])
+    if needed <= limit and needed < math.inf:
       log.info('remat="auto" is "%s" here: the fastest that fits', name)
       kept.parent.mkdir(parents=True, exist_ok=True)
       with files.replacing(kept) as aside:
@@ -82,17 +83,32 @@ def limit_of(device: Any) -> float | None:
   return (stats or {}).get("bytes_limit", math.inf)
 
 
-def needed_by(made: "Built", batch: Mapping[str, Any]) -> float:
-  """Compiles the step; returns its bytes per device, infinity if too many."""
+def needed_by(made: "Built", batch: Mapping[str, Any], last: bool) -> float:
+  """Compiles the step; returns its bytes per device, infinity if too many.
+
+  The TPU compiler makes a step fit by computing some of its arrays again, which
+  it chooses worse than NAMES do: that counts as too many, unless it is the last
+  try.
+  """
   program: Any = made.train_step.program
   try:
-    memory = program.lower(made.state, batch).compile().memory_analysis()
+    compiled = program.lower(made.state, batch).compile()
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
     return math.inf
+  if not last and re.search(r"^\s*%\S*\.remat\S* = ", _text(compiled), re.M):
+    return math.inf
+  memory = compiled.memory_analysis()
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _text(compiled: Any) -> str:
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError:  # libtpu cannot print each program of v6e
+    return ""
 
 
 def _with(model: Mapping[str, Any], name: str) -> dict[str, Any]:

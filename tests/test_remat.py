@@ -1,5 +1,6 @@
 """remat="auto": which rematerialisation is chosen."""
 
+import math
 from typing import Any
 
 import jax
@@ -38,7 +39,8 @@ def test_the_first_that_fits(monkeypatch, tmp_path):
   monkeypatch.setenv("SIGJAX_CACHE", str(tmp_path))
   sizes, tried = dict(zip(remat.NAMES, (4, 3, 2, 1))), []
 
-  def needed_by(made, batch):
+  def needed_by(made, batch, last):
+    assert last == ("full" in names(made))
     assert batch["image"].shape == (64, 32, 32, 3)
     tried.append(names(made))
     return sizes[made.model.image["remat"]]
@@ -54,6 +56,10 @@ def test_the_first_that_fits(monkeypatch, tmp_path):
     assert names(built()) == (name, name) and not tried
   # What is named stays, and is another program.
   assert names(built(text="dots")) == ("full", "dots") and len(tried) == 4
+  # Of a topology the compiler alone knows the limit.
+  monkeypatch.setattr(remat, "limit_of", lambda _: math.inf)
+  sizes["none"] = math.inf
+  assert names(built()) == ("dots", "dots")
   monkeypatch.setattr(remat, "limit_of", lambda _: 0)
   with pytest.raises(errors.UserError, match='not even with remat="full"'):
     built()
@@ -65,7 +71,7 @@ def test_bytes_are_the_compilers():
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.state))
   batch = sharding.abstract_batch(EXAMPLE, 64, sharding.make_mesh())
   hidden = 3 * 8 * 64 * 128 * 4  # of three MLPs, 8 images of 64 patches
-  needed = remat.needed_by(made, batch)
+  needed = remat.needed_by(made, batch, last=False)
   assert held + hidden < needed < held + 20 * hidden
 
 
