@@ -43,13 +43,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.total_examples = args["examples"]
 
   config.model = dict(
-    image=dict(variant="B/16", pool_type="map", scan=True, remat="dots"),
+    image=dict(variant="B/16", pool_type="map", remat="attention"),
     text=dict(
       variant="B",
       vocab_size=args["vocab"],
       bottleneck=args["bottleneck"],
-      scan=True,
-      remat="dots",
+      remat="attention",
     ),
     out_dim=(None, 768),
     temperature_init=10.0,
