@@ -1,4 +1,4 @@
-"""Counts which of 73 deliberate mistakes in the code the tests notice.
+"""Counts which of 79 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word
@@ -502,6 +502,46 @@ MUTATIONS = [
     "    share = rng.uniform(*area) * height * width",
     "    share = area[1] * height * width",
     "data/example/test_views.py",
+  ),
+  # ---- Small datasets in memory, and rows loaded several at a time ----
+  Mutation(
+    "data/memory.py",
+    "      self._kept[i] = example\n",
+    "",
+    "data/test_memory.py",
+  ),
+  Mutation(
+    "data/batches/loader.py",
+    "min((part + 1) * several, b)",
+    "min((part + 1) * several, b - 1)",
+    "data/batches/test_pipeline.py",
+  ),
+  # ---- Patches ----
+  Mutation(
+    "models/vit.py",
+    "return image.swapaxes(2, 3).reshape(b, h, w, -1)",
+    "return image.reshape(b, h, w, -1)",
+    "models/test_vit.py",
+  ),
+  # ---- What fits ----
+  Mutation(
+    "remat.py",
+    "if needed <= limit and needed < math.inf:",
+    "if needed <= limit:",
+    "test_remat.py",
+  ),
+  Mutation(
+    "remat.py",
+    "  if kept.exists():\n",
+    "  if False:\n",
+    "test_remat.py",
+  ),
+  # ---- Rates ----
+  Mutation(
+    "runtime/metrics.py",
+    "time.monotonic(), 0, waited",
+    "time.monotonic(), 0, 0.0",
+    "runtime/test_metrics.py",
   ),
 ]
 

@@ -31,7 +31,6 @@ class InMemory:
       example = dict(self._records[i])
       if "image" in example:
         image = np.ascontiguousarray(images.decode(example["image"]))
-        image.setflags(write=False)
         example["image"] = images.Decoded(image)
       self._kept[i] = example
     return dict(example)
