@@ -61,9 +61,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   # head of the text tower maps to the width of the image tower.
   config.model = dict(
     image=dict(variant="L/16", pool_type="tok", scan=True),
-    text=dict(
-      variant="L", depth=12, vocab_size=args["vocab"], scan=True, remat="dots"
-    ),
+    # A scan copies what the backward pass needs; a locked tower has none.
+    text=dict(variant="L", depth=12, vocab_size=args["vocab"], remat="dots"),
     out_dim=(None, WIDTH),
     temperature_init=10.0,
     bias_init=-10.0,
