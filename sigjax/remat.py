@@ -47,7 +47,7 @@ def fastest(
       'remat="auto" compiles the whole step, which config.feed="host" has not: '
       f"name one of {', '.join(NAMES)}"
     )
-  device = batch["text"].sharding.mesh.devices.flat[0]
+  device = batch["text"].sharding.mesh.local_devices[0]
   limit = limit_of(device)
   if limit is None:
     return made

@@ -153,6 +153,7 @@ def main(
 
   # ---- Data ----
   source = errors.call(kinds.open_source, data, "config.data")
+  goes_on = any((workdir / "checkpoints").glob("[0-9]*"))
   tokens, made_from = errors.call(
     vocabulary.of_run,
     tokenizer,
@@ -160,7 +161,7 @@ def main(
     workdir / "tokenizer.model",
     functools.partial(kinds.all_captions, source),
     source.name,
-    goes_on := any((workdir / "checkpoints").glob("[0-9]*")),
+    goes_on,
   )
   times = config_lib.Durations(
     batch_size,

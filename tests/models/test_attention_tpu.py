@@ -187,4 +187,4 @@ def test_what_is_computed_again():
     )
 
   counts = {name: kernels(name) for name in transformer.REMAT}
-  assert counts == dict(none=1, dots=1, attention=1, full=2)
+  assert counts == dict(none=1, dots=1, attention=1, full=2, auto=1)
