@@ -52,8 +52,7 @@ def init_state(
     flat = trees.flatten(params)
     return {name: flat[name].astype(want[name].dtype) for name in scratch}
 
-  # Random numbers of many arrays: optimised, they would compile longer than all
-  # else that happens before the first step.
+  # It runs once. On a CPU, optimising it takes longer than it saves.
   on_cpu = jax.default_backend() == "cpu"
   options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
   params = jax.jit(

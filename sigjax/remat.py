@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import hashlib
 import logging
 import math
+import pathlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,13 @@ def fastest(
   limit = limit_of(device)
   if limit is None:
     return made
-  kept = _file(program.lower(made.state, batch), device)
+  kept = _file(program.lower(made.state, batch), device, limit)
   if kept.exists():
     return make(_with(model, kept.read_text()))
   needed = math.inf
   for name in NAMES:
-    made = make(_with(model, name))
+    if name != NAMES[0]:
+      made = make(_with(model, name))
     needed = needed_by(made, batch, last=name == NAMES[-1])
     if needed <= limit and needed < math.inf:
       log.info('remat="auto" is "%s" here: the fastest that fits', name)
@@ -120,13 +122,13 @@ def _with(model: Mapping[str, Any], name: str) -> dict[str, Any]:
   return {**model, **towers}
 
 
-def _file(lowered: Any, device: Any) -> Any:
+def _file(lowered: Any, device: Any, limit: float) -> pathlib.Path:
   """Returns where the choice for a program and a device is kept."""
   client = getattr(device, "client", None)
   about = (
     lowered.as_text(),
     device.device_kind,
-    str(limit_of(device)),
+    str(limit),
     jax.__version__,
     str(getattr(client, "platform_version", "")),
   )

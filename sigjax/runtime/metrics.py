@@ -243,13 +243,13 @@ class Clock:
     self._batch_size = batch_size
     self._flops = flops_per_example
     self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    self.start()
+    self.start(0.0)
 
-  def start(self, waited: float = 0.0) -> None:
+  def start(self, waited: float) -> None:
     """Starts anew, so that what was before does not count; see read."""
     self._time, self._steps, self._waited = time.monotonic(), 0, waited
 
-  def change(self, flops_per_example: float, waited: float = 0.0) -> None:
+  def change(self, flops_per_example: float, waited: float) -> None:
     """Starts anew, with steps of another kind."""
     self._flops = flops_per_example
     self.start(waited)

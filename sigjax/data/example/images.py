@@ -55,7 +55,9 @@ def decode(data: bytes | Decoded) -> UInt8[np.ndarray, "h w 3"]:
     raise _undecodable(e) from e
 
 
-def decode_small(data: bytes, size: int) -> UInt8[np.ndarray, "h w 3"]:
+def decode_small(
+  data: bytes | Decoded, size: int
+) -> UInt8[np.ndarray, "h w 3"]:
   """Decodes an image to upright RGB with a shorter side of `size` pixels.
 
   The JPEG decoder scales by eighths, averaging pixels. It decodes at the
@@ -66,7 +68,13 @@ def decode_small(data: bytes, size: int) -> UInt8[np.ndarray, "h w 3"]:
 
   Raises:
     BadExample: as for decode().
+    UserError: the image was decoded before, at its full size.
   """
+  if isinstance(data, Decoded):
+    raise errors.UserError(
+      "decode_small is for images that are not decoded, but the data has "
+      f"in_memory: write decode|resize_small({size})"
+    )
   found = _jpeg(data, size) if _bytes(data).startswith(b"\xff\xd8") else None
   if found is None:
     image = decode(data)

@@ -117,16 +117,7 @@ def decode_small(size: int) -> Fn:
   exactly Pillow's antialiased result. See images.decode_small.
   """
   _check("decode_small: size", size, 1, MAX_SIDE)
-
-  def fn(data: Any) -> np.ndarray:
-    if isinstance(data, images.Decoded):
-      raise errors.UserError(
-        "decode_small is for images that are not decoded, but the data has "
-        f"in_memory: write decode|resize_small({size})"
-      )
-    return images.decode_small(data, size)
-
-  return _decoder(fn)
+  return _decoder(lambda data: images.decode_small(data, size))
 
 
 def resize(
