@@ -86,7 +86,7 @@ def link_rows(
       c.times,
       f"{c.sent / MIB:.2f}",
       f"{c.sent * c.times / MIB:.1f}",
-      ms(c.sent / chip.link),
+      ms(c.over_link / chip.link),
       "waits" if c.hidden is None else ms(c.hidden / chip.clock),
     )
     for c in sorted(collectives, key=lambda c: -c.sent * c.times)
@@ -245,11 +245,13 @@ estimate of the time, in ms:
  a second and chip
 assumed: {peak / 1e12:.0f} TFLOP/s in bfloat16, {chip.clock / 1e9:.2f} GHz,\
  {chip.link / 1e9:.0f} GB/s over a link one way,
-{chip.hbm / 1e9:.0f} GB/s to the memory; collectives are rings over one link at\
- a time. Neighbours in
-the ring are up to {hops(mesh)} link(s) apart; wrap-around links are not\
- counted. A kernel takes its
-bundles, one a cycle, or its bytes: whichever is more.""")
+{chip.hbm / 1e9:.0f} GB/s to the memory; reductions of all chips take the\
+ links that the compiler
+names, other collectives are rings over one link at a time. Neighbours in the\
+ loss's ring are
+up to {hops(mesh)} link(s) apart; wrap-around links are not counted. A kernel\
+ takes its bundles,
+one a cycle, or its bytes: whichever is more.""")
   if examples:
     days = examples / saved["rate"] / mesh.size / 86400
     least = days * job.flops / peak / saved["seconds"]

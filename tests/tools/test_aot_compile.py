@@ -15,7 +15,7 @@ import pytest
 
 from sigjax import errors, sharding
 from tools import aot_compile
-from tools.aot import compiler, estimate, hlo, kernels, parts
+from tools.aot import compiler, estimate, hlo, kernels, parts, routes
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -31,7 +31,7 @@ def test_loops_and_collectives_are_counted():
   # The collective's own cycles are not computation.
   assert program.cycles() == 3 * 16 * 100 + 7
   n = 64 * 768
-  assert {c.kind + " " + c.array: c[2:] for c in program.collectives()} == {
+  assert {c.kind + " " + c.array: c[2:5] for c in program.collectives()} == {
     "collective-permute f32[64,768]": (4 * n, 3, 0),
     "collective-permute bf16[64,768]": (2 * n, 3, 1600),
     "all-reduce 2 arrays": (2 * 3 * (4 * 768 + 2 * 2 * 768) // 4, 1, None),
@@ -39,6 +39,60 @@ def test_loops_and_collectives_are_counted():
     "reduce-scatter f32[64,768]": (3 * n, 1, None),
   }
   assert program.largest(1) == [("f32[256,768]", 16 * n, "")]
+
+
+@pytest.mark.parametrize(
+  "name, sizes, axes, share",
+  [
+    # Six parts, one for each link: what a chip sends is shared evenly.
+    (
+      "UniDirectionND",
+      "|".join(["4 4 4"] * 6),
+      "0 1 2|1 2 0|2 0 1|0 1 2|1 2 0|2 0 1",
+      63 / 64 / 6,
+    ),
+    ("UniDirection1D", "64|64", "", 63 / 128),
+    # Three lines; the longest of each phase: 4, then 4 of a half, then 4 of an
+    # eighth.
+    (
+      "ND",
+      "4 4 4|4 4 4|4 4 4",
+      "0 1 2|1 2 0|2 0 1",
+      (3 / 4 + 3 / 16 + 3 / 64) / 3,
+    ),
+    ("ND", "2 32|32 2", "0 1|1 0", (31 / 32 + 31 / 64) / 2),
+    ("ND", "8 8", "0 1", 63 / 64),
+    # Both directions of an axis of two are one link.
+    ("UniDirectionND", "2 2|2 2|2 2|2 2", "0 1|1 0|0 1|1 0", None),
+  ],
+)
+def test_a_reduction_takes_the_links_that_the_compiler_names(
+  name, sizes, axes, share
+):
+  braces = lambda text: ",".join(f"{{{x}}}" for x in text.split("|"))
+  axes = axes and f" num_dims:3 dim_used:{braces(axes)}"
+  debug = f"{name}Strategy{{colors:3 phases:3 cores:{braces(sizes)} x:0{axes}}}"
+  config = f'"strategy":"{name}Strategy","debug":"{debug}","y":"z"'
+  assert routes.share_of_a_link(config, 64) == share
+  if share is None:  # a group of four, alone or among 64
+    assert routes.share_of_a_link(config, 4) == 2 * (1 / 8 + 1 / 16)
+    return
+  reduction = f"""
+HloModule jit_step, num_partitions=64
+
+ENTRY %main (a: f32[64,768]) -> f32[64,768] {{
+  %a = f32[64,768] parameter(0)
+  ROOT %sum = f32[64,768] all-reduce(%a), channel_id=1, \
+replica_groups=[1,64]<=[64], backend_config={{{config}}}
+}}
+"""
+  (found,) = hlo.Program(reduction).collectives()
+  size = 4 * 64 * 768
+  assert found.sent == 2 * 63 * size / 64
+  assert found.over_link == round(2 * share * size)
+  other = reduction.replace("[1,64]<=[64]", "[4,16]<=[64]")
+  (found,) = hlo.Program(other).collectives()  # of 16 chips: one link
+  assert found.over_link == found.sent == 2 * 15 * size // 16
 
 
 # A collective in steps, as libtpu cuts them: a fusion that starts it, two that
@@ -91,7 +145,8 @@ def test_a_collective_in_steps_counts_once_and_hides_the_products_in_it():
   program = hlo.Program(STEPS, lambda op: cycles.get(op.name, 0))
   assert program.cycles() == 2430
   (found,) = program.collectives()
-  assert found == ("all-gather", "bf16[256,768]", 3 * 2 * 64 * 768, 1, 2430)
+  sent = 3 * 2 * 64 * 768
+  assert found == ("all-gather", "bf16[256,768]", sent, 1, 2430, sent)
   assert program.without_estimate() == {"a", "sort.1"}
   assert {
     (row, column): n

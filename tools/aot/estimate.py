@@ -105,7 +105,7 @@ class _Scheduled:
 def exposed(collectives: Sequence[hlo.Collective], chip: Chip) -> float:
   """Returns the seconds in which a chip only waits for its links."""
   return sum(
-    c.times * max(c.sent / chip.link - (c.hidden or 0) / chip.clock, 0)
+    c.times * max(c.over_link / chip.link - (c.hidden or 0) / chip.clock, 0)
     for c in collectives
   )
 

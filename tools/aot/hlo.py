@@ -13,6 +13,8 @@ import math
 import re
 from typing import NamedTuple
 
+from tools.aot import routes
+
 BITS = dict(
   pred=8,
   s4=4,
@@ -72,6 +74,8 @@ class Collective(NamedTuple):
     times: how often it runs in one call of the program.
     hidden: cycles of computation between its start and its end; None if the
       chip waits for it.
+    over_link: bytes of `sent` that go over the busiest link in one direction:
+      fewer than all only for reductions, see routes.py.
   """
 
   kind: str
@@ -79,6 +83,7 @@ class Collective(NamedTuple):
   sent: int
   times: int
   hidden: int | None
+  over_link: int
 
 
 def arrays(type_text: str) -> Iterator[tuple[str, int]]:
@@ -295,8 +300,19 @@ class Program:
     if done is None and self.products(ops[i]):
       hidden = self._cycles(ops[i])
     array = found[0][0] if len(found) == 1 else f"{len(found)} arrays"
+    share = None
+    if n == self._devices and kind in ("all-reduce", "reduce-scatter"):
+      share = routes.share_of_a_link(inner.rest + ops[i].rest, n)
+    over_link = factor
+    if share is not None:
+      over_link = share * (2 if kind == "all-reduce" else 1)
     return Collective(
-      kind, array, round(size * factor), self.times[name], hidden
+      kind,
+      array,
+      round(size * factor),
+      self.times[name],
+      hidden,
+      round(size * over_link),
     )
 
   def _group_size(self, op: Op) -> int:

@@ -1,0 +1,65 @@
+"""How the TPU compiler sends a reduction over the links of a torus.
+
+It writes its strategy beside the op: the array in parts ("colors"), each
+reduced along one axis of the torus after the other ("phases"), all parts at the
+same time and in another order of the axes. What the words mean is our reading
+of them.
+"""
+
+from collections import defaultdict
+import re
+
+# Such as "UniDirectionNDRingStrategy{colors:4 phases:2 cores:{2 2},{2 2},
+# {2 2},{2 2} nophase0:0 ... dim_used:{0 1},{1 0},{0 1},{1 0}}".
+_STRATEGY = re.compile(
+  r'"strategy":"(?P<name>\w+)".*?cores:(?P<sizes>(?:\{[\d ]+\},?)+)'
+  r"(?:[^\"]*? dim_used:(?P<axes>(?:\{[\d ]+\},?)+))?"
+)
+
+
+def share_of_a_link(attributes: str, devices: int) -> float | None:
+  """Returns the share of an array that a reduce-scatter sends over one link.
+
+  That of the busiest link in one direction, summed over the phases. An
+  all-reduce sends twice as much: it gathers the same way.
+
+  A strategy whose name begins with "UniDirection" has rings, and each part one
+  direction of them. With another one a part takes both directions of a line,
+  where the first link carries as much as a ring in one direction would. Two
+  devices are joined by one link.
+
+  Args:
+    attributes: of the op, as the program's text has them.
+    devices: how many devices reduce.
+
+  Returns:
+    The share; None where no strategy is named, or one of fewer devices than
+    all, whose parts may have links in common.
+  """
+  found = _STRATEGY.search(attributes)
+  if found is None:
+    return None
+  sizes = _lists(found["sizes"])
+  axes = _lists(found["axes"]) if found["axes"] else [[0]] * len(sizes)
+  rings = found["name"].startswith("UniDirection")
+  left = [1 / len(sizes)] * len(sizes)
+  total = 0.0
+  for phase in range(len(sizes[0])):
+    sent: dict[tuple[int, int], float] = defaultdict(float)
+    for i, (n, axis) in enumerate(
+      (x[phase], y[phase]) for x, y in zip(sizes, axes, strict=True)
+    ):
+      sent[axis, n] += left[i] * (n - 1) / n
+      left[i] /= n
+    total += max(
+      size / (2 if rings and n > 2 else 1) for (_, n), size in sent.items()
+    )
+  whole = round(1 / (len(sizes) * left[0])) == devices
+  return total if whole else None
+
+
+def _lists(text: str) -> list[list[int]]:
+  """Returns [[4, 2], [2, 4]] for "{4 2},{2 4}"."""
+  return [
+    [int(n) for n in part.split()] for part in re.findall(r"{(.*?)}", text)
+  ]
