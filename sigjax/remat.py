@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 import hashlib
 import logging
 import math
-import pathlib
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,8 @@ def fastest(
   """Returns make(model), "auto" replaced by the first of NAMES that fits.
 
   Steps are compiled one after the other; JAX keeps the last one for the run. A
-  file in the cache folder keeps its name, so that the next start does not try
-  those that did not fit. CPUs have no limit, and nothing is compiled.
+  file beside the compiled programs keeps its name, so that the next start does
+  not try those that did not fit. CPUs have no limit, and nothing is compiled.
 
   Args:
     make: fn(config.model) -> the parts of a run.
@@ -52,8 +51,8 @@ def fastest(
   limit = limit_of(device)
   if limit is None:
     return made
-  kept = _file(program.lower(made.state, batch), device, limit)
-  if kept.exists():
+  kept: Any = _file(program.lower(made.state, batch), device, limit)
+  if kept and kept.exists():
     return make(_with(model, kept.read_text()))
   needed = math.inf
   for name in NAMES:
@@ -62,9 +61,10 @@ def fastest(
     needed = needed_by(made, batch, last=name == NAMES[-1])
     if needed <= limit and needed < math.inf:
       log.info('remat="auto" is "%s" here: the fastest that fits', name)
-      kept.parent.mkdir(parents=True, exist_ok=True)
-      with files.replacing(kept) as aside:
-        aside.write_text(name)
+      if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(kept) as aside:
+          aside.write_text(name)
       return made
   raise errors.UserError(
     f'the step does not fit on {device.device_kind}, not even with remat="full"'
@@ -122,8 +122,15 @@ def _with(model: Mapping[str, Any], name: str) -> dict[str, Any]:
   return {**model, **towers}
 
 
-def _file(lowered: Any, device: Any, limit: float) -> pathlib.Path:
-  """Returns where the choice for a program and a device is kept."""
+def _file(lowered: Any, device: Any, limit: float) -> files.Path | None:
+  """Returns where the choice for a program and a device is kept.
+
+  None if no compiled programs are kept, see runtime.start.
+  """
+  settings: Any = jax.config
+  folder = settings.jax_compilation_cache_dir
+  if not folder:
+    return None
   client = getattr(device, "client", None)
   about = (
     lowered.as_text(),
@@ -133,4 +140,4 @@ def _file(lowered: Any, device: Any, limit: float) -> pathlib.Path:
     str(getattr(client, "platform_version", "")),
   )
   digest = hashlib.sha256("\0".join(about).encode()).hexdigest()
-  return files.cache_dir() / "remat" / digest[:32]
+  return files.path(folder) / "remat" / digest[:32]

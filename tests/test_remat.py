@@ -35,8 +35,16 @@ def names(made):
   return made.model.image["remat"], made.model.text["remat"]
 
 
-def test_the_first_that_fits(monkeypatch, tmp_path):
-  monkeypatch.setenv("SIGJAX_CACHE", str(tmp_path))
+@pytest.fixture
+def compiled(tmp_path):
+  """The folder of compiled programs, where the choice is kept."""
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+  yield tmp_path
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_first_that_fits(monkeypatch, compiled):
   sizes, tried = dict(zip(remat.NAMES, (4, 3, 2, 1))), []
 
   def needed_by(made, batch, last):
@@ -54,6 +62,7 @@ def test_the_first_that_fits(monkeypatch, tmp_path):
     assert tried == [(n, n) for n in upto]
     tried.clear()  # the next start knows
     assert names(built()) == (name, name) and not tried
+  assert len(list((compiled / "remat").iterdir())) == 3
   # What is named stays, and is another program.
   assert names(built(text="dots")) == ("full", "dots") and len(tried) == 4
   # Of a topology the compiler alone knows the limit.
@@ -63,6 +72,12 @@ def test_the_first_that_fits(monkeypatch, tmp_path):
   monkeypatch.setattr(remat, "limit_of", lambda _: 0)
   with pytest.raises(errors.UserError, match='not even with remat="full"'):
     built()
+  # Where no programs are kept, each start tries again.
+  jax.config.update("jax_compilation_cache_dir", None)
+  monkeypatch.setattr(remat, "limit_of", lambda _: 2)
+  for _ in range(2):
+    tried.clear()
+    assert names(built()) == ("attention", "attention") and len(tried) == 3
 
 
 def test_bytes_are_the_compilers():

@@ -98,15 +98,15 @@ def _no_pallas(device: Any, case: Case) -> str | None:
   """Returns why there is no Pallas kernel; None if there is one."""
   if device.platform not in ("tpu", "cpu"):
     return f"is for TPUs, not for {device.platform}"
-  here = SMALL_VMEM.get(device.device_kind)
-  if (reason := _no_heads(case)) or here is None:
+  if reason := _no_heads(case):
     return reason
   from sigjax.models import attention_tpu  # Pallas takes its time to import
 
+  here = attention_tpu.vmem_of(device)
   width = case.heads * case.head
-  plan = attention_tpu.plan(1, case.length, width, case.head)
-  size = jnp.dtype(case.dtype).itemsize
-  needed = attention_tpu.memory(plan, case.length, size)
+  rows = case.length, width, case.head, jnp.dtype(case.dtype).itemsize
+  plan = attention_tpu.plan(1, *rows, here)
+  needed = attention_tpu.memory(plan, case.length, *rows[2:])
   if needed > here:
     return (
       f"needs {needed / 2**20:.0f} MiB of VMEM for {case.length} tokens of "
@@ -135,8 +135,6 @@ def _no_heads(case: Case) -> str | None:
   return None
 
 
-# Bytes of a core. Newer chips have 64 MiB and more: enough for what there is.
-SMALL_VMEM = {f"TPU v{n}": 16 * 2**20 for n in (2, 3, 4)}
 WHY_NOT = dict(xla=lambda *_: None, pallas=_no_pallas, cudnn=_no_cudnn)
 
 

@@ -1,8 +1,8 @@
 """Attention of short sequences on TPUs: two Pallas kernels, there and back.
 
 Logits and weights never leave the chip: a step of the grid holds all keys of
-some images, and a part of their queries. So there is no running softmax, as in
-flash attention; up to 1,024 tokens it is not needed.
+some images, and of their queries all, or as many as fit. So there is no running
+softmax, as in flash attention; up to 1,024 tokens it is not needed.
 
 Inputs and results are rows (B, L, W), heads side by side, as projections leave
 and take them: no head is ever moved in memory. Inside, a head is the 128 or 256
@@ -38,7 +38,9 @@ LANES = 128
 MASKED, FOREIGN = -1e30, -1e37
 # Registers of logits in a step: more hide latencies, and compile long.
 WORK = 800
-GIVEN = 16 * 2**20  # bytes of VMEM that a kernel may use without asking
+# Bytes of VMEM: what a core has, and what a kernel may use without asking.
+VMEM, GIVEN = 64 * 2**20, 16 * 2**20
+SMALL_VMEM = {f"TPU v{n}": GIVEN for n in (2, 3, 4)}
 
 
 class Plan(NamedTuple):
@@ -57,43 +59,71 @@ class Plan(NamedTuple):
   queries: int
 
 
-def plan(batch: int, length: int, width: int, head: int) -> Plan:
-  """Returns the plan for (batch, length, width) rows with heads of a width."""
+def vmem_of(device: Any) -> int:
+  """Returns the bytes of VMEM of a core; newer chips have 64 MiB or more."""
+  return SMALL_VMEM.get(device.device_kind, VMEM)
+
+
+def plan(
+  batch: int, length: int, width: int, head: int, itemsize: int, vmem: int
+) -> Plan:
+  """Returns the plan for (batch, length, width) rows.
+
+  Args:
+    batch, length, width: of the rows.
+    head: the width of a head.
+    itemsize: bytes of a number.
+    vmem: bytes that a step may need. If even its smallest plan needs more, that
+      is returned.
+  """
   divisor = lambda n, most: max(
     d for d in range(1, max(most, 1) + 1) if n % d == 0
   )
   # Joining is free if it moves no row to another place in its register.
   packed = divisor(batch, 1 if length % 16 else LANES // length)
   keys = packed * length
-  queries = keys if keys <= 2 * LANES else LANES
   # The fewest sequences that fill whole registers of 8 rows.
   least = 8 // math.gcd(keys, 8)
-  if queries < keys or batch // packed % least:
+  if keys > 2 * LANES or batch // packed % least:
     least = 1
-  work = least * -(-keys // 8) * -(-queries // LANES)  # of a head
   unit = math.lcm(head, LANES)
   widths = [w for w in range(unit, width, unit) if width % w == 0] + [width]
-  widths = [w for w in widths if w // head * work <= WORK] or widths[:1]
-  times = divisor(batch // packed // least, WORK // (widths[-1] // head * work))
-  return Plan(packed, least * times, widths[-1], queries)
+  found = None
+  for parts in range(1, -(-keys // LANES) + 1):
+    queries = -(-keys // parts // LANES) * LANES if parts > 1 else keys
+    work = least * -(-keys // 8) * -(-queries // LANES)  # of a head
+    few = [w for w in widths if w // head * work <= WORK] or widths[:1]
+    for lanes in reversed(few):
+      most = WORK // (lanes // head * work)
+      times = divisor(batch // packed // least, most)
+      found = Plan(packed, least * times, lanes, queries)
+      if memory(found, length, head, itemsize) <= vmem:
+        return found
+  assert found is not None
+  return found
 
 
-def memory(of: Plan, length: int, itemsize: int) -> int:
+def memory(of: Plan, length: int, head: int, itemsize: int) -> int:
   """Returns the bytes of VMEM that a step of the backward kernel needs.
 
   Args:
     of: the plan for sequences of `length` tokens.
     length: L.
+    head: the width of a head.
     itemsize: bytes of a number.
   """
   packed, images, lanes, queries = of
-  keys = -(-packed * length // 8) * 8
+  rows = lambda n: -(-n // 8) * 8
+  keys = rows(packed * length)
   # Of keys: k, v and their gradients. Of queries: q, its gradient, that of the
   # result. Each twice, since the next step's are copied meanwhile.
-  blocks = 2 * images * lanes * itemsize * (4 * keys + 3 * queries)
+  blocks = 2 * images * lanes * itemsize * (4 * keys + 3 * rows(queries))
   sums = 2 * images * lanes * keys * 4 if queries < packed * length else 0
-  # What the compiler keeps of logits and weights: 22 of them for So400m/14.
-  return blocks + sums + 32 * keys * queries * 4
+  # Of the heads that share registers: gradients of keys and values, and k.T.
+  unit = min(math.lcm(head, LANES), lanes)
+  unit = keys * unit * (2 * 4 + itemsize)
+  # What the compiler keeps of logits and weights: 4 to 7 of them.
+  return blocks + sums + unit + 8 * keys * rows(queries) * 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -168,13 +198,13 @@ def _on(
 
   The compiler cannot split a kernel over devices by itself.
   """
-  interpret = mesh.devices.flat[0].platform == "cpu"
-  fn = functools.partial(fn, length, num_heads, interpret)
+  device = mesh.devices.flat[0]
+  fn = functools.partial(fn, length, num_heads, device)
   return sharding.on_each_device(fn, mesh)(*args)
 
 
-def _forward(length, num_heads, interpret, query, key, value, bias):
-  it = _Layout(query, length, num_heads)
+def _forward(length, num_heads, device, query, key, value, bias):
+  it = _Layout(query, length, num_heads, vmem_of(device))
   inputs = it.inputs(query, key, value, bias)
   out, lse = pl.pallas_call(
     functools.partial(_forward_kernel, it, bias is not None),
@@ -183,14 +213,14 @@ def _forward(length, num_heads, interpret, query, key, value, bias):
     out_specs=[it.tokens, it.per_query],
     out_shape=[it.like(query), it.sums],
     compiler_params=it.params("parallel"),
-    interpret=interpret,
+    interpret=device.platform == "cpu",
     name="attention_forward",
   )(*(it.join(x) for x, _ in inputs))
   return out.reshape(query.shape), lse
 
 
-def _backward(length, num_heads, interpret, query, key, value, bias, lse, dout):
-  it = _Layout(query, length, num_heads)
+def _backward(length, num_heads, device, query, key, value, bias, lse, dout):
+  it = _Layout(query, length, num_heads, vmem_of(device))
   inputs = it.inputs(query, key, value, bias)
   inputs += [(lse, it.per_query), (dout, it.tokens)]
   found = pl.pallas_call(
@@ -202,7 +232,7 @@ def _backward(length, num_heads, interpret, query, key, value, bias, lse, dout):
     # Over parts of the queries, gradients of keys and values add up.
     scratch_shapes=[it.total] * 2 if it.grid[2] > 1 else [],
     compiler_params=it.params("arbitrary"),
-    interpret=interpret,
+    interpret=device.platform == "cpu",
     name="attention_backward",
   )(*(it.join(x) for x, _ in inputs))
   return tuple(x.reshape(query.shape) for x in found)
@@ -217,12 +247,12 @@ class _Layout:
       compiler pads and copies unless L is a multiple of 8.
   """
 
-  def __init__(self, query: Array, length: int, num_heads: int):
+  def __init__(self, query: Array, length: int, num_heads: int, vmem: int):
     rows, width = query.shape
-    batch = rows // length
+    batch, size = rows // length, query.dtype.itemsize
     self.length, self.head = length, width // num_heads
-    self.plan = plan(batch, length, width, self.head)
-    self.memory = memory(self.plan, length, query.dtype.itemsize)
+    self.plan = plan(batch, length, width, self.head, size, vmem)
+    self.memory = memory(self.plan, length, self.head, size)
     packed, n, w, queries = self.plan
     self.joined, self.keys = batch // packed, packed * length
     groups, heads = width // w, w // self.head

@@ -1,6 +1,7 @@
 """What a program sets when it starts: kept programs, kept memory."""
 
 import ctypes
+import logging
 import os
 import sys
 
@@ -8,19 +9,32 @@ import jax
 
 from sigjax.runtime import files
 
+log = logging.getLogger("sigjax")
+
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
-def keep_compiled() -> None:
-  """Keeps compiled programs in the cache folder: the next start is faster.
+def keep_compiled(workdir: files.Path) -> None:
+  """Keeps compiled programs, so that the next start is faster, and says where.
 
-  JAX_COMPILATION_CACHE_DIR names another folder; empty, it keeps none.
+  Those of a run in a bucket are in its workdir: a machine that was preempted is
+  gone with its own disk. Those of other runs are in the cache folder.
+  JAX_COMPILATION_CACHE_DIR names another place; empty, none is kept.
+
+  Args:
+    workdir: of the run; it need not exist.
   """
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    folder = files.cache_dir() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+  if folder is None:
+    home = workdir if files.in_bucket(workdir) else files.cache_dir()
+    folder = str(home / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  if files.in_bucket(files.path(folder)):
+    # XLA itself writes what it measured on GPUs, and knows no buckets.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+  log.info("compiled programs are kept in %s", folder or "no folder")
 
 
 def keep_memory() -> bool:

@@ -66,7 +66,7 @@ def test_what_is_named_has_to_be_there(name, platform, more, text):
 
 def test_a_chip_with_too_little_memory_is_named():
   with pytest.raises(
-    errors.UserError, match="33 MiB of VMEM for 729 tokens of 1152, and .* 16;"
+    errors.UserError, match="32 MiB of VMEM for 729 tokens of 1152, and .* 16;"
   ):
     attention.choose(
       way("pallas", "tpu", kind="TPU v4"), CASE._replace(**SO400M)

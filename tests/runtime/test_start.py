@@ -9,12 +9,19 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROGRAM = """
+import logging
 import resource
+import sys
 import numpy as np
 import jax
-from sigjax.runtime import start
+from sigjax.runtime import files, start
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+hits = []
+jax.monitoring.register_event_listener(
+  lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None
+)
 start.keep_memory()
-start.keep_compiled()
+start.keep_compiled(files.path(sys.argv[1]))
 print(jax.config.jax_compilation_cache_dir)
 if jax.config.jax_compilation_cache_dir:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -25,7 +32,23 @@ for i in range(9):
   np.ones(1 << 26, np.uint8)
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(min(faults[1:]))
+print(len(hits))
 """
+
+
+def started(workdir, env):
+  """Returns the lines that PROGRAM prints, then those that it logs."""
+  inherited = {k: v for k, v in os.environ.items() if "COMPILATION" not in k}
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAM, str(workdir)],
+    env={**inherited, "XLA_FLAGS": "", **env},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return [*done.stdout.splitlines(), *done.stderr.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -36,18 +59,27 @@ print(min(faults[1:]))
   ],
 )
 def test_what_is_kept(tmp_path, given, kept):
-  env = {k: v for k, v in os.environ.items() if "COMPILATION" not in k}
-  done = subprocess.run(
-    [sys.executable, "-c", PROGRAM],
-    env={**env, "SIGJAX_CACHE": str(tmp_path), "XLA_FLAGS": "", **given},
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  folder, faults = done.stdout.split("\n")[:2]
+  env = {"SIGJAX_CACHE": str(tmp_path), **given}
+  folder, faults, _, said = started(tmp_path / "workdir", env)
+  assert said == f"compiled programs are kept in {folder or 'no folder'}"
   assert (folder == str(tmp_path / "compiled")) == kept
   assert any((tmp_path / "compiled").glob("*")) == kept
   if sys.platform == "linux":  # pages that had to be cleared
     assert (int(faults) < 8) == kept
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_bucket_keeps_what_is_compiled(tmp_path, server, named):
+  workdir, place = "gs://bucket/run", "gs://bucket/run/compiled"
+  env = {**server.env, "SIGJAX_CACHE": str(tmp_path)}
+  if named:
+    place = workdir = "s3://bucket/programs"
+    env["JAX_COMPILATION_CACHE_DIR"] = place
+  for hits in ("0", "1"):  # the next start compiles nothing
+    folder, _, found, *said = started(workdir, env)
+    assert folder == place and found == hits
+    assert f"compiled programs are kept in {place}" in said  # beside libraries
+  ours = place.split("://")[1] + "/"
+  (name,) = server.names()
+  assert name.startswith(ours) and name.endswith("-cache")
+  assert not list(tmp_path.iterdir())
