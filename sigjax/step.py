@@ -5,6 +5,7 @@ microbatches, E the width of the embeddings.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -215,10 +216,24 @@ class Step(NamedTuple):
     """A step without microbatches."""
     B, weights = len(batch["text"]), self.weights()
 
+    def towers(run, trained, state, batch, places):
+      z, shares_of = run(trained, state, batch)
+      return z, jax.tree.map(lambda x: x[None], shares_of(places, B))
+
+    if min(self.mesh.shape.values()) > 1:
+      # XLA alone sums whole gradients over all devices, then cuts them. This
+      # way devices of "fsdp" get their part first, which is summed over "data".
+      part = lambda *args: self.part_of_towers(*args, 0)
+      specs = P(), P(), P("data"), P("data")
+      run = self.on_data(functools.partial(towers, part), specs)
+    else:
+      whole = lambda *args: self.towers(*args, self.key(state, 0))
+      run = functools.partial(towers, whole)
+
     def fn(trained):
-      z, shares_of = self.towers(trained, state, batch, self.key(state, 0))
+      z, rows = run(trained, state, batch, self.places(B, 0))
       loss = self.pair_loss(trained, state, *z, batch.get("group"))
-      shares = shares_of(self.places(B, 0), B)
+      shares = jax.tree.map(lambda x: jnp.sum(x, 0), rows)
       beside, _ = shares
       total = sum((weights[name] * x for name, x in beside.items()), loss)
       return total, (z, loss, shares)

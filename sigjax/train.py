@@ -652,10 +652,12 @@ def command_line(argv: list[str]) -> None:
   workdir = files.path(workdir)
   program.quiet_libraries()
   start.keep_memory()
+  start.tell_libtpu()
   try:
     hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     program.show_log_in_training()
     start.keep_compiled(workdir)
+    start.log_libtpu()
     # Evaluation alone writes nothing that a run beside it writes.
     alone = contextlib.nullcontext() if FLAGS.eval_only else None
     with alone or lock.hold(workdir):

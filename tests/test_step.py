@@ -199,14 +199,14 @@ def test_microbatches_change_nothing(one_device, k, data, fsdp, feed):
   assert_close(got, one_device)
 
 
-def reductions(k):
-  """Returns the all-reduces of a step in k microbatches, as compiled."""
+def program(k, fsdp=1):
+  """Returns a step in k microbatches, as compiled for eight devices."""
   model = two_towers.TwoTowers(
     image=dict(kind="precomputed", width=16),
     text=dict(TOWER, vocab_size=20),
     out_dim=(None, 16),
   )
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(fsdp=fsdp)
   batch = dict(
     image=np.zeros((32, 16), np.float32), text=np.zeros((32, 6), np.int32)
   )
@@ -219,17 +219,32 @@ def reductions(k):
   shapes = state_lib.param_shapes(model, example)
   state = state_lib.abstract_state(shapes, tx, mesh, SPLIT)
   batch = sharding.put_batch(batch, mesh)
-  text = step.program.lower(state, batch).compile().as_text()
-  found = hlo.Program(text).collectives()
-  return [c for c in found if c.kind == "all-reduce"]
+  return hlo.Program(step.program.lower(state, batch).compile().as_text())
+
+
+def reductions(found):
+  return [c for c in found.collectives() if c.kind == "all-reduce"]
 
 
 def test_gradients_are_reduced_once_a_step():
   """In no loop, and as many bytes whatever k."""
-  two, four = reductions(2), reductions(4)
+  two, four = reductions(program(2)), reductions(program(4))
   assert {c.times for c in two + four} == {1}
   sent = sum(c.sent for c in two)
   assert sent == sum(c.sent for c in four)
+
+
+def test_with_fsdp_gradients_are_cut_before_all_devices_have_them():
+  """Kernels are summed over 4 devices, then their quarters over 2."""
+  found = program(1, fsdp=4)
+  kernel = TOWER["width"] * TOWER["mlp_dim"] * 4
+  largest = {8: 0, 4: 0, 2: 0}
+  for op in found.computations[found._entry]:
+    if op.op == "all-reduce":
+      sizes = [size for _, size in hlo.arrays(op.type)]
+      n = found._group_size(op)
+      largest[n] = max(largest[n], *sizes)
+  assert largest[8] < kernel == largest[4] == 4 * largest[2]
 
 
 def test_microbatches_of_softmax():

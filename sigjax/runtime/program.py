@@ -42,6 +42,7 @@ def run(
     quiet_libraries()
     show_log()
     start.keep_memory()
+    start.tell_libtpu()
     try:
       main(argv)
     except errors.UserError as e:

@@ -1,4 +1,4 @@
-"""What a program sets when it starts: kept programs, kept memory."""
+"""What a program sets when it starts: flags, kept programs, kept memory."""
 
 import ctypes
 import logging
@@ -13,6 +13,28 @@ log = logging.getLogger("sigjax")
 
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+# Kernels that are split over "fsdp" are gathered, then multiplied. Else libtpu
+# sends their parts around, and multiplies a part at a time: smaller products,
+# and copies between them.
+LIBTPU_FLAGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+def tell_libtpu() -> None:
+  """Adds LIBTPU_FLAGS to LIBTPU_INIT_ARGS, which libtpu reads when it starts.
+
+  Flags that are there already stay as they are.
+  """
+  given = os.environ.get("LIBTPU_INIT_ARGS", "")
+  new = [f"--{k}={v}" for k, v in LIBTPU_FLAGS.items() if k not in given]
+  os.environ["LIBTPU_INIT_ARGS"] = " ".join([given, *new]).strip()
+
+
+def log_libtpu() -> None:
+  """Says on TPUs what LIBTPU_INIT_ARGS is; starts JAX."""
+  if jax.default_backend() == "tpu":
+    log.info("LIBTPU_INIT_ARGS=%s", os.environ.get("LIBTPU_INIT_ARGS", ""))
 
 
 def keep_compiled(workdir: files.Path) -> None:

@@ -1,11 +1,15 @@
 """Kept programs and memory, in processes of their own."""
 
+import logging
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from sigjax.runtime import start
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROGRAM = """
@@ -83,3 +87,23 @@ def test_a_bucket_keeps_what_is_compiled(tmp_path, server, named):
   (name,) = server.names()
   assert name.startswith(ours) and name.endswith("-cache")
   assert not list(tmp_path.iterdir())
+
+
+def test_flags_of_libtpu(monkeypatch, caplog):
+  caplog.set_level(logging.INFO, "sigjax")
+  ((name, value),) = start.LIBTPU_FLAGS.items()
+  for given, want in (
+    ("", f"--{name}={value}"),
+    ("--other=1", f"--other=1 --{name}={value}"),
+    (f"--{name}=7", f"--{name}=7"),
+  ):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+    start.tell_libtpu()
+    assert os.environ["LIBTPU_INIT_ARGS"] == want
+    start.tell_libtpu()  # once is enough
+    assert os.environ["LIBTPU_INIT_ARGS"] == want
+  start.log_libtpu()
+  assert not caplog.messages  # on a CPU
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  start.log_libtpu()
+  assert caplog.messages == [f"LIBTPU_INIT_ARGS={want}"]

@@ -27,6 +27,7 @@ from sigjax import sharding as sharding_lib
 from sigjax.data.example import preprocess
 from sigjax.models import flops as flops_lib
 from sigjax.models import two_towers
+from sigjax.runtime import start
 from tools.aot import chips, hlo, kernels
 
 GIB = 2**30
@@ -107,6 +108,7 @@ def open_topology(name: str) -> tuple[list[Any], chips.Chip]:
     raise errors.UserError(
       "the TPU compiler is not installed: pip install 'sigjax[aot]'"
     )
+  start.tell_libtpu()
   kernels.dump_schedules()
   # libtpu must not look for a real TPU, nor lock one.
   for key, value in dict(
