@@ -311,13 +311,13 @@ def test_a_mistake_ends_in_one_line(tmp_path):
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def step_job(config, **more):
+def step_job(config, fsdp=1, **more):
   keys = ("batch_size", "total_steps", "model", "optim", "pp_image", "pp_text")
   return errors.call(
     compiler.step_job,
     {**{k: config[k] for k in keys}, **more},
     "config",
-    sharding.make_mesh(),
+    sharding.make_mesh(fsdp=fsdp),
   )
 
 
@@ -328,9 +328,10 @@ def test_flops_as_traced_are_those_of_the_formula(tiny_config):
   traced = lambda job: compiler.traced_flops(job, 8)
   # No gradient goes into the pixels: less than twice forward for the patches.
   assert traced(once) == pytest.approx(once.flops, rel=0.1)
-  twice = step_job(config, microbatches=2)
-  assert twice.flops == once.flops
-  assert traced(twice) == pytest.approx(4 / 3 * once.flops, rel=0.1)
+  for fsdp in (1, 2):
+    twice = step_job(config, fsdp, microbatches=2)
+    assert twice.flops == once.flops
+    assert traced(twice) == pytest.approx(4 / 3 * once.flops, rel=0.1)
   # Whatever its remat: without gradients there is nothing to compute again.
   config["model"]["image"]["remat"] = "full"
   locked = step_job(config, lock=("img",), microbatches=2)

@@ -323,10 +323,10 @@ def traced_flops(job: Job, devices: int) -> float:
   """
   jaxpr = job.traced.jaxpr.jaxpr
   used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-  return jaxpr_flops(used, devices) / devices
+  return jaxpr_flops(used) / devices
 
 
-def jaxpr_flops(jaxpr: Any, devices: int) -> int:
+def jaxpr_flops(jaxpr: Any) -> int:
   """Returns the FLOPs of matrix products and convolutions, on all devices."""
   total = 0
   for eqn in jaxpr.eqns:
@@ -342,10 +342,14 @@ def jaxpr_flops(jaxpr: Any, devices: int) -> int:
       total += (
         2 * eqn.outvars[0].aval.size * (kernel.size // kernel.shape[out_dim])
       )
-    # The jaxpr in a shard_map is what one device does.
-    times = {"scan": eqn.params.get("length"), "shard_map": devices}.get(
-      eqn.primitive.name, 1
-    )
+    times = 1
+    if eqn.primitive.name == "scan":
+      times = eqn.params["length"]
+    elif eqn.primitive.name == "shard_map":
+      # The jaxpr in it is what one place of these axes does. They are called
+      # "newly_manual_axes" or "manual_axes", by version.
+      (axes,) = (v for k, v in eqn.params.items() if "manual_axes" in k)
+      times = math.prod(eqn.params["mesh"].shape[axis] for axis in axes)
     found = [
       sub
       for value in eqn.params.values()
@@ -353,7 +357,7 @@ def jaxpr_flops(jaxpr: Any, devices: int) -> int:
     ]
     found = [getattr(sub, "jaxpr", sub) for sub in found]
     found = [sub for sub in found if hasattr(sub, "eqns")]
-    parts = [times * jaxpr_flops(sub, devices) for sub in found]
+    parts = [times * jaxpr_flops(sub) for sub in found]
     total += (max if eqn.primitive.name == "cond" else sum)(parts or [0])
   return total
 
