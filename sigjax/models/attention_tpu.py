@@ -134,6 +134,7 @@ def attend(
   mask: Bool[Array, "B L"] | None,
   num_heads: int,
   mesh: Mesh,
+  bias: Float[Array, "1 1 W"] | None = None,
 ) -> Float[Array, "B L W"]:
   """Attention of each token to the tokens of its row that the mask allows.
 
@@ -143,45 +144,52 @@ def attend(
     num_heads: heads, side by side.
     mesh: the devices; B is split over all of them. If they are CPUs, the
       kernels are interpreted, which is slow.
+    bias: added to each query. The kernel sums its gradient, which would else be
+      a pass over those of all queries.
 
   Returns:
     In the inputs' dtype.
   """
-  return _attend_fwd(query, key, value, mask, num_heads, mesh)[0]
+  return _attend_fwd(query, key, value, mask, num_heads, mesh, bias)[0]
 
 
-def _attend_fwd(query, key, value, mask, num_heads, mesh):
-  shape = query.shape
+def _attend_fwd(query, key, value, mask, num_heads, mesh, bias):
+  shape, dtype = query.shape, query.dtype
   scale = (shape[2] // num_heads) ** -0.5 * math.log2(math.e)
+  query, key, value = (x.reshape(-1, shape[2]) for x in (query, key, value))
   # The compiler puts this into the projection.
-  query = (query.astype(jnp.float32) * scale).astype(query.dtype)
-  query, key, value = (
-    checkpoint_name(x.reshape(-1, shape[2]), "qkv") for x in (query, key, value)
-  )
-  bias = None
+  query = query.astype(jnp.float32)
+  if bias is not None:
+    query += bias[0].astype(jnp.float32)
+  query = (query * scale).astype(dtype)
+  query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
+  allowed = None
   if mask is not None:
-    bias = jnp.where(mask[:, None, :], 0.0, MASKED)
-  args = (query, key, value, bias)
-  out, lse = _on(mesh, _forward, shape[1], num_heads, args)
-  out, lse = _attended(out), _attended(lse)
-  return out.reshape(shape), (*args, lse)
+    allowed = jnp.where(mask[:, None, :], 0.0, MASKED)
+  args = (query, key, value, allowed)
+  bits, lse = _on(mesh, _forward, shape[1], num_heads, args)
+  bits, lse = (checkpoint_name(x, "attended") for x in (bits, lse))
+  out = lax.bitcast_convert_type(bits, dtype)
+  return out.reshape(shape), (*args, lse, bias)
 
 
 def _attend_bwd(num_heads, mesh, residuals, dout):
-  query, key, value, bias, lse = residuals
-  args = (query, key, value, bias, lse, dout.reshape(query.shape))
-  grads = _on(mesh, _backward, dout.shape[1], num_heads, args)
-  return *(x.reshape(dout.shape) for x in grads), None
+  query, key, value, allowed, lse, bias = residuals
+  args = (query, key, value, allowed, lse, dout.reshape(query.shape))
+  *grads, sums = _on(mesh, _backward, dout.shape[1], num_heads, args)
+  dbias = None
+  if bias is not None:
+    dbias = jnp.sum(sums, 0, keepdims=True).astype(bias.dtype)
+  return *(x.reshape(dout.shape) for x in grads), None, dbias
 
 
-def _attended(x: Array) -> Array:
-  """Names x, as integers: of floats that it saves, JAX makes a copy.
+def _bits(dtype: Any) -> Any:
+  """Returns the integers as which the kernel writes results that are kept.
 
-  That is a "reduce_precision", which other arrays have in the product that they
-  come from.
+  Of floats that it keeps for the backward pass, JAX makes a copy: a
+  "reduce_precision", which other arrays have in the product they come from.
   """
-  bits = lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}"))
-  return lax.bitcast_convert_type(checkpoint_name(bits, "attended"), x.dtype)
+  return jnp.dtype(f"int{8 * jnp.dtype(dtype).itemsize}")
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
@@ -211,7 +219,10 @@ def _forward(length, num_heads, device, query, key, value, bias):
     grid=it.grid,
     in_specs=[block for _, block in inputs],
     out_specs=[it.tokens, it.per_query],
-    out_shape=[it.like(query), it.sums],
+    out_shape=[
+      jax.ShapeDtypeStruct(it.join(query).shape, _bits(query.dtype)),
+      it.per_query_shape(jnp.int32),
+    ],
     compiler_params=it.params("parallel"),
     interpret=device.platform == "cpu",
     name="attention_forward",
@@ -227,15 +238,16 @@ def _backward(length, num_heads, device, query, key, value, bias, lse, dout):
     functools.partial(_backward_kernel, it, bias is not None),
     grid=it.grid,
     in_specs=[block for _, block in inputs],
-    out_specs=[it.tokens, it.rows, it.rows],
-    out_shape=[it.like(query)] * 3,
+    out_specs=[it.tokens, it.rows, it.rows, it.sums],
+    out_shape=[*[it.like(query)] * 3, it.sums_shape],
     # Over parts of the queries, gradients of keys and values add up.
     scratch_shapes=[it.total] * 2 if it.grid[2] > 1 else [],
     compiler_params=it.params("arbitrary"),
     interpret=device.platform == "cpu",
     name="attention_backward",
   )(*(it.join(x) for x, _ in inputs))
-  return tuple(x.reshape(query.shape) for x in found)
+  *grads, sums = found
+  return *(x.reshape(query.shape) for x in grads), sums
 
 
 class _Layout:
@@ -269,8 +281,11 @@ class _Layout:
     self.per_query = pl.BlockSpec(
       (n, None, heads, queries), lambda i, g, t: (i, g, 0, t)
     )
-    shape = (self.joined, groups, heads, self.keys)
-    self.sums = jax.ShapeDtypeStruct(shape, jnp.float32)
+    self._shape = (self.joined, groups, heads, self.keys)
+    # Of each step, over its queries.
+    self.sums = pl.BlockSpec((None, 1, w), lambda i, g, t: (i, 0, g))
+    shape = (self.joined // n, 1, width)
+    self.sums_shape = jax.ShapeDtypeStruct(shape, jnp.float32)
     self.total = pltpu.VMEM((n, self.keys, w), jnp.float32)
 
   def inputs(self, query, key, value, bias) -> list[tuple[Array, Any]]:
@@ -286,6 +301,9 @@ class _Layout:
       dimension_semantics=("parallel", "parallel", over_queries),
       vmem_limit_bytes=self.memory if self.memory > GIVEN else None,
     )
+
+  def per_query_shape(self, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(self._shape, dtype)
 
   def like(self, x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(self.join(x).shape, x.dtype)
@@ -407,17 +425,17 @@ def _forward_kernel(it, masked, query, key, value, *refs):
     found = _dot(jnp.concatenate([rows, ones]), e, 1, 0)
     total = found[head.size : head.size + 1]
     number %= lse.shape[1]
-    lse[i, number : number + 1] = top + jnp.log2(total)
+    lse[i, number : number + 1] = _as_bits(top + jnp.log2(total))
     done.append(found[: head.size] / total)
     if head.is_last:
       at = it.at(i, head.units)
-      out[at] = jnp.concatenate(done).astype(out.dtype).T
+      out[at] = _as_bits(jnp.concatenate(done).astype(query.dtype).T)
       values, done = None, []
 
 
 def _backward_kernel(it, masked, query, key, value, *refs):
   mask, *refs = refs if masked else (None, *refs)
-  lse, dout, dquery, dkey, dvalue, *sums = refs
+  lse, dout, dquery, dkey, dvalue, dbias, *sums = refs
   _, n, _, queries = it.plan
   bias = [it.logit_bias(mask, i, queries) for i in range(n)]
   # The last queries of a sequence may be fewer than a block has.
@@ -446,7 +464,8 @@ def _backward_kernel(it, masked, query, key, value, *refs):
   ):
     i = head.image
     number %= lse.shape[1]
-    p = present(jnp.exp2(s - lse[i, number : number + 1]), 1)
+    log_total = lax.bitcast_convert_type(lse[i, number : number + 1], s.dtype)
+    p = present(jnp.exp2(s - log_total), 1)
     ds = p * (dp - jnp.sum(p * dp, axis=0, keepdims=True))
     p, ds = p.astype(dout.dtype), ds.astype(dout.dtype)
     for totals, x in ((dv, _dot(p, do, 1, 0)), (dk, _dot(ds, q, 1, 0))):
@@ -460,11 +479,32 @@ def _backward_kernel(it, masked, query, key, value, *refs):
     done.append(found * head.size**-0.5)
     if head.is_last:
       at = it.at(i, head.units)
-      dquery[at] = jnp.concatenate(done).astype(dquery.dtype).T
+      dq = jnp.concatenate(done).astype(dquery.dtype).T
+      dquery[at] = dq
+      _add(dbias, i, head.units, jnp.sum(dq, 0, jnp.float32, keepdims=True))
       # The logits are those of base 2.
       _finish(dkey, sums[:1], it, i, dk, math.log(2))
       _finish(dvalue, sums[1:], it, i, dv, 1.0)
       keys, done, dk, dv = None, [], {}, {}
+
+
+def _as_bits(x: Array) -> Array:
+  return lax.bitcast_convert_type(x, _bits(x.dtype))
+
+
+def _add(to: Any, i: int, lanes: slice, x: Array) -> None:
+  """Adds x, (1, lanes), to the sums of a step, of its image i."""
+  if i > 0:
+    to[:, lanes] += x
+    return
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    to[:, lanes] = x
+
+  @pl.when(pl.program_id(2) > 0)
+  def _():
+    to[:, lanes] += x
 
 
 def _finish(to, sums, it, i, parts, scale):
