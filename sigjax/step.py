@@ -5,7 +5,6 @@ microbatches, E the width of the embeddings.
 """
 
 from collections.abc import Callable, Sequence
-import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -216,27 +215,28 @@ class Step(NamedTuple):
     """A step without microbatches."""
     B, weights = len(batch["text"]), self.weights()
 
-    def towers(run, trained, state, batch, places):
-      z, shares_of = run(trained, state, batch)
+    # XLA alone sums whole gradients over all devices, then cuts them. In a
+    # shard_map over "data", devices of "fsdp" get their part first.
+    apart = min(self.mesh.shape.values()) > 1
+
+    def towers(trained, state, batch, places):
+      if apart:
+        z, shares_of = self.part_of_towers(trained, state, batch, 0)
+      else:
+        key = self.key(state, 0)
+        z, shares_of = self.towers(trained, state, batch, key)
       return z, jax.tree.map(lambda x: x[None], shares_of(places, B))
 
-    if min(self.mesh.shape.values()) > 1:
-      # XLA alone sums whole gradients over all devices, then cuts them. This
-      # way devices of "fsdp" get their part first, which is summed over "data".
-      part = lambda *args: self.part_of_towers(*args, 0)
-      specs = P(), P(), P("data"), P("data")
-      run = self.on_data(functools.partial(towers, part), specs)
-    else:
-      whole = lambda *args: self.towers(*args, self.key(state, 0))
-      run = functools.partial(towers, whole)
+    specs = P(), P(), P("data"), P("data")
+    run = self.on_data(towers, specs) if apart else towers
 
     def fn(trained):
-      z, rows = run(trained, state, batch, self.places(B, 0))
-      loss = self.pair_loss(trained, state, *z, batch.get("group"))
+      (zimg, ztxt), rows = run(trained, state, batch, self.places(B, 0))
+      loss = self.pair_loss(trained, state, zimg, ztxt, batch.get("group"))
       shares = jax.tree.map(lambda x: jnp.sum(x, 0), rows)
       beside, _ = shares
       total = sum((weights[name] * x for name, x in beside.items()), loss)
-      return total, (z, loss, shares)
+      return total, ((zimg, ztxt), loss, shares)
 
     grad = jax.value_and_grad(fn, has_aux=True)
     (_, (z, loss, shares)), grads = grad(state.trained)

@@ -217,8 +217,9 @@ class _Projection(nn.Module):
   bias: bool = True
 
   @nn.compact
-  def __call__(self, x: Array) -> tuple[Array, Any]:
-    width = x.shape[-1]
+  def __call__(self, x: Array | None, width: int = 0) -> tuple[Array, Any]:
+    """Returns (x @ kernel, bias); for None the kernel of inputs of a width."""
+    width = width if x is None else x.shape[-1]
     if self.out is None:
       shape, ends = (width, *self.heads), self.heads
     else:
@@ -232,6 +233,9 @@ class _Projection(nn.Module):
     cast = lambda a: jnp.asarray(a, self.dtype)  # parameters may be NumPy's
     if self.bias:
       bias = cast(self.param("bias", nn.initializers.zeros, ends))
+    if x is None:
+      return cast(kernel), bias
+    if bias is not None:
       bias = bias.reshape((1,) * (x.ndim - 1) + (-1,))
     return cast(x) @ cast(kernel).reshape(flat), bias
 
@@ -339,3 +343,49 @@ class MultiHeadDotProductAttention(nn.Module):
     kept = self.variable(*where, jnp.zeros, shape, x.dtype)
     kept.value = jax.lax.dynamic_update_slice(kept.value, x, (0, place, 0))
     return kept.value
+
+
+class AttentionOfOneQuery(nn.Module):
+  """MultiHeadDotProductAttention of one query that all rows share.
+
+  No key and no value is computed. The query is known before the keys, so a
+  head's goes through the keys' kernel once, and the logits are products of it
+  with the rows. What it attends to is a mean of the rows, by its weights, which
+  goes through the values' kernel.
+
+  Attributes:
+    num_heads: N; the heads are W / N wide, H.
+    dtype: compute dtype.
+  """
+
+  num_heads: int
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self,
+    query: Float[Array, "1 W"],
+    x: Float[Array, "B L W"],
+    mask: Bool[Array, "B L"] | None = None,
+  ) -> Float[Array, "B W"]:
+    width = x.shape[-1]
+    heads = (self.num_heads, width // self.num_heads)
+    project = lambda name, out=None: _Projection(
+      heads, out, self.dtype, name=name
+    )
+    x = x.astype(self.dtype)
+    q, bias = project("query")(query)
+    q = (q + bias).reshape(heads) * heads[1] ** -0.5
+    # The keys' bias adds the same to all logits.
+    kernel, _ = project("key")(None, width)
+    q = jnp.einsum("wnh,nh->wn", kernel, q)
+    logits = jnp.einsum("blw,wn->bnl", x, q).astype(jnp.float32)
+    if mask is not None:
+      least = jnp.finfo(jnp.float32).min
+      logits = jnp.where(mask[:, None], logits, least)
+    weights = jax.nn.softmax(logits).astype(self.dtype)
+    kernel, bias = project("value")(None, width)
+    means = jnp.einsum("bnl,blw->bnw", weights, x)
+    attended = jnp.einsum("bnw,wnh->bnh", means, kernel) + bias[None]
+    rows, bias = project("out", width)(attended.reshape(-1, width))
+    return rows + bias

@@ -100,6 +100,6 @@ def _encoder(size: Sizes, length: int) -> int:
 
 
 def _map_head(size: Sizes, length: int) -> int:
-  width, _, mlp_dim, _ = size
-  keys_values = 2 * length * width * width + 2 * length * width
-  return 2 * (keys_values + 2 * width * width + 2 * width * mlp_dim)
+  width, _, mlp_dim, heads = size
+  logits_and_means = 2 * length * width * heads
+  return 2 * (logits_and_means + 3 * width * width + 2 * width * mlp_dim)

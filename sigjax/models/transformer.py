@@ -271,12 +271,11 @@ class MAPHead(nn.Module):
     probe = self.param(
       "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
     )
-    probe = jnp.broadcast_to(probe, (x.shape[0], 1, x.shape[-1]))
-    # One query takes no time: no other way than XLA's.
-    attend = attention.MultiHeadDotProductAttention(self.num_heads, self.dtype)
-    x = attend(probe, x, mask)
-    x = x + MlpBlock(self.mlp_dim, dtype=self.dtype)(LayerNorm()(x))
-    return x[:, 0]
+    attend = attention.AttentionOfOneQuery(
+      self.num_heads, self.dtype, name="MultiHeadDotProductAttention_0"
+    )
+    x = attend(probe[0], x, mask)
+    return x + MlpBlock(self.mlp_dim, dtype=self.dtype)(LayerNorm()(x))
 
 
 def pool(

@@ -129,3 +129,43 @@ def test_the_layer_is_flax_own(masked):
     value_and_gradients(ours, mask),
     value_and_gradients(flax, allowed),
   )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_for_all_rows_is_flax_own_too(masked):
+  rng = np.random.default_rng(0)
+  query, keys, weights = (
+    rng.standard_normal(shape).astype(np.float32)
+    for shape in ((1, 16), (2, 5, 16), (2, 16))
+  )
+  mask = np.array([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]], bool) if masked else None
+  ours = attention.AttentionOfOneQuery(2, "float32")
+  flax = nn.MultiHeadDotProductAttention(
+    2, kernel_init=nn.initializers.xavier_uniform()
+  )
+  params = ours.init(jax.random.key(0), query, keys)
+  each = lambda query: jnp.broadcast_to(query[None], (2, 1, 16))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    params,
+    flax.init(jax.random.key(0), each(query), keys),
+  )
+  noise = lambda p: p + rng.normal(0, 0.3, p.shape).astype(np.float32)
+  params = jax.tree.map(noise, params)
+
+  def found(layer):
+    def fn(params, query, keys):
+      out = layer(params, query, keys)
+      return jnp.sum(out * weights), out
+
+    return jax.grad(fn, (0, 1, 2), has_aux=True)(params, query, keys)
+
+  def theirs(params, query, keys):
+    allowed = None if mask is None else mask[:, None, None, :]
+    return flax.apply(params, each(query), keys, mask=allowed)[:, 0]
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
+    found(lambda *args: ours.apply(*args, mask=mask)),
+    found(theirs),
+  )
