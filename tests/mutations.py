@@ -1,4 +1,4 @@
-"""Counts which of 79 deliberate mistakes in the code the tests notice.
+"""Counts which of 84 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word
@@ -532,9 +532,40 @@ MUTATIONS = [
   ),
   Mutation(
     "remat.py",
-    "  if kept.exists():\n",
+    "  if kept and kept.exists():\n",
     "  if False:\n",
     "test_remat.py",
+  ),
+  # ---- Attention ----
+  Mutation(
+    "models/attention_tpu.py",
+    "  @pl.when(pl.program_id(2) > 0)\n  def _():\n    to[:, lanes] += x",
+    "  @pl.when(pl.program_id(2) > 0)\n  def _():\n    to[:, lanes] = x",
+    "models/test_attention_tpu.py::test_queries_in_parts",
+  ),
+  Mutation(
+    "models/attention_tpu.py",
+    "  if i > 0:\n    to[:, lanes] += x",
+    "  if i > 0:\n    to[:, lanes] = x",
+    "models/test_attention_tpu.py::test_against_numpy",
+  ),
+  Mutation(
+    "models/attention.py",
+    "logits = jnp.where(mask[:, None], logits, least)",
+    "logits = jnp.where(mask[:, None], logits, 0.0)",
+    "models/test_attention.py",
+  ),
+  Mutation(
+    "step.py",
+    "apart = min(self.mesh.shape.values()) > 1",
+    "apart = False",
+    STEP,
+  ),
+  Mutation(
+    "runtime/start.py",
+    "home = workdir if files.in_bucket(workdir) else files.cache_dir()",
+    "home = files.cache_dir()",
+    "runtime/test_start.py",
   ),
   # ---- Rates ----
   Mutation(

@@ -211,11 +211,11 @@ def _on(
   return sharding.on_each_device(fn, mesh)(*args)
 
 
-def _forward(length, num_heads, device, query, key, value, bias):
+def _forward(length, num_heads, device, query, key, value, mask):
   it = _Layout(query, length, num_heads, vmem_of(device))
-  inputs = it.inputs(query, key, value, bias)
+  inputs = it.inputs(query, key, value, mask)
   out, lse = pl.pallas_call(
-    functools.partial(_forward_kernel, it, bias is not None),
+    functools.partial(_forward_kernel, it, mask is not None),
     grid=it.grid,
     in_specs=[block for _, block in inputs],
     out_specs=[it.tokens, it.per_query],
@@ -230,12 +230,12 @@ def _forward(length, num_heads, device, query, key, value, bias):
   return out.reshape(query.shape), lse
 
 
-def _backward(length, num_heads, device, query, key, value, bias, lse, dout):
+def _backward(length, num_heads, device, query, key, value, mask, lse, dout):
   it = _Layout(query, length, num_heads, vmem_of(device))
-  inputs = it.inputs(query, key, value, bias)
+  inputs = it.inputs(query, key, value, mask)
   inputs += [(lse, it.per_query), (dout, it.tokens)]
   found = pl.pallas_call(
-    functools.partial(_backward_kernel, it, bias is not None),
+    functools.partial(_backward_kernel, it, mask is not None),
     grid=it.grid,
     in_specs=[block for _, block in inputs],
     out_specs=[it.tokens, it.rows, it.rows, it.sums],
@@ -277,7 +277,7 @@ class _Layout:
     else:
       self.rows = pl.BlockSpec((n, self.keys, w), lambda i, g, t: (i, 0, g))
       self.tokens = pl.BlockSpec((n, queries, w), lambda i, g, t: (i, t, g))
-    self.bias = pl.BlockSpec((n, 1, self.keys), lambda i, g, t: (i, 0, 0))
+    self.mask = pl.BlockSpec((n, 1, self.keys), lambda i, g, t: (i, 0, 0))
     self.per_query = pl.BlockSpec(
       (n, None, heads, queries), lambda i, g, t: (i, g, 0, t)
     )
@@ -288,10 +288,10 @@ class _Layout:
     self.sums_shape = jax.ShapeDtypeStruct(shape, jnp.float32)
     self.total = pltpu.VMEM((n, self.keys, w), jnp.float32)
 
-  def inputs(self, query, key, value, bias) -> list[tuple[Array, Any]]:
+  def inputs(self, query, key, value, mask) -> list[tuple[Array, Any]]:
     """Returns (array, its blocks) of what both kernels take first."""
     found = [(query, self.tokens), (key, self.rows), (value, self.rows)]
-    return found if bias is None else [*found, (bias, self.bias)]
+    return found if mask is None else [*found, (mask, self.mask)]
 
   def params(
     self, over_queries: Literal["parallel", "arbitrary"]
