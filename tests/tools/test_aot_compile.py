@@ -95,6 +95,26 @@ replica_groups=[1,64]<=[64], backend_config={{{config}}}
   assert found.over_link == found.sent == 2 * 15 * size // 16
 
 
+def test_attributes_with_line_breaks_belong_to_their_op():
+  text = """
+HloModule jit_step
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8] parameter(0)
+  %k = f32[8] custom-call(%a), frontend_attributes={kernel_metadata={
+"block": "1"
+}}, custom_call_target="tpu_custom_call"
+  ROOT %b = f32[8] negate(%k)
+}
+
+FileNames
+1 "x.py"
+"""
+  _, kernel, last = hlo.Program(text).computations["main"]
+  assert hlo.is_kernel(kernel) and '"block": "1"' in kernel.rest
+  assert last.rest == "%k)"
+
+
 # A collective in steps, as libtpu cuts them: a fusion that starts it, two that
 # go on with it beside a product, one that ends it. All are channel 7.
 STEPS = """

@@ -120,9 +120,13 @@ class Program:
       if head:
         ops = self.computations[head[2]] = []
         self._entry = head[2] if head[1] else self._entry
+      elif line == "}":
+        ops = None
       elif ops is not None and (found := _LINE.match(line)):
         root, name, type_text, op, rest = found.groups()
         ops.append(Op(name, type_text, op, rest, bool(root)))
+      elif ops:  # attributes of a kernel may have line breaks
+        ops[-1] = ops[-1]._replace(rest=ops[-1].rest + line)
     found = re.search(r"num_partitions=(\d+)", text)
     self._devices = int(found[1]) if found else 1
     self.times, self.uncounted = {}, 0
