@@ -13,9 +13,8 @@ from jaxtyping import Array, Bool, Float
 
 from sigjax import errors, sharding
 
-# Rows of all heads side by side, (B, L, W), the mask of keys, and the bias of
-# queries, (1, 1, W) -> rows. Masks that differ between queries, (B, L, M), are
-# for XLA's way alone.
+# Rows of all heads side by side, (B, L, W), and the mask of keys -> the same.
+# Masks that differ between queries, (B, L, M), are for XLA's way alone.
 Rows = Float[Array, "B L W"]
 Mask = Bool[Array, "B M"] | Bool[Array, "B L M"] | None
 
@@ -139,18 +138,9 @@ def _no_heads(case: Case) -> str | None:
 WHY_NOT = dict(xla=lambda *_: None, pallas=_no_pallas, cudnn=_no_cudnn)
 
 
-def _xla(
-  q: Rows,
-  k: Rows,
-  v: Rows,
-  mask: Mask,
-  num_heads: int,
-  mesh: Any,
-  bias: Any = None,
-):
+def _xla(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Any):
   del mesh
   rows = q.shape
-  q = q if bias is None else q + bias
   q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
   q, k, v = (_heads(x, num_heads) for x in (q, k, v))
   allowed = mask
@@ -173,17 +163,7 @@ def _pallas(
   return attention_tpu.attend(q, k, v, mask, num_heads, mesh, bias)
 
 
-def _cudnn(
-  q: Rows,
-  k: Rows,
-  v: Rows,
-  mask: Mask,
-  num_heads: int,
-  mesh: Mesh,
-  bias: Any = None,
-):
-  q = q if bias is None else q + bias
-
+def _cudnn(q: Rows, k: Rows, v: Rows, mask: Mask, num_heads: int, mesh: Mesh):
   def local(q, k, v, mask):
     q, k, v = (_heads(x, num_heads) for x in (q, k, v))
     if mask is not None:
@@ -305,19 +285,21 @@ class MultiHeadDotProductAttention(nn.Module):
         self._cached(name, projected, place, length_of_cache)
         for name in ("key", "value")
       )
+    L = length or shape[1]
+    name = choose(self.way, Case(*heads, self.dtype, L, mask is not None))
+    if self.is_initializing():  # of one example, which no mesh divides
+      name = "xla"
+    more = {}
+    if self.bias and name == "pallas":  # its kernel sums the bias's gradient
+      more["bias"] = query_bias.reshape(1, 1, width)
+    elif self.bias:
+      query = query + query_bias
     if length:
       query, key, value = (
         y.reshape(-1, length, width) for y in (query, key, value)
       )
-    case = Case(*heads, self.dtype, query.shape[1], mask is not None)
-    name = choose(self.way, case)
-    if self.is_initializing():  # of one example, which no mesh divides
-      name = "xla"
-    attend = WAYS[name]
-    if self.bias:
-      query_bias = query_bias.reshape(1, 1, width)
-    how = self.num_heads, self.way.mesh, query_bias
-    attended = attend(query, key, value, mask, *how)
+    how = self.num_heads, self.way.mesh
+    attended = WAYS[name](query, key, value, mask, *how, **more)
     out = project("out", width)
     rows, bias = out(attended.reshape(shape))
     if not self.bias:
