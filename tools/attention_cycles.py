@@ -24,7 +24,15 @@ from sigjax.runtime import metrics, program
 from tools.aot import compiler, hlo, kernels
 
 FLAGS = flags.FLAGS
-LANES = 128
+# What splash attention and its successor in tokamax call their blocks.
+BLOCKS = (
+  "block_q",
+  "block_kv",
+  "block_kv_compute",
+  "block_q_dkv",
+  "block_kv_dkv",
+  "block_kv_dkv_compute",
+)
 
 
 def ours(heads: int, length: int, mesh: Any) -> Callable:
@@ -52,12 +60,7 @@ def splash(heads: int, length: int, mesh: Any) -> Callable:
 
   mask = lib.MultiHeadMask([lib.FullMask((length, length))] * heads)
   blocks = lib.BlockSizes(
-    block_q=length,
-    block_kv=length,
-    block_kv_compute=length,
-    block_q_dkv=length,
-    block_kv_dkv=length,
-    block_kv_dkv_compute=length,
+    **dict.fromkeys(BLOCKS, length),
     use_fused_bwd_kernel=True,
   )
   kernel: Any = lib.make_splash_mha(
@@ -76,12 +79,7 @@ def tokamax(heads: int, length: int, mesh: Any) -> Callable:
   kernel = lib.splash_attention_kernel
   config = dataclasses.replace(
     kernel.SplashConfig.get_default(),
-    block_q=length,
-    block_kv=length,
-    block_kv_compute=length,
-    block_q_dkv=length,
-    block_kv_dkv=length,
-    block_kv_dkv_compute=length,
+    **dict.fromkeys(BLOCKS, length),
     use_base2_exp=True,
     use_experimental_scheduler=True,
   )
@@ -121,7 +119,8 @@ def measure(
   mesh = sharding.make_mesh(devices=devices[:1])
   shape = batch, length, heads * head
   if name != "ours":
-    length = -(-length // LANES) * LANES
+    lanes = attention_tpu.LANES
+    length = -(-length // lanes) * lanes
     shape = batch, heads, length, head
   x = jax.ShapeDtypeStruct(
     shape, jnp.bfloat16, sharding=sharding.batch_sharding(mesh)

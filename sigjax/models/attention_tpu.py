@@ -88,19 +88,21 @@ def plan(
     least = 1
   unit = math.lcm(head, LANES)
   widths = [w for w in range(unit, width, unit) if width % w == 0] + [width]
-  found = None
-  for parts in range(1, -(-keys // LANES) + 1):
-    queries = -(-keys // parts // LANES) * LANES if parts > 1 else keys
-    work = least * -(-keys // 8) * -(-queries // LANES)  # of a head
-    few = [w for w in widths if w // head * work <= WORK] or widths[:1]
-    for lanes in reversed(few):
-      most = WORK // (lanes // head * work)
-      times = divisor(batch // packed // least, most)
-      found = Plan(packed, least * times, lanes, queries)
-      if memory(found, length, head, itemsize) <= vmem:
-        return found
-  assert found is not None
-  return found
+
+  def plans() -> Iterator[Plan]:
+    """Yields them from the fastest to the smallest."""
+    for parts in range(1, -(-keys // LANES) + 1):
+      queries = -(-keys // parts // LANES) * LANES if parts > 1 else keys
+      work = least * -(-keys // 8) * -(-queries // LANES)  # of a head
+      few = [w for w in widths if w // head * work <= WORK] or widths[:1]
+      for lanes in reversed(few):
+        most = WORK // (lanes // head * work)
+        times = divisor(batch // packed // least, most)
+        yield Plan(packed, least * times, lanes, queries)
+
+  found = list(plans())
+  fits = lambda it: memory(it, length, head, itemsize) <= vmem
+  return next(filter(fits, found), found[-1])
 
 
 def memory(of: Plan, length: int, head: int, itemsize: int) -> int:
@@ -120,10 +122,9 @@ def memory(of: Plan, length: int, head: int, itemsize: int) -> int:
   blocks = 2 * images * lanes * itemsize * (4 * keys + 3 * rows(queries))
   sums = 2 * images * lanes * keys * 4 if queries < packed * length else 0
   # Of the heads that share registers: gradients of keys and values, and k.T.
-  unit = min(math.lcm(head, LANES), lanes)
-  unit = keys * unit * (2 * 4 + itemsize)
+  shared = keys * min(math.lcm(head, LANES), lanes) * (2 * 4 + itemsize)
   # What the compiler keeps of logits and weights: 4 to 7 of them.
-  return blocks + sums + unit + 8 * keys * rows(queries) * 4
+  return blocks + sums + shared + 8 * keys * rows(queries) * 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

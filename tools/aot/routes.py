@@ -44,11 +44,9 @@ def share_of_a_link(attributes: str, devices: int) -> float | None:
   rings = found["name"].startswith("UniDirection")
   left = [1 / len(sizes)] * len(sizes)
   total = 0.0
-  for phase in range(len(sizes[0])):
+  for phase in zip(zip(*sizes), zip(*axes)):  # of each part
     sent: dict[tuple[int, int], float] = defaultdict(float)
-    for i, (n, axis) in enumerate(
-      (x[phase], y[phase]) for x, y in zip(sizes, axes, strict=True)
-    ):
+    for i, (n, axis) in enumerate(zip(*phase, strict=True)):
       sent[axis, n] += left[i] * (n - 1) / n
       left[i] /= n
     total += max(
