@@ -551,8 +551,8 @@ MUTATIONS = [
   ),
   Mutation(
     "models/attention.py",
-    "logits = jnp.where(mask[:, None], logits, least)",
-    "logits = jnp.where(mask[:, None], logits, 0.0)",
+    "logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)",
+    "logits = jnp.where(mask, logits, 0.0)",
     "models/test_attention.py",
   ),
   Mutation(

@@ -30,13 +30,19 @@ def attend(
   The softmax is in float32, both products in the inputs' dtype. (With a float32
   softmax, flax's own function computes the second product in float32, too.)
   """
-  dtype = query.dtype
   logits = jnp.einsum("blhd,bmhd->bhlm", query * query.shape[-1] ** -0.5, key)
-  logits = logits.astype(jnp.float32)
+  return jnp.einsum("bhlm,bmhd->blhd", weights_of(logits, mask), value)
+
+
+def weights_of(
+  logits: Float[Array, "B N *L M"], mask: Bool[Array, "B 1 *_ M"] | None
+) -> Float[Array, "B N *L M"]:
+  """The softmax over the keys that the mask allows, or all: in float32, and
+  returned in the logits' dtype."""
+  dtype, logits = logits.dtype, logits.astype(jnp.float32)
   if mask is not None:
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(logits).astype(dtype)
-  return jnp.einsum("bhlm,bmhd->blhd", weights, value)
+  return jax.nn.softmax(logits).astype(dtype)
 
 
 class Way(NamedTuple):
@@ -361,11 +367,8 @@ class AttentionOfOneQuery(nn.Module):
     # The keys' bias adds the same to all logits.
     kernel, _ = project("key")(None, width)
     q = jnp.einsum("wnh,nh->wn", kernel, q)
-    logits = jnp.einsum("blw,wn->bnl", x, q).astype(jnp.float32)
-    if mask is not None:
-      least = jnp.finfo(jnp.float32).min
-      logits = jnp.where(mask[:, None], logits, least)
-    weights = jax.nn.softmax(logits).astype(self.dtype)
+    logits = jnp.einsum("blw,wn->bnl", x, q)
+    weights = weights_of(logits, None if mask is None else mask[:, None])
     kernel, bias = project("value")(None, width)
     means = jnp.einsum("bnl,blw->bnw", weights, x)
     attended = jnp.einsum("bnw,wnh->bnh", means, kernel) + bias[None]
