@@ -38,34 +38,36 @@ def init_state(
     lock: see split_params.
     terms: the losses beside the pair loss, whose parameters are made, too.
   """
-  given = given or {}
   want = trees.flatten(abstract.stored)
-  scratch = {k: x.sharding for k, x in want.items() if k not in given}
+  given = {
+    name: jax.device_put(x.astype(want[name].dtype), want[name].sharding)
+    for name, x in (given or {}).items()
+  }
 
-  def from_scratch():
+  def first_state(given):
     key = jax.random.key(seed)
     params = state_lib.init_params(model, key, example, terms)
     if "lora" in abstract.trained:
       from sigjax import lora  # few runs have adapters
 
       params |= lora.init(key, {"lora": abstract.trained["lora"]})
-    flat = trees.flatten(params)
-    return {name: flat[name].astype(want[name].dtype) for name in scratch}
+    scratch = trees.flatten(params)
+    made = {
+      name: given[name] if name in given else scratch[name].astype(x.dtype)
+      for name, x in want.items()
+    }
+    return state_lib.new_state(trees.unflatten(made), tx, lock, terms)
 
   # It runs once. On a CPU, optimising it takes longer than it saves.
   on_cpu = jax.default_backend() == "cpu"
   options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
-  params = jax.jit(
-    from_scratch, out_shardings=scratch, compiler_options=options
-  )()
-  for name, x in given.items():
-    x = x.astype(want[name].dtype)
-    params[name] = jax.device_put(x, want[name].sharding)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
-  start = jax.jit(
-    lambda p: state_lib.new_state(p, tx, lock, terms), out_shardings=shardings
+  program = jax.jit(
+    first_state,
+    out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+    donate_argnums=0,
+    compiler_options=options,
   )
-  return start(trees.unflatten(params))
+  return program(given)
 
 
 def carry(

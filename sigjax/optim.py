@@ -137,6 +137,11 @@ def lion(
   return optax.scale_by_lion(b1=b1, b2=b2, mu_dtype=mu_dtype)
 
 
+# Coefficients of each step of Newton-Schulz, all five the same. Steps that are
+# listed are a loop in optax, which compiles faster than five copies.
+MUON_STEPS = ((3.4445, -4.775, 2.0315),) * 5
+
+
 def muon(
   beta: float = 0.95,
   b1: float = 0.9,
@@ -163,6 +168,7 @@ def muon(
     beta=beta,
     adam_b1=b1,
     adam_b2=b2,
+    ns_coeffs=MUON_STEPS,
     consistent_rms=rms,
     mu_dtype=mu_dtype,
     muon_weight_dimension_numbers=_matrices,

@@ -141,13 +141,17 @@ class Stage:
     B = self._sections["batch_size"]
     batch = sharding.abstract_batch(self.example, B, self._mesh)
 
-    def work() -> None:
-      # What cannot be compiled fails in train_step, too.
-      with contextlib.suppress(Exception):
-        program.lower(self.run.state, batch).compile()
+    # What cannot be compiled fails in train_step, too.
+    with contextlib.suppress(Exception):
+      # Not in the thread: tracing is Python, which runs one thread at a time.
+      lowered = program.lower(self.run.state, batch)
 
-    self._ahead = threading.Thread(target=work)
-    self._ahead.start()
+      def work() -> None:
+        with contextlib.suppress(Exception):
+          lowered.compile()
+
+      self._ahead = threading.Thread(target=work)
+      self._ahead.start()
 
   def curate(
     self, settings: "curate.Settings", teacher: TwoTowers, params: Any

@@ -526,14 +526,18 @@ class _Evaluations:
 
     self._mesh, self._tokens = mesh, tokens
     self.every = {k: v.pop("every_steps", None) for k, v in sections.items()}
-    self._by_pp = {}
+    self._by_pp, opened = {}, {}
     for stage in stages:
       pp_image = stage.phase.sections["pp_image"]
       if pp_image not in self._by_pp:
         options = dict(shared, pp_image=pp_image)
         self._by_pp[pp_image] = {
           name: evaluators.make(
-            f"config.evals.{name}", workdir / f"{name}.png", section, options
+            f"config.evals.{name}",
+            workdir / f"{name}.png",
+            section,
+            options,
+            opened,
           )
           for name, section in sections.items()
         }

@@ -1,4 +1,4 @@
-"""Counts which of 84 deliberate mistakes in the code the tests notice.
+"""Counts which of 88 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word
@@ -566,6 +566,30 @@ MUTATIONS = [
     "home = workdir if files.in_bucket(workdir) else files.cache_dir()",
     "home = files.cache_dir()",
     "runtime/test_start.py",
+  ),
+  Mutation(
+    "checkpoints/save.py",
+    "return x.addressable_data(0)",
+    "return x",
+    "test_train.py::test_the_step_is_compiled_once_while_the_state_is_made",
+  ),
+  Mutation(
+    "stage.py",
+    "self._ahead.start()",
+    "self._ahead.run()",
+    "test_train.py::test_the_step_is_compiled_once_while_the_state_is_made",
+  ),
+  Mutation(
+    "evaluators/__init__.py",
+    "if arguments not in opened:",
+    "if True:",
+    EVALUATORS,
+  ),
+  Mutation(
+    "data/formats/tfds.py",
+    "return dict(found)",
+    "return found",
+    "data/formats/test_tfrecord.py",
   ),
   # ---- Rates ----
   Mutation(

@@ -12,18 +12,18 @@ from sigjax import build, errors, remat, sharding
 EXAMPLE: Any = dict(
   image=np.zeros((32, 32, 3), np.uint8), text=np.zeros(16, np.int32)
 )
-TOWER: dict[str, Any] = dict(width=32, depth=3, num_heads=2, mlp_dim=128)
+TOWER: dict[str, Any] = dict(width=32, num_heads=2, mlp_dim=128)
 
 
-def built(image="auto", text="auto", **kwargs):
+def built(image="auto", text="auto", depth=1, **kwargs):
   return build.build(
     sharding.make_mesh(),
     EXAMPLE,
     10,
     batch_size=64,
     model=dict(
-      image=dict(TOWER, patch_size=4, remat=image),
-      text=dict(TOWER, vocab_size=20, remat=text),
+      image=dict(TOWER, depth=depth, patch_size=4, remat=image),
+      text=dict(TOWER, depth=1, vocab_size=20, remat=text),
       out_dim=(None, 32),
     ),
     optim={},
@@ -82,7 +82,7 @@ def test_the_first_that_fits(monkeypatch, compiled):
 
 def test_bytes_are_the_compilers():
   """A device holds the state, and an eighth of the batch and of its tokens."""
-  made = built("none", "none")
+  made = built("none", "none", depth=3)
   held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.state))
   batch = sharding.abstract_batch(EXAMPLE, 64, sharding.make_mesh())
   hidden = 3 * 8 * 64 * 128 * 4  # of three MLPs, 8 images of 64 patches

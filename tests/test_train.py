@@ -90,8 +90,10 @@ def test_the_step_is_compiled_once_while_the_state_is_made(
   steps = [name for name, _ in compiled if "whole_batch" in name]
   assert len(steps) == 1
   assert by[steps[0]] is not threading.main_thread()
-  made = next(name for name in by if "from_scratch" in name)
+  made = next(name for name in by if "first_state" in name)
   assert by[made] is threading.main_thread()
+  # Nothing is cut for the checkpoint.
+  assert not [name for name in by if "slice" in name]
 
 
 def test_images_of_any_aspect_ratio(tmp_path, tiny_config):

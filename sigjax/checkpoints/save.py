@@ -122,12 +122,13 @@ class Checkpoints:
     self._sweep()
     self._step, self._error = step, None
     self._saves += 1
+    params, rest = jax.tree.map(_one_copy, (state.stored, layout.rest(state)))
     try:
       self._checkpointer.save(
         self.dir / str(step),
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(state.stored),
-          rest=ocp.args.StandardSave(layout.rest(state)),
+          params=ocp.args.StandardSave(params),
+          rest=ocp.args.StandardSave(rest),
           data=ocp.args.JsonSave(data_state),
           about=ocp.args.JsonSave(about),
         ),
@@ -277,3 +278,15 @@ class Checkpoints:
     """Writes the manifest: the primary's last act before orbax renames."""
     assert self._step is not None
     manifest.write(layout.unfinished(self.dir, self._step))
+
+
+def _one_copy(x: Any) -> Any:
+  """Returns one device's copy of an array that is whole on each of them.
+
+  Of such an array orbax has each device save a part, and compiles a program to
+  cut it for each shape and device. That pays for several hosts alone.
+  """
+  whole = isinstance(x, jax.Array) and x.is_fully_replicated
+  if whole and x.is_fully_addressable:
+    return x.addressable_data(0)
+  return x

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import inspect
+import json
 import pathlib
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from sigjax import errors
+from sigjax.data import kinds
 from sigjax.data.source import Source
 
 if TYPE_CHECKING:
@@ -138,11 +140,15 @@ EVALUATORS = dict(
 )
 
 
+DATA = ("data", "data_test", "shown")  # arguments that are sources
+
+
 def make(
   what: str,
   path: pathlib.Path,
   options: Mapping[str, Any],
   shared: Mapping[str, Any],
+  opened: dict[str, Source] | None = None,
 ) -> Evaluator:
   """Builds the evaluator of one section of config.evals.
 
@@ -150,15 +156,28 @@ def make(
     what: the section's name in errors, such as "config.evals.retrieval".
     path: the PNG that a picture is written to.
     options: "type", a name in EVALUATORS, and the evaluator's own arguments.
+      Those of DATA may be arguments of kinds.open_source.
     shared: arguments for evaluators that take them, unless in options.
+    opened: {arguments: source}; evaluators that are made with the same dict
+      share sources.
 
   Raises:
-    UserError: the type is unknown, or an argument is.
+    UserError: the type is unknown, or an argument is; or there is no such data.
   """
+  opened = {} if opened is None else opened
   options = dict(options)
   name = options.pop("type", None)
   evaluator = errors.pick(EVALUATORS, name, f"{what}.type")()
   taken = inspect.signature(evaluator).parameters
   options = {k: v for k, v in shared.items() if k in taken} | options
+  for key in DATA:
+    section = options.get(key)
+    if isinstance(section, Mapping) and key in taken:
+      arguments = json.dumps(section, sort_keys=True, default=repr)
+      if arguments not in opened:
+        opened[arguments] = errors.call(
+          kinds.open_source, section, f"{what}.{key}"
+        )
+      options[key] = opened[arguments]
   extra = {"path": path} if name == "picture" else {}
   return errors.call(evaluator, options, what, **extra)

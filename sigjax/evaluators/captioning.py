@@ -1,12 +1,8 @@
 """How many tokens of captions the decoder predicts."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import numpy as np
 
-from sigjax.data import kinds
 from sigjax.data.source import Source
 from sigjax.evaluators import Row
 from sigjax.evaluators.embedder import Embedder
@@ -19,7 +15,7 @@ class Captions:
   loss of type "caption".
 
   Args:
-    data: keyword arguments of kinds.open_source.
+    data: the examples.
     pp: preprocessing string that keeps "image" and "text".
     bad_fraction: the largest fraction of examples that may be unusable.
     batch_size: B.
@@ -30,12 +26,12 @@ class Captions:
   def __init__(
     self,
     *,
-    data: Mapping[str, Any],
+    data: Source,
     pp: str,
     bad_fraction: float,
     batch_size: int = 256,
   ):
-    self.source = kinds.open_source(**data)
+    self.source = data
     self.source.check_evaluable()
     self._args = pp, batch_size, bad_fraction
 

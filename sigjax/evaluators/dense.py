@@ -5,14 +5,10 @@ on some images and evaluated on others. For drawings on a white ground, whose
 pixels say which is which.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import kinds
 from sigjax.data.source import Source
 from sigjax.evaluators import Row
 from sigjax.evaluators.embedder import Embedder
@@ -26,8 +22,8 @@ class Foreground:
   mean of the accuracies on both kinds, so that chance is a half.
 
   Args:
-    data: keyword arguments of kinds.open_source for the training images.
-    data_test: the same for the test images.
+    data: the training images.
+    data_test: the test images.
     pp_image: preprocessing string that keeps "image".
     bad_fraction: the largest fraction of examples that may be unusable.
     l2: the strength of the probe's regularisation.
@@ -39,15 +35,14 @@ class Foreground:
   def __init__(
     self,
     *,
-    data: Mapping[str, Any],
-    data_test: Mapping[str, Any],
+    data: Source,
+    data_test: Source,
     pp_image: str,
     bad_fraction: float,
     l2: float = 1024.0,
     batch_size: int = 256,
   ):
-    self._train = kinds.open_source(**data)
-    self.source = kinds.open_source(**data_test)
+    self._train, self.source = data, data_test
     self._train.check_evaluable()
     self.source.check_evaluable()
     self._args = pp_image, batch_size, bad_fraction

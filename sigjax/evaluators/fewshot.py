@@ -4,7 +4,7 @@ The protocol is that of the SigLIP papers: ridge regression in closed form on
 whitened features, with one strength of regularisation for all datasets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import kinds
 from sigjax.data.source import Source
 from sigjax.evaluators import Row, briefs
 from sigjax.evaluators.embedder import Embedder
@@ -28,8 +27,8 @@ class FewShot:
   classes, those of one name are the same, whatever their numbers.
 
   Args:
-    data: keyword arguments of kinds.open_source for the training examples.
-    data_test: the same for the test examples.
+    data: the training examples.
+    data_test: the test examples.
     pp_image: preprocessing string that keeps "image". The published protocol
       resizes to 8/7 of the model's side, then crops the centre.
     bad_fraction: the largest fraction of examples that may be unusable.
@@ -47,8 +46,8 @@ class FewShot:
   def __init__(
     self,
     *,
-    data: Mapping[str, Any] | Source,
-    data_test: Mapping[str, Any] | Source,
+    data: Source,
+    data_test: Source,
     pp_image: str,
     bad_fraction: float,
     label: str = "label",
@@ -58,10 +57,7 @@ class FewShot:
     first: int | None = None,
     batch_size: int = 256,
   ):
-    self._train, self.source = (
-      x if isinstance(x, Source) else kinds.open_source(**x)
-      for x in (data, data_test)
-    )
+    self._train, self.source = data, data_test
     self._train.check_evaluable()
     self.source.check_evaluable()
     self._train.check_tower(self.source.tower, "data_test")

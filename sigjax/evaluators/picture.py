@@ -1,8 +1,6 @@
 """A picture for people: images with their best captions."""
 
-from collections.abc import Mapping
 import pathlib
-from typing import Any
 
 import jax
 from jaxtyping import UInt8
@@ -10,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sigjax import errors
-from sigjax.data import kinds
 from sigjax.data.example import images
 from sigjax.data.source import Source
 from sigjax.evaluators import Row, retrieval
@@ -33,8 +30,8 @@ class Picture:
       Retrieval.
     count: the number of examples, evenly spread over the split.
     best: the number of captions of each.
-    shown: keyword arguments of kinds.open_source for the images to draw, where
-      the examples hold embeddings; the same examples in the same order.
+    shown: the images to draw, where the examples hold embeddings: the same
+      examples in the same order. None: those of the examples.
 
   Attributes:
     path: the PNG; the primary process has written it when run() returns.
@@ -47,7 +44,7 @@ class Picture:
     self,
     *,
     path: pathlib.Path,
-    data: Mapping[str, Any],
+    data: Source,
     pp_image: str,
     pp_text: str,
     bad_fraction: float,
@@ -56,7 +53,7 @@ class Picture:
     batch_size: int = 256,
     count: int = 24,
     best: int = 5,
-    shown: Mapping[str, Any] | None = None,
+    shown: Source | None = None,
   ):
     self._retrieval = retrieval.Retrieval(
       data=data,
@@ -68,17 +65,13 @@ class Picture:
       batch_size=batch_size,
     )
     self.source = self._retrieval.source
-    self._shown = self.source
-    if shown:
-      self._shown = errors.call(
-        kinds.open_source, shown, "config of the picture"
+    self._shown = shown or self.source
+    if len(self._shown) != len(self.source):
+      raise errors.UserError(
+        f"{self._shown.name}, to be shown, has {len(self._shown)} images for "
+        f"the {len(self.source)} of {self.source.name}; they have to be the "
+        "same examples"
       )
-      if len(self._shown) != len(self.source):
-        raise errors.UserError(
-          f"{self._shown.name}, to be shown, has {len(self._shown)} images for "
-          f"the {len(self.source)} of {self.source.name}; they have to be "
-          "the same examples"
-        )
     self.path, self._count, self._best = path, count, best
 
   def run(self, embedder: Embedder, mesh: jax.sharding.Mesh) -> list[Row]:

@@ -1,7 +1,7 @@
 """Image-text retrieval: recall at 1, 5 and 10 in both directions."""
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import kinds
 from sigjax.data.example import captions as captions_lib
 from sigjax.data.source import Source
 from sigjax.evaluators import Row, briefs, ranking
@@ -26,7 +25,7 @@ class Retrieval:
   with the score of the best right one counts as better.
 
   Args:
-    data: keyword arguments of kinds.open_source, or a source.
+    data: N examples.
     pp_image: preprocessing string that keeps "image".
     pp_text: preprocessing string of a caption given as "text".
     bad_fraction: the largest fraction of examples that may be unusable. They
@@ -51,7 +50,7 @@ class Retrieval:
   def __init__(
     self,
     *,
-    data: Mapping[str, Any] | Source,
+    data: Source,
     pp_image: str,
     pp_text: str,
     bad_fraction: float,
@@ -62,8 +61,7 @@ class Retrieval:
     batch_size: int = 256,
     ks: Sequence[int] = (1, 5, 10),
   ):
-    given = isinstance(data, Source)
-    self.source = data if given else kinds.open_source(**data)
+    self.source = data
     self.source.check_evaluable()
 
     def keep(example: dict[str, Any]) -> tuple[Any, list[tuple[Any, str]]]:

@@ -1,13 +1,11 @@
 """Zero-shot classification: the class whose prompts fit the image best."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from sigjax import errors
-from sigjax.data import kinds
 from sigjax.data.source import Source
 from sigjax.evaluators import Row, prompts, ranking
 from sigjax.evaluators.embedder import Embedder
@@ -20,7 +18,7 @@ class ZeroShot:
   is right.
 
   Args:
-    data: keyword arguments of kinds.open_source, or a Source.
+    data: N examples.
     pp_image: preprocessing string that keeps "image".
     pp_text: preprocessing string of a prompt given as "text".
     bad_fraction: the largest fraction of examples that may be unusable; they
@@ -38,7 +36,7 @@ class ZeroShot:
   def __init__(
     self,
     *,
-    data: Mapping[str, Any] | Source,
+    data: Source,
     pp_image: str,
     pp_text: str,
     bad_fraction: float,
@@ -49,8 +47,7 @@ class ZeroShot:
     batch_size: int = 256,
     ks: Sequence[int] = (1, 5, 10),
   ):
-    given = isinstance(data, Source)
-    self.source = data if given else kinds.open_source(**data)
+    self.source = data
     self.source.check_evaluable()
     self._right, prompts_of = prompts.classes(
       self.source, label, classes, templates, canonical, bad_fraction

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from made import opened
 import numpy as np
 import pytest
 
@@ -18,10 +17,9 @@ from sigjax.models import two_towers
 ARGS = dict(bad_fraction=0.01, batch_size=16)
 
 
-def sources(monkeypatch, n=24):
+def images(n=24):
   records = [dict(image=np.int32(i), text=np.int32(i)) for i in range(n)]
-  source = Source("images", records)
-  return opened(monkeypatch, source)
+  return Source("images", records)
 
 
 def embedder(**others):
@@ -29,7 +27,7 @@ def embedder(**others):
 
 
 @pytest.mark.parametrize("knows", [True, False])
-def test_foreground(monkeypatch, mesh, knows):
+def test_foreground(mesh, knows):
   """A tenth of the patches are drawing: found, or guessed."""
   rng = np.random.default_rng(0)
   ink = (rng.random((24, 40)) < 0.1).astype(np.float32)
@@ -41,7 +39,7 @@ def test_foreground(monkeypatch, mesh, knows):
     rows = np.asarray(image)
     return jnp.asarray(x[rows]), jnp.asarray(ink[rows])
 
-  data = sources(monkeypatch)
+  data = images()
   it = dense.Foreground(
     data=data, data_test=data, pp_image="keep('image')", l2=1.0, **ARGS
   )
@@ -53,12 +51,12 @@ def test_foreground(monkeypatch, mesh, knows):
     assert row.value == pytest.approx(0.5, abs=0.02)
 
 
-def test_images_without_ground(monkeypatch, mesh):
+def test_images_without_ground(mesh):
   patches = lambda image: (
     jnp.ones((len(image), 4, 2)),
     jnp.ones((len(image), 4)),
   )
-  data = sources(monkeypatch)
+  data = images()
   it = dense.Foreground(
     data=data, data_test=data, pp_image="keep('image')", **ARGS
   )
@@ -66,16 +64,14 @@ def test_images_without_ground(monkeypatch, mesh):
     it.run(embedder(patches=patches), mesh)
 
 
-def test_token_accuracy(monkeypatch, mesh):
+def test_token_accuracy(mesh):
   """A mean over tokens, not over texts; rows past the end are left out."""
 
   def hits(image, text):
     n = np.asarray(image)
     return jnp.asarray(n % 3), jnp.asarray(n % 3 + 1), jnp.full(len(n), 50)
 
-  it = captioning.Captions(
-    data=sources(monkeypatch), pp="keep('image','text')", **ARGS
-  )
+  it = captioning.Captions(data=images(), pp="keep('image','text')", **ARGS)
   (row,) = it.run(embedder(captions=hits), mesh)
   assert row.value == pytest.approx((0 + 1 + 2) / (1 + 2 + 3))
   assert row.n == 8 * 6 and row.chance == 1 / 50

@@ -201,6 +201,21 @@ def test_picture(animals, tokenizer, mesh, tmp_path):
   assert green.any() and not green.all()  # right ones are marked
 
 
+def test_evaluations_of_a_round_open_equal_data_once(shapes_dir):
+  data = dict(kind="tfds", name="shapes", data_dir=str(shapes_dir))
+  shared, made = dict(PP, bad_fraction=0.01), []
+  opened: dict[str, Source] = {}
+  for split in ("test", "test", "train"):
+    options = dict(type="zeroshot", data=dict(data, split=split))
+    path = pathlib.Path()
+    made.append(evaluators.make("x", path, options, shared, opened).source)
+  assert made[0] is made[1] is not made[2]
+  assert [source.name for source in opened.values()] == [
+    "shapes[test]",
+    "shapes[train]",
+  ]
+
+
 def test_a_picture_marks_a_caption_that_others_have_too(
   monkeypatch, mesh, tmp_path
 ):

@@ -375,7 +375,7 @@ def test_memory_of_a_locked_tower(tiny_config):
   """Of the compiled step: its weights once in bfloat16, nothing else of it."""
   config = dict(tiny_config, batch_size=32)
   config["model"]["dtype"] = "bfloat16"
-  config["model"]["image"].update(depth=4, remat="full")
+  config["model"]["image"].update(depth=2, remat="full")
   free, locked = step_job(config), step_job(config, lock=("img",))
   memory = [
     job.traced.lower().compile().memory_analysis() for job in (free, locked)

@@ -8,6 +8,7 @@ import pathlib
 import threading
 import time
 
+import cpu_devices
 import pytest
 
 from sigjax import errors, train
@@ -59,7 +60,11 @@ def kill_a_worker(out: pathlib.Path) -> None:
     child.kill()
 
 
-def test_goes_on_after_failures_and_runs_nothing_twice(path, tmp_path):
+def test_goes_on_after_failures_and_runs_nothing_twice(
+  path, tmp_path, monkeypatch
+):
+  # Of the processes that it starts: they compile faster for one device.
+  monkeypatch.setenv("XLA_FLAGS", cpu_devices.xla_flags(1))
   out = tmp_path / "out"
   killer = threading.Thread(target=kill_a_worker, args=(out,))
   killer.start()
@@ -94,7 +99,7 @@ def test_goes_on_after_failures_and_runs_nothing_twice(path, tmp_path):
       for row in csv.DictReader(f)
       if (row["loss"], row["seed"]) == ("softmax", "1")
     ]
-  assert float(row["b"]) == last["b"]
+  assert float(row["b"]) == pytest.approx(last["b"], rel=1e-6)
   assert (out / "which.png").stat().st_size > 10_000
   table = (out / "table.md").read_text()
   assert table.count("| sigmoid |") == table.count("| softmax |") == 1

@@ -14,6 +14,7 @@ the fused one, its fastest.
 
 from collections.abc import Callable, Sequence
 import functools
+import importlib
 import pathlib
 import tempfile
 import time
@@ -56,19 +57,19 @@ def peers(devices: Sequence[Any], *, rounds: int = 10) -> list[timing.Row]:
   Raises:
     UserError: torch, transformers or open_clip_torch is not installed.
   """
-  models = {}
+  try:
+    import torch
+
+    for name in OTHERS:
+      importlib.import_module(name)
+  except ImportError as e:
+    raise errors.UserError(
+      f"{e}: pip install torch transformers open_clip_torch"
+    ) from None
   make, init, batch, _ = step_lib.step_parts(devices, **CONFIG)
   state = init()
   params = jax.tree.map(np.asarray, state.trained)
-  for name, load in OTHERS.items():
-    try:
-      models[name] = load(params)
-    except ImportError as e:
-      raise errors.UserError(
-        f"{e}: pip install torch transformers open_clip_torch"
-      ) from None
-  import torch
-
+  models = {name: load(params) for name, load in OTHERS.items()}
   torch.set_num_threads(timing.machine(devices)["cores"])
   fn, abstract = make({}, 1)
   fn = fn.lower(abstract, batch).compile()
