@@ -1,6 +1,5 @@
 """Eight simulated CPU devices, JAX's strict flags, and a dataset for tests."""
 
-import gc
 import io
 import pathlib
 from typing import Any
@@ -15,10 +14,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sigjax.data.example import tokenizer
-
-# Tracing makes many objects; looking through all of them for garbage takes a
-# fifteenth of the time of the tests.
-gc.set_threshold(20_000, 20, 50)
 
 # Silent broadcasting and silent mixes of dtypes are how losses go wrong.
 jax.config.update("jax_numpy_rank_promotion", "raise")

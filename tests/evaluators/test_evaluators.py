@@ -406,7 +406,7 @@ def brute_force_recalls(scores, right):
 
 
 def test_recall_is_that_of_the_original(mesh, monkeypatch):
-  golden = np.load(GOLDEN / "evals.npz")
+  golden = dict(np.load(GOLDEN / "evals.npz"))
   zimg, ztxt = golden["retrieval/zimg"], golden["retrieval/ztxt"]
   owner = golden["retrieval/image_of_text"]
   source = Source(

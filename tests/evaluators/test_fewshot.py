@@ -16,7 +16,7 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 @pytest.mark.parametrize("shape", ["wide", "tall"])
 def test_probe_is_that_of_the_original(shape):
   """With more columns than rows, and with fewer."""
-  golden = np.load(GOLDEN / "evals.npz")
+  golden = dict(np.load(GOLDEN / "evals.npz"))
   x, y, x_test, y_test, want, accuracy = (
     golden[f"fewshot/{shape}/{key}"]
     for key in (

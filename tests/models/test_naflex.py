@@ -34,7 +34,7 @@ def build(scan=True, **kwargs):
 
 def images():
   """Returns the golden file of inputs and results, and its images for us."""
-  io = np.load(GOLDEN / "naflex_tiny_io.npz")
+  io = dict(np.load(GOLDEN / "naflex_tiny_io.npz"))
   places = np.stack([io["yidx"], io["xidx"]], axis=-1)
   places[io["type"] == 0] = -1
   x = np.concatenate([io["patches"], places], axis=-1)

@@ -29,7 +29,7 @@ def tiny(image=(), text=(), **kwargs):
 
 def golden(name, model):
   """Returns the parameters of a golden file for a model, and its io file."""
-  io = np.load(GOLDEN / f"{name}_io.npz")
+  io = dict(np.load(GOLDEN / f"{name}_io.npz"))
   like = jax.eval_shape(model.init, jax.random.key(0), io["image"], io["text"])[
     "params"
   ]

@@ -162,7 +162,7 @@ def ours(pp, key, values, tokenizer=None):
 
 
 def same_arrays(path, want):
-  got = np.load(path)
+  got = dict(np.load(path))
   assert set(got) == set(want)
   for name in want:
     assert got[name].dtype == want[name].dtype == np.float32

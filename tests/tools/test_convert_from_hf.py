@@ -81,7 +81,7 @@ def test_their_own_folders(hf, tmp_path, shards, dtype):
       input_ids=torch.from_numpy(text).long(),
       pixel_values=torch.from_numpy(image.transpose(0, 3, 1, 2)),
     )
-  stored = np.load(tmp_path / "out/params.npz")
+  stored = dict(np.load(tmp_path / "out/params.npz"))
   assert {x.dtype for x in stored.values()} == {np.dtype("float32")}
   params = npz.load_params(tmp_path / "out/params.npz")
   zimg, ztxt, out = two_towers.TwoTowers(**config["model"]).apply(

@@ -580,7 +580,7 @@ def test_a_released_name(family, tmp_path, monkeypatch, caplog):
   spm = str(hf_case.spm(tmp_path / "spm.model"))
   monkeypatch.setitem(vocabulary.NAMES, it.tokenizer, spm)
   model = opened.open_model(f"{family}/tiny")
-  want = np.load(hf_case.GOLDEN / f"{file}_io.npz")
+  want = dict(np.load(hf_case.GOLDEN / f"{file}_io.npz"))
   towers = two_towers.of_config(model.config["model"])
   zimg, ztxt, _ = towers.apply(
     {"params": model.params}, want["image"], want["text"]
@@ -657,7 +657,7 @@ def test_naflex_gives_the_probabilities_of_transformers(hf, tmp_path):
   )
   hf_case.write_config(tmp_path, **hf_case.NAFLEX)
   hf_case.convert_golden(tmp_path, "naflex_tiny")
-  arrays = np.load(hf_case.GOLDEN / "naflex_tiny.npz")
+  arrays = dict(np.load(hf_case.GOLDEN / "naflex_tiny.npz"))
   convert_from_hf.convert(tmp_path / "hf", tmp_path / "back", scan=True)
   hf_case.same_arrays(tmp_path / "back/params.npz", arrays)
   files = []

@@ -126,7 +126,7 @@ def test_a_released_file_is_written_as_it_was(tmp_path, name):
 @pytest.mark.parametrize("name", ["siglip_tiny", "siglip2_tiny_scan"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_released_tower_alone(name, scan):
-  io = np.load(GOLDEN / f"{name}_io.npz")
+  io = dict(np.load(GOLDEN / f"{name}_io.npz"))
   sizes = dict(width=48, depth=2, mlp_dim=96, num_heads=3, scan=scan)
   for part, tower_of, inputs, want in (
     ("img", vit.ViT(patch_size=8, **sizes), io["image"], io["zimg"]),
