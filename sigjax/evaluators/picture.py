@@ -65,7 +65,7 @@ class Picture:
       batch_size=batch_size,
     )
     self.source = self._retrieval.source
-    self._shown = shown or self.source
+    self._shown = self.source if shown is None else shown
     if len(self._shown) != len(self.source):
       raise errors.UserError(
         f"{self._shown.name}, to be shown, has {len(self._shown)} images for "

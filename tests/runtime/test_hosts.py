@@ -81,10 +81,10 @@ def go_on(old, step, new):
     shutil.copy(old / name, new)
 
 
-def test_two_processes_train_like_one_and_take_over_from_it(
+def test_two_processes_train_like_one_and_take_over_from_any(
   tmp_path, tiny_config
 ):
-  """Losses, parameters, checkpoints, evaluation; and from 1x8 to 2x2."""
+  """Losses, parameters, checkpoints, evaluation; and 1x8 -> 1x4 -> 2x2."""
   config = config_of(
     tiny_config,
     sharding=((".*", "fsdp"),),
@@ -95,19 +95,23 @@ def test_two_processes_train_like_one_and_take_over_from_it(
   config["evals"]["picture"] = dict(
     config["evals"]["retrieval"], type="picture", captions="captions"
   )
-  whole, two, last = (tmp_path / x for x in ("whole", "two", "last"))
+  whole, two, four, last = (
+    tmp_path / x for x in ("whole", "two", "four", "last")
+  )
   a = Program(whole, config, 1, 8)
   b = Program(two, config, 2, 2)
   a.end()
   (out, _), (other, _) = b.end()
   assert "retrieval image->text" in out and "retrieval" not in other
-  go_on(whole, 3, last)
+  go_on(whole, 3, four)
+  Program(four, config, 1, 4).end()
+  go_on(four, 6, last)
   (out, _), _ = Program(last, config, 2, 2).end()
-  assert f"resuming from {last}/checkpoints/3" in out
+  assert f"resuming from {last}/checkpoints/6" in out
 
   want = lines(whole)
   assert [x["step"] for x in want if "loss" in x] == list(range(1, 10))
-  for workdir in (two, last):
+  for workdir in (two, four, last):
     got = lines(workdir)
     assert [x["step"] for x in got] == [x["step"] for x in want]
     for x, y in zip(got, want):
