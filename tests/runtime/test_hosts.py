@@ -189,7 +189,7 @@ def test_a_host_that_is_killed_stops_the_other(tmp_path, tiny_config):
 def test_a_save_that_fails_at_one_host_fails_at_both(tmp_path, tiny_config):
   """Process 1 may write no more, then may again: the run goes on."""
   config = dict(
-    tiny_config, total_steps=120, evals={}, checkpoints=dict(every_steps=20)
+    tiny_config, total_steps=60, evals={}, checkpoints=dict(every_steps=20)
   )
   program = Program(tmp_path / "a", config, 2, 1)
   program.wait_for_line(3)
@@ -197,13 +197,13 @@ def test_a_save_that_fails_at_one_host_fails_at_both(tmp_path, tiny_config):
     program.hosts[1].pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)
   )
   limit(1000)
-  program.wait_for_line(45)
+  program.wait_for_line(35)
   limit(resource.RLIM_INFINITY)
   (out, _), (_, err) = program.end()
   assert "step 20 could not be saved: another host could not write" in out
   assert "step 20 could not be saved: File too large" in err
   folder = tmp_path / "a/checkpoints"
-  assert {p.name for p in folder.iterdir()} == {"100", "120"}
+  assert {p.name for p in folder.iterdir()} == {"40", "60"}
 
 
 def test_two_runs_on_one_workdir(tmp_path, tiny_config):
