@@ -586,10 +586,10 @@ MUTATIONS = [
     EVALUATORS,
   ),
   Mutation(
-    "data/formats/tfds.py",
-    "return dict(found)",
-    "return found",
-    "data/formats/test_tfrecord.py",
+    "data/source.py",
+    "return dict(self._briefs[i])",
+    "return self._briefs[i]",
+    "data/test_kinds.py",
   ),
   # ---- Rates ----
   Mutation(

@@ -22,6 +22,7 @@ from sigjax.data.source import (
   Source,
   brief_of,
   identity_of,
+  keep_briefs,
 )
 
 # ---- Kinds: functions that import a format and return what opens it ----
@@ -187,6 +188,8 @@ def open_source(
       "to 1"
     )
   source = errors.call(opener, kwargs, f'source "{kind}"')
+  if kind != "mix":  # its parts do
+    source = keep_briefs(source)
   source.mismatch = float(mismatch)
   source = _narrowed(source, part, only, by_image, group_by, shuffle)
   if not in_memory:

@@ -24,6 +24,7 @@ Example = dict[str, Any]
 # The records that each element stands for, in rising order: an array (n, 1) for
 # elements of one record each, else a list with an array for each group.
 Members = Int[np.ndarray, "n 1"] | list[Int[np.ndarray, " n"]]
+FEW = 1 << 16  # see keep_briefs
 
 
 class Records(Protocol):
@@ -224,6 +225,40 @@ def brief_of(records: Records) -> Callable[[int], Example]:
   It is __getitem__ of records that have no cheaper way.
   """
   return getattr(records, "brief", records.__getitem__)
+
+
+class _Kept:
+  """Records whose briefs stay in memory once they are read."""
+
+  def __init__(self, records: Any):
+    self._records = records
+    self._briefs: dict[int, Example] = {}
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, i: int) -> Example:
+    return self._records[i]
+
+  def brief(self, i: int) -> Example:
+    # Two threads may both read a record: that is as good.
+    if i not in self._briefs:
+      self._briefs[i] = self._records.brief(i)
+    return dict(self._briefs[i])
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._records, name)  # what else records may have
+
+
+def keep_briefs(source: Source) -> Source:
+  """Returns the source with briefs that are read once, if its records are few.
+
+  Filters, groups, the tokenizer and evaluations all read them.
+  """
+  records = source.records
+  if len(records) > FEW or not hasattr(records, "brief"):
+    return source
+  return source.replaced(records=_Kept(records))
 
 
 def identity_of(records: Records, **made: Any) -> dict[str, Any] | None:

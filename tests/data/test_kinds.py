@@ -12,8 +12,10 @@ import tensorflow_datasets as tfds
 from sigjax import errors
 from sigjax.data import filter as filter_lib
 from sigjax.data import kinds
+from sigjax.data import source as source_lib
 from sigjax.data.emoji import builder
 from sigjax.data.example import tokenizer
+from sigjax.data.faults import BadExample
 from sigjax.data.formats import tfds as tfds_lib
 
 NUM = 12
@@ -209,6 +211,42 @@ def test_open_source(data_dir):
     kinds.open_source("tdfs", split="train")
   with pytest.raises(errors.UserError, match='source "tfds" has no key "splt"'):
     kinds.open_source("tfds", name="x", splt="train")
+
+
+def test_briefs_of_few_records_are_read_once(data_dir, monkeypatch):
+  read = []
+
+  def brief(self, i):
+    read.append(i)
+    if i == 2:
+      raise BadExample("no", kind="damaged record")
+    return real(self, i)
+
+  real = tfds_lib.ArrayRecordRecords.brief
+  monkeypatch.setattr(tfds_lib.ArrayRecordRecords, "brief", brief)
+  args = dict(name="sources_test_pairs", split="train", data_dir=data_dir)
+  part = kinds.open_source("tfds", **args)
+  mixed = kinds.open_source(
+    "mix", sources=[dict(args, kind="tfds", part=(0, 0.5))], weights=[1]
+  )
+  for source in part, mixed:
+    first = source.brief(1)
+    want = dict(first)
+    first.clear()  # what a reader changes is its own
+    assert source.brief(1) == want and source.brief(0) != want
+    for _ in range(2):  # what cannot be read is tried again
+      with pytest.raises(BadExample):
+        source.brief(2)
+    assert read == [1, 0, 2, 2]
+    read.clear()
+  # All else is as it was.
+  direct = tfds_lib.tfds("sources_test_pairs", "train", data_dir)
+  assert part.identity() == direct.identity()
+  assert part[5].keys() == direct[5].keys() != part.brief(5).keys()
+  monkeypatch.setattr(source_lib, "FEW", NUM - 1)
+  large = kinds.open_source("tfds", **args)
+  read.clear()
+  assert large.brief(1).keys() == large.brief(1).keys() and read == [1, 1]
 
 
 def test_emoji_is_prepared_first(monkeypatch, tmp_path):

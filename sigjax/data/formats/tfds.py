@@ -19,11 +19,6 @@ _PREPARE = (
 )
 
 
-# Of splits with no more records, what brief() returns stays in memory: filters,
-# groups, the tokenizer and evaluations all read it.
-_FEW = 1 << 16
-
-
 class ArrayRecordRecords:
   """Random access to a split that is stored as ArrayRecord.
 
@@ -51,9 +46,6 @@ class ArrayRecordRecords:
 
     self._source = builder.as_data_source(split, decoders=decoders)
     self._parse_brief = parse_brief
-    self._briefs: dict[int, dict[str, Any]] | None = (
-      {} if len(self._source) <= _FEW else None
-    )
     wanted = base.file_instructions(builder.info, splits.Split(split))
     self._paths = [str(part.filename) for part in wanted]
     if not any(epath.Path(path).exists() for path in self._paths):
@@ -78,13 +70,8 @@ class ArrayRecordRecords:
 
   def brief(self, i: int) -> dict[str, Any]:
     """Returns example i without its images, which saves their parsing."""
-    if self._briefs is not None and i in self._briefs:
-      return dict(self._briefs[i])
     raw = self._source.data_source
-    found = self._read(i, lambda i: self._parse_brief(raw[i]))
-    if self._briefs is not None:
-      self._briefs[i] = found
-    return dict(found)
+    return self._read(i, lambda i: self._parse_brief(raw[i]))
 
   def _read(self, i, read):
     if not 0 <= i < len(self):

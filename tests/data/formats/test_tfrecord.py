@@ -110,23 +110,6 @@ def test_equals_the_array_record_copy(shapes_dir, copy, split):
       b.records[i]
 
 
-def test_briefs_of_a_small_split_are_read_once(shapes_dir, monkeypatch):
-  source = tfds_lib.tfds("shapes", "test", shapes_dir)
-  first = source.brief(3)
-  want = dict(first)
-  first.clear()  # what a reader changes is its own
-  monkeypatch.delattr(source.records, "_source")
-  assert_same(source.brief(3), want)
-  with pytest.raises(faults.BadExample):
-    source.brief(4)
-  monkeypatch.setattr(tfds_lib, "_FEW", 47)
-  large = tfds_lib.tfds("shapes", "test", shapes_dir)
-  large.brief(3)
-  monkeypatch.delattr(large.records, "_source")
-  with pytest.raises(faults.BadExample):
-    large.brief(3)
-
-
 def test_a_brief_of_every_kind_of_feature():
   lib = tfds.features
   features = lib.FeaturesDict(
