@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from sigjax.data.example import tokenizer
 
 # JAX makes many objects when it traces. Looking for garbage at every 700th, as
-# Python 3.11 does, takes a sixteenth of the time of the tests.
+# Python 3.11 does, takes a sixteenth of the time of tests that compile steps.
 gc.set_threshold(5000, 10, 10)
 
 # Silent broadcasting and silent mixes of dtypes are how losses go wrong.

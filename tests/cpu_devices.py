@@ -15,8 +15,8 @@ def xla_flags(devices: int) -> str:
   Compiling takes most of the time of the tests. Without optimisation it takes
   two thirds of it, and half of that with kernels that are not emitted by way of
   MLIR, which newer versions always do. One part of a program at a time takes
-  four fifths of the CPU time of 32, and without LLVM's expensive passes it is
-  an eighth less.
+  four fifths of the CPU time of 32. Without LLVM's expensive passes tests of
+  steps take an eighth less.
   """
   flags = [
     f"--xla_force_host_platform_device_count={devices}",

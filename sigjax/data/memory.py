@@ -1,23 +1,18 @@
 """Small datasets whose images are decoded once, and then stay in memory."""
 
-from typing import Any
-
 import numpy as np
 
 from sigjax import errors
 from sigjax.data.example import images
-from sigjax.data.source import Example, Records, Source
+from sigjax.data.source import Example, Records, Source, Wrapped
 
 
-class InMemory:
+class InMemory(Wrapped):
   """Records that stay in memory once they are read, with decoded images."""
 
   def __init__(self, records: Records):
-    self._records = records
+    super().__init__(records)
     self._kept: dict[int, Example] = {}
-
-  def __len__(self) -> int:
-    return len(self._records)
 
   def __getitem__(self, i: int) -> Example:
     """Returns a record; its "image" is an images.Decoded.
@@ -34,10 +29,6 @@ class InMemory:
         example["image"] = images.Decoded(image)
       self._kept[i] = example
     return dict(example)
-
-  def __getattr__(self, name: str) -> Any:
-    # What records may have beside these, see source.Records.
-    return getattr(self._records, name)
 
 
 def in_memory(source: Source) -> Source:

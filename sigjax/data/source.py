@@ -227,12 +227,11 @@ def brief_of(records: Records) -> Callable[[int], Example]:
   return getattr(records, "brief", records.__getitem__)
 
 
-class _Kept:
-  """Records whose briefs stay in memory once they are read."""
+class Wrapped:
+  """Records that are others, but for what a subclass does in another way."""
 
   def __init__(self, records: Any):
     self._records = records
-    self._briefs: dict[int, Example] = {}
 
   def __len__(self) -> int:
     return len(self._records)
@@ -240,14 +239,22 @@ class _Kept:
   def __getitem__(self, i: int) -> Example:
     return self._records[i]
 
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._records, name)  # what else records may have
+
+
+class _Kept(Wrapped):
+  """Records whose briefs stay in memory once they are read."""
+
+  def __init__(self, records: Any):
+    super().__init__(records)
+    self._briefs: dict[int, Example] = {}
+
   def brief(self, i: int) -> Example:
     # Two threads may both read a record: that is as good.
     if i not in self._briefs:
       self._briefs[i] = self._records.brief(i)
     return dict(self._briefs[i])
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._records, name)  # what else records may have
 
 
 def keep_briefs(source: Source) -> Source:

@@ -110,6 +110,13 @@ def test_equals_the_array_record_copy(shapes_dir, copy, split):
       b.records[i]
 
 
+def test_a_brief_that_cannot_be_read(shapes_dir, monkeypatch):
+  source = tfds_lib.tfds("shapes", "test", shapes_dir)
+  monkeypatch.delattr(source.records, "_source")
+  with pytest.raises(faults.BadExample):
+    source.brief(4)
+
+
 def test_a_brief_of_every_kind_of_feature():
   lib = tfds.features
   features = lib.FeaturesDict(
