@@ -15,10 +15,15 @@ log = logging.getLogger("sigjax")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
-# Kernels that are split over "fsdp" are gathered, then multiplied. Else libtpu
-# sends their parts around, and multiplies a part at a time: smaller products,
-# and copies between them.
-LIBTPU_FLAGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+LIBTPU_FLAGS = {
+  # Kernels that are split over "fsdp" are gathered, then multiplied. Else
+  # libtpu sends their parts around, and multiplies a part at a time: smaller
+  # products, and copies between them.
+  "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+  # SparseCores, where a chip has them and libtpu uses them (v5p, v6e), add up
+  # gradients while the chip computes. On v4 and v5e this changes nothing.
+  "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+}
 
 
 def tell_libtpu() -> None:

@@ -91,11 +91,12 @@ def test_a_bucket_keeps_what_is_compiled(tmp_path, server, named):
 
 def test_flags_of_libtpu(monkeypatch, caplog):
   caplog.set_level(logging.INFO, "sigjax")
-  ((name, value),) = start.LIBTPU_FLAGS.items()
+  both = [f"--{name}={value}" for name, value in start.LIBTPU_FLAGS.items()]
+  name = list(start.LIBTPU_FLAGS)[0]
   for given, want in (
-    ("", f"--{name}={value}"),
-    ("--other=1", f"--other=1 --{name}={value}"),
-    (f"--{name}=7", f"--{name}=7"),
+    ("", " ".join(both)),
+    ("--other=1", f"--other=1 {both[0]} {both[1]}"),
+    (f"--{name}=7", f"--{name}=7 {both[1]}"),
   ):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
     start.tell_libtpu()

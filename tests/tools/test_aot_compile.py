@@ -95,6 +95,41 @@ replica_groups=[1,64]<=[64], backend_config={{{config}}}
   assert found.over_link == found.sent == 2 * 15 * size // 16
 
 
+# What a SparseCore reduces while the chip computes.
+MEANWHILE = """
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%called (x.1: f32[64,768]) -> f32[64,768] {
+  %x.1 = f32[64,768] parameter(0)
+  ROOT %sum.1 = f32[64,768] all-reduce(%x.1), channel_id=1, \
+replica_groups=[1,8]<=[8], backend_config={"color_strategies":[\
+{"phase_rings":[{"ring_dim":"X"},{"ring_dim":"Y"}]},\
+{"phase_rings":[{"ring_dim":"Y"},{"ring_dim":"X"}]}]}
+}
+
+%async (x.2: f32[64,768]) -> f32[64,768] {
+  %x.2 = f32[64,768] parameter(0)
+  ROOT %sum.2 = f32[64,768] call(%x.2), to_apply=%called
+}
+
+ENTRY %main (a: f32[64,768]) -> f32[64,768] {
+  %a = f32[64,768] parameter(0)
+  %start = ((f32[64,768]), f32[64,768]) async-start(%a), \
+async_execution_thread="sparsecore", calls=%async
+  %b = f32[64,768] negate(%a), backend_config={"estimated_cycles":"1000"}
+  ROOT %done = f32[64,768] async-done(%start)
+}
+"""
+
+
+def test_a_reduction_of_sparsecores_is_hidden_by_what_is_computed_meanwhile():
+  (found,) = hlo.Program(MEANWHILE).collectives()
+  size = 4 * 64 * 768
+  sent = 2 * 7 * size // 8
+  # Two parts: half of what is sent goes over each link.
+  assert found == ("all-reduce", "f32[64,768]", sent, 1, 1000, sent // 2)
+
+
 def test_attributes_with_line_breaks_belong_to_their_op():
   text = """
 HloModule jit_step
@@ -572,6 +607,31 @@ def test_a_kernel_and_a_sort_on_a_tpu_that_is_not_there(tpu):
   assert 12 * 7 * 2 < cost.bundles < 12 * (150 + 7 * 50)
   ms = found.saved["ms"]["attention"]["image"]
   assert ms > 1e3 * cost.cycles / chip.clock > 0
+
+
+@pytest.mark.parametrize(
+  "topology, meanwhile", [("v4:2x2x1", False), ("v5p:2x2x1", True)]
+)
+def test_sparsecores_reduce_while_a_chip_computes(topology, meanwhile, tpu):
+  """By a flag of start.LIBTPU_FLAGS, on chips where libtpu uses them."""
+  devices, _ = tpu(topology)
+  mesh = sharding.make_mesh(devices=devices)
+  rows = sharding.batch_sharding(mesh)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shape = jax.ShapeDtypeStruct
+  grads = shape((4, 2048, 1024), jnp.float32, sharding=rows)
+  x = shape((2**14, 2048), jnp.bfloat16, sharding=rows)
+  w = shape((2048, 2048), jnp.bfloat16, sharding=whole)
+
+  def step(grads, x, w):
+    return jnp.sum(grads, 0), x @ w @ w @ w @ w
+
+  traced = jax.jit(step, out_shardings=(whole, rows)).trace(grads, x, w)
+  program = hlo.Program(compiler.compile_traced(traced)[0].text)
+  (found,) = program.collectives()
+  assert found.kind == "all-reduce"
+  assert found.sent == 4 * 2048 * 1024 * 2 * 3 // 4
+  assert (found.hidden is not None) == meanwhile
 
 
 def test_what_does_not_fit_is_told(tpu, capsys):

@@ -257,6 +257,8 @@ class Program:
       return None
     inner = _attribute(op, "calls")
     for part in self.computations.get(inner, ()):
+      if part.op == "call":  # what a SparseCore does
+        part = self.computations[_attribute(part, "to_apply")][-1]
       if part.op in KINDS:
         # On TPU a reduce-scatter is an all-reduce fused with a slice.
         scatter = part.op == "all-reduce" and "scatter" in inner + op.name

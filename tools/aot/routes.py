@@ -26,7 +26,8 @@ def share_of_a_link(attributes: str, devices: int) -> float | None:
   A strategy whose name begins with "UniDirection" has rings, and each part one
   direction of them. With another one a part takes both directions of a line,
   where the first link carries as much as a ring in one direction would. Two
-  devices are joined by one link.
+  devices are joined by one link, except where SparseCores reduce: there the
+  text does not tell how many devices a ring has.
 
   Args:
     attributes: of the op, as the program's text has them.
@@ -37,6 +38,10 @@ def share_of_a_link(attributes: str, devices: int) -> float | None:
     all, whose parts may have links in common.
   """
   found = _STRATEGY.search(attributes)
+  if parts := attributes.count('"phase_rings"'):
+    # On SparseCores. The lengths of these rings are not told; but over its
+    # phases, each part sends all of itself but what one device keeps.
+    return (1 - 1 / devices) / parts
   if found is None:
     return None
   sizes = _lists(found["sizes"])
