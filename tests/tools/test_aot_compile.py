@@ -122,8 +122,24 @@ async_execution_thread="sparsecore", calls=%async
 """
 
 
-def test_a_reduction_of_sparsecores_is_hidden_by_what_is_computed_meanwhile():
-  (found,) = hlo.Program(MEANWHILE).collectives()
+# The same as newer versions of libtpu write it.
+NEWER = MEANWHILE.replace(
+  "call(%x.2), to_apply=%called",
+  "custom-call(%x.2), called_computations={%called}",
+).replace(
+  """  %start = ((f32[64,768]), f32[64,768]) async-start(%a), \
+async_execution_thread="sparsecore", calls=%async
+""",
+  """  %early = ((), (), (s32[8])) async-start(), calls=%async
+  %c = f32[64,768] negate(%a), backend_config={"estimated_cycles":"7"}
+  %start = ((f32[64,768]), f32[64,768], (s32[8])) async-update(%early, %c)
+""",
+)
+
+
+@pytest.mark.parametrize("text", [MEANWHILE, NEWER], ids=["0.0.42", "0.0.52"])
+def test_a_reduction_of_sparsecores_is_hidden_by_what_is_computed(text):
+  (found,) = hlo.Program(text).collectives()
   size = 4 * 64 * 768
   sent = 2 * 7 * size // 8
   # Two parts: half of what is sent goes over each link.
@@ -562,8 +578,8 @@ def test_loss_on_a_tpu_that_is_not_there(tpu, capsys):
   b = 131072 // 4
   assert float(row("embeddings")[0]) == 2 * 2 * b * 1024 / 2**30
   found = float(row("temporaries", "(activations,", "gradients)")[0])
-  # The formula of docs/loss.md, with libtpu 0.0.42.
-  assert found * 2**30 / (b * 1024) == pytest.approx(18, rel=0.01)
+  # The formula of docs/loss.md: 18 with libtpu 0.0.42; with 0.0.52, 20.
+  assert 17.8 < found * 2**30 / (b * 1024) < 20.2
   assert float(row("the", "chip", "has")[0]) == 30.75
   tflop = 6 * 131072**2 * 1024 / 4 / 1e12
   for label in (

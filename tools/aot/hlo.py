@@ -8,7 +8,7 @@ The compiler has no estimate of cycles for Pallas kernels, sorting and
 scattering: `kernels.py` reads their schedules.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import math
 import re
 from typing import NamedTuple
@@ -257,8 +257,8 @@ class Program:
       return None
     inner = _attribute(op, "calls")
     for part in self.computations.get(inner, ()):
-      if part.op == "call":  # what a SparseCore does
-        part = self.computations[_attribute(part, "to_apply")][-1]
+      if op.op == "async-start" and (called := _called(part)):
+        part = self.computations[called][-1]  # what a SparseCore does
       if part.op in KINDS:
         # On TPU a reduce-scatter is an all-reduce fused with a slice.
         scatter = part.op == "all-reduce" and "scatter" in inner + op.name
@@ -292,17 +292,10 @@ class Program:
     factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(
       kind, (n - 1) / n
     )
-    done = next(
-      (
-        j
-        for j in range(i + 1, len(ops))
-        if ops[j].op.endswith("-done") and ops[i].name in _operands(ops[j])
-      ),
-      None,
-    )
+    begin, done = _span(ops, i)
     if done is None and (last := self._last_step(ops, i, inner)) > i:
       done = last
-    hidden = None if done is None else sum(map(self._cycles, ops[i:done]))
+    hidden = None if done is None else sum(map(self._cycles, ops[begin:done]))
     if done is None and self.products(ops[i]):
       hidden = self._cycles(ops[i])
     array = found[0][0] if len(found) == 1 else f"{len(found)} arrays"
@@ -363,6 +356,30 @@ def op_name(op: Op) -> str:
   Such as "jit(step)/jvp(TwoTowers)/img/encoderblock/MlpBlock_0/dot_general".
   """
   found = re.search(r'op_name="([^"]*)"', op.rest)
+  return found[1] if found else ""
+
+
+def _span(ops: Sequence[Op], i: int) -> tuple[int, int | None]:
+  """Returns where a collective that op i starts begins to send, and is done.
+
+  Newer versions of libtpu start one before they have what it sends, and give
+  it that by an "async-update". The second is None if the chip waits for it.
+  """
+  begin, name = i, ops[i].name
+  for j in range(i + 1, len(ops)):
+    if name in _operands(ops[j]):
+      if ops[j].op.endswith("-done"):
+        return begin, j
+      if ops[j].op == "async-update":
+        begin, name = j, ops[j].name
+  return i, None
+
+
+def _called(op: Op) -> str:
+  """Returns the computation that a "call" calls, by either of two notations."""
+  if op.op == "call":
+    return _attribute(op, "to_apply")
+  found = re.search(r"called_computations=\{%([\w.-]+)\}", op.rest)
   return found[1] if found else ""
 
 
