@@ -102,9 +102,7 @@ HloModule jit_step, is_scheduled=true, num_partitions=8
 %called (x.1: f32[64,768]) -> f32[64,768] {
   %x.1 = f32[64,768] parameter(0)
   ROOT %sum.1 = f32[64,768] all-reduce(%x.1), channel_id=1, \
-replica_groups=[1,8]<=[8], backend_config={"color_strategies":[\
-{"phase_rings":[{"ring_dim":"X"},{"ring_dim":"Y"}]},\
-{"phase_rings":[{"ring_dim":"Y"},{"ring_dim":"X"}]}]}
+replica_groups=[1,8]<=[8], backend_config={"color_strategies":[XY,XY,YX,YX]}
 }
 
 %async (x.2: f32[64,768]) -> f32[64,768] {
@@ -139,11 +137,26 @@ async_execution_thread="sparsecore", calls=%async
 
 @pytest.mark.parametrize("text", [MEANWHILE, NEWER], ids=["0.0.42", "0.0.52"])
 def test_a_reduction_of_sparsecores_is_hidden_by_what_is_computed(text):
-  (found,) = hlo.Program(text).collectives()
+  ring = lambda x: f'{{"ring_dim":"ICI_RING_DIM_{x}_MESH"}}'
+  for part in ("XY", "YX"):
+    rings = ",".join(map(ring, part))
+    text = text.replace(part, f'{{"phase_rings":[{rings}]}}')
+  (found,) = hlo.Program(text, torus=[4, 2, 1]).collectives()
   size = 4 * 64 * 768
+  # The longest of each phase: both directions of two chips along y, for which
+  # there is one link, then one direction of four along x.
+  share = 2 * 1 / 4 * 1 / 2 + 1 / 8 * 3 / 4
   sent = 2 * 7 * size // 8
-  # Two parts: half of what is sent goes over each link.
-  assert found == ("all-reduce", "f32[64,768]", sent, 1, 1000, sent // 2)
+  assert found == (
+    "all-reduce",
+    "f32[64,768]",
+    sent,
+    1,
+    1000,
+    round(2 * share * size),
+  )
+  (found,) = hlo.Program(text).collectives()  # of chips not known: one link
+  assert found.over_link == sent
 
 
 def test_attributes_with_line_breaks_belong_to_their_op():
@@ -467,7 +480,7 @@ def test_a_step_fed_by_the_host_is_several_programs(tiny_config, monkeypatch):
 
   def compile_traced(traced, name, times):
     compiled.append(name)
-    row = compiler.Compiled(name, times, None, 0.0, "", {})
+    row = compiler.Compiled(name, times, None, 0.0, "", {}, [])
     return row, [None] * len(jax.tree.leaves(traced.out_info))
 
   monkeypatch.setattr(compiler, "compile_traced", compile_traced)

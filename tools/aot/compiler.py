@@ -81,6 +81,7 @@ class Compiled(NamedTuple):
     flops: by the compiler, which counts a loop once.
     text: the HLO that runs on the chip.
     schedules: {name: schedule} of its ops that the text has no estimate for.
+    torus: how many chips there are along x, y and z.
   """
 
   name: str
@@ -89,6 +90,7 @@ class Compiled(NamedTuple):
   flops: float
   text: str
   schedules: Mapping[str, str]
+  torus: Sequence[int]
 
 
 def open_topology(name: str) -> tuple[list[Any], chips.Chip]:
@@ -462,6 +464,8 @@ def compile_traced(
     (file,) = pathlib.Path(folder).glob("*.after_codegen.txt")
     text = file.read_text()
   cost: Any = compiled.cost_analysis() or {}
+  shardings: Any = jax.tree.leaves(compiled.output_shardings)
+  coords = [device.coords for device in shardings[0].device_set]
   result = Compiled(
     name,
     times,
@@ -469,8 +473,9 @@ def compile_traced(
     cost.get("flops", 0.0),
     text,
     kernels.take_schedules(hlo.Program(text).without_estimate()),
+    [max(along) + 1 for along in zip(*coords)],
   )
-  return result, jax.tree.leaves(compiled.output_shardings)
+  return result, shardings
 
 
 def find_batch(

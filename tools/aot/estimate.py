@@ -44,7 +44,7 @@ def of(
   programs, uncounted = [], 0
   for x in compiled:
     scheduled = _Scheduled(x.schedules, chip)
-    program = hlo.Program(x.text, scheduled.cycles)
+    program = hlo.Program(x.text, scheduled.cycles, x.torus)
     scheduled.share(op for op, _ in program.kernels())
     programs.append((program, x.times))
     costs += [

@@ -100,6 +100,7 @@ class Program:
   Args:
     text: the HLO of a program compiled for TPU, as compiled.as_text() has it.
     scheduled: returns the cycles of an op that the text has no estimate for.
+    torus: how many chips there are along x, y and z, if that is known.
 
   Attributes:
     computations: {name: list of Op in the order of the schedule}.
@@ -112,8 +113,13 @@ class Program:
   times: dict[str, int]
   uncounted: int
 
-  def __init__(self, text: str, scheduled: Callable[[Op], int] = lambda op: 0):
-    self._scheduled = scheduled
+  def __init__(
+    self,
+    text: str,
+    scheduled: Callable[[Op], int] = lambda op: 0,
+    torus: Sequence[int] = (),
+  ):
+    self._scheduled, self._torus = scheduled, torus
     self.computations, self._entry, ops = {}, "", None
     for line in text.splitlines():
       head = _HEAD.match(line)
@@ -301,7 +307,8 @@ class Program:
     array = found[0][0] if len(found) == 1 else f"{len(found)} arrays"
     share = None
     if n == self._devices and kind in ("all-reduce", "reduce-scatter"):
-      share = routes.share_of_a_link(inner.rest + ops[i].rest, n)
+      words = inner.rest + ops[i].rest
+      share = routes.share_of_a_link(words, n, self._torus)
     over_link = factor
     if share is not None:
       over_link = share * (2 if kind == "all-reduce" else 1)

@@ -7,6 +7,7 @@ of them.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 import re
 
 # Such as "UniDirectionNDRingStrategy{colors:4 phases:2 cores:{2 2},{2 2},
@@ -16,8 +17,13 @@ _STRATEGY = re.compile(
   r"(?:[^\"]*? dim_used:(?P<axes>(?:\{[\d ]+\},?)+))?"
 )
 
+# Of SparseCores, such as {"ring_type":"...","ring_dim":"ICI_RING_DIM_X_MESH"}.
+_RING = re.compile(r"ICI_RING_DIM_([XYZ])")
 
-def share_of_a_link(attributes: str, devices: int) -> float | None:
+
+def share_of_a_link(
+  attributes: str, devices: int, torus: Sequence[int] = ()
+) -> float | None:
   """Returns the share of an array that a reduce-scatter sends over one link.
 
   That of the busiest link in one direction, summed over the phases. An
@@ -26,27 +32,28 @@ def share_of_a_link(attributes: str, devices: int) -> float | None:
   A strategy whose name begins with "UniDirection" has rings, and each part one
   direction of them. With another one a part takes both directions of a line,
   where the first link carries as much as a ring in one direction would. Two
-  devices are joined by one link, except where SparseCores reduce: there the
-  text does not tell how many devices a ring has.
+  devices are joined by one link. SparseCores have rings, too.
 
   Args:
     attributes: of the op, as the program's text has them.
     devices: how many devices reduce.
+    torus: how many there are along x, y and z. The strategy of SparseCores
+      names the axis of a ring, but not its length.
 
   Returns:
     The share; None where no strategy is named, or one of fewer devices than
     all, whose parts may have links in common.
   """
-  found = _STRATEGY.search(attributes)
-  if parts := attributes.count('"phase_rings"'):
-    # On SparseCores. The lengths of these rings are not told; but over its
-    # phases, each part sends all of itself but what one device keeps.
-    return (1 - 1 / devices) / parts
-  if found is None:
+  if parts := attributes.split('"phase_rings"')[1:] if torus else []:
+    axes = [["XYZ".index(x) for x in _RING.findall(part)] for part in parts]
+    sizes = [[torus[axis] for axis in part] for part in axes]
+    rings = True
+  elif found := _STRATEGY.search(attributes):
+    sizes = _lists(found["sizes"])
+    axes = _lists(found["axes"]) if found["axes"] else [[0]] * len(sizes)
+    rings = found["name"].startswith("UniDirection")
+  else:
     return None
-  sizes = _lists(found["sizes"])
-  axes = _lists(found["axes"]) if found["axes"] else [[0]] * len(sizes)
-  rings = found["name"].startswith("UniDirection")
   left = [1 / len(sizes)] * len(sizes)
   total = 0.0
   for phase in zip(zip(*sizes), zip(*axes)):  # of each part
