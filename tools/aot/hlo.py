@@ -307,8 +307,8 @@ class Program:
     array = found[0][0] if len(found) == 1 else f"{len(found)} arrays"
     share = None
     if n == self._devices and kind in ("all-reduce", "reduce-scatter"):
-      words = inner.rest + ops[i].rest
-      share = routes.share_of_a_link(words, n, self._torus)
+      attributes = inner.rest + ops[i].rest
+      share = routes.share_of_a_link(attributes, n, self._torus)
     over_link = factor
     if share is not None:
       over_link = share * (2 if kind == "all-reduce" else 1)

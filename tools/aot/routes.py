@@ -44,7 +44,8 @@ def share_of_a_link(
     The share; None where no strategy is named, or one of fewer devices than
     all, whose parts may have links in common.
   """
-  if parts := attributes.split('"phase_rings"')[1:] if torus else []:
+  parts = attributes.split('"phase_rings"')[1:]
+  if parts and torus:
     axes = [["XYZ".index(x) for x in _RING.findall(part)] for part in parts]
     sizes = [[torus[axis] for axis in part] for part in axes]
     rings = True
