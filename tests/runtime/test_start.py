@@ -95,7 +95,7 @@ def test_flags_of_libtpu(monkeypatch, caplog):
   name = list(start.LIBTPU_FLAGS)[0]
   for given, want in (
     ("", " ".join(both)),
-    ("--other=1", f"--other=1 {both[0]} {both[1]}"),
+    ("--other=1", " ".join(["--other=1", *both])),
     (f"--{name}=7", f"--{name}=7 {both[1]}"),
   ):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", given)

@@ -374,11 +374,11 @@ def _span(ops: Sequence[Op], i: int) -> tuple[int, int | None]:
   """
   begin, name = i, ops[i].name
   for j in range(i + 1, len(ops)):
-    if name in _operands(ops[j]):
-      if ops[j].op.endswith("-done"):
+    ends = ops[j].op.endswith("-done")
+    if (ends or ops[j].op == "async-update") and name in _operands(ops[j]):
+      if ends:
         return begin, j
-      if ops[j].op == "async-update":
-        begin, name = j, ops[j].name
+      begin, name = j, ops[j].name
   return i, None
 
 
