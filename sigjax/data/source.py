@@ -228,7 +228,7 @@ def brief_of(records: Records) -> Callable[[int], Example]:
 
 
 class Wrapped:
-  """Records that are others, but for what a subclass does in another way."""
+  """Passes everything on to other records; a subclass changes some of it."""
 
   def __init__(self, records: Any):
     self._records = records

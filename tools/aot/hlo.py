@@ -367,10 +367,11 @@ def op_name(op: Op) -> str:
 
 
 def _span(ops: Sequence[Op], i: int) -> tuple[int, int | None]:
-  """Returns where a collective that op i starts begins to send, and is done.
+  """Returns two places in ops: where op i's collective sends, and its end.
 
-  Newer versions of libtpu start one before they have what it sends, and give
-  it that by an "async-update". The second is None if the chip waits for it.
+  It sends from its start on. In newer versions of libtpu that comes before the
+  array is there, and it sends from an "async-update" on, which has the array.
+  The second place is None if the collective has no end: the chip waits for it.
   """
   begin, name = i, ops[i].name
   for j in range(i + 1, len(ops)):

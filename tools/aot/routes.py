@@ -32,7 +32,7 @@ def share_of_a_link(
   A strategy whose name begins with "UniDirection" has rings, and each part one
   direction of them. With another one a part takes both directions of a line,
   where the first link carries as much as a ring in one direction would. Two
-  devices are joined by one link. SparseCores have rings, too.
+  devices are joined by one link. SparseCores reduce by rings in the same way.
 
   Args:
     attributes: of the op, as the program's text has them.
