@@ -13,7 +13,9 @@ products under way during the softmax of this one, since products and
 elementwise operations are of about equal length.
 
 The softmax is in float32, with base 2 (the scale of the logits has log2(e) in
-it); products are in the inputs' dtype and summed in float32.
+it); products are in the inputs' dtype and summed in float32. Rounding the
+weights would add nearly as much error as rounding the result, so the forward
+kernel multiplies the values by what that takes from the weights, too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,7 @@ from jaxtyping import Array, Bool, Float
 from sigjax import sharding
 
 LANES = 128
+LOG2_E = math.log2(math.e)
 # Added to logits. A masked key counts as nothing beside any other, and a key of
 # another image as nothing beside a masked one.
 MASKED, FOREIGN = -1e30, -1e37
@@ -145,8 +148,8 @@ def attend(
     num_heads: heads, side by side.
     mesh: the devices; B is split over all of them. If they are CPUs, the
       kernels are interpreted, which is slow.
-    bias: added to each query. The kernel sums its gradient, which would else be
-      a pass over those of all queries.
+    bias: added to each query, in the inputs' dtype. The kernel sums its
+      gradient, which would else be a pass over those of all queries.
 
   Returns:
     In the inputs' dtype.
@@ -156,13 +159,9 @@ def attend(
 
 def _attend_fwd(query, key, value, mask, num_heads, mesh, bias):
   shape, dtype = query.shape, query.dtype
-  scale = (shape[2] // num_heads) ** -0.5 * math.log2(math.e)
   query, key, value = (x.reshape(-1, shape[2]) for x in (query, key, value))
-  # The compiler puts this into the projection.
-  query = query.astype(jnp.float32)
-  if bias is not None:
-    query += bias[0].astype(jnp.float32)
-  query = (query * scale).astype(dtype)
+  if bias is not None:  # the compiler puts this into the projection
+    query = query + bias[0]
   query, key, value = (checkpoint_name(x, "qkv") for x in (query, key, value))
   allowed = None
   if mask is not None:
@@ -258,12 +257,14 @@ class _Layout:
     flat: whether tokens are rows (B L, W) for the kernels, too, so that the
       rows of a step are whole registers; else they are (B, L, W), for which the
       compiler pads and copies unless L is a multiple of 8.
+    scale: of the logits.
   """
 
   def __init__(self, query: Array, length: int, num_heads: int, vmem: int):
     rows, width = query.shape
     batch, size = rows // length, query.dtype.itemsize
     self.length, self.head = length, width // num_heads
+    self.scale = self.head**-0.5
     self.plan = plan(batch, length, width, self.head, size, vmem)
     self.memory = memory(self.plan, length, self.head, size)
     packed, n, w, queries = self.plan
@@ -410,14 +411,15 @@ def _forward_kernel(it, masked, query, key, value, *refs):
   def logits(head):
     i, lanes = head.image, head.lanes
     at = it.at(i, lanes)
-    s = _dot(key[at], head.alone(query[at]), 1, 1)
+    s = _dot(key[at], head.alone(query[at]), 1, 1) * (it.scale * LOG2_E)
     return s if bias[i] is None else s + bias[i]
 
   values, done = None, []
   for number, (head, s) in enumerate(_ahead(logits, it.heads(), 3)):
     i = head.image
     top = jnp.max(s, axis=0, keepdims=True)
-    e = jnp.exp2(s - top).astype(value.dtype)
+    exact = jnp.exp2(s - top)
+    e = exact.astype(value.dtype)
     if values is None:
       values = value[it.at(i, head.units)].T
     rows = values[head.at : head.at + head.size]
@@ -425,9 +427,13 @@ def _forward_kernel(it, masked, query, key, value, *refs):
     ones = jnp.ones((16, it.keys), rows.dtype)
     found = _dot(jnp.concatenate([rows, ones]), e, 1, 0)
     total = found[head.size : head.size + 1]
+    found = found[: head.size]
+    if e.dtype != exact.dtype:  # what rounding took from the weights
+      lost = (exact - e.astype(exact.dtype)).astype(e.dtype)
+      found += _dot(rows, lost, 1, 0)
     number %= lse.shape[1]
     lse[i, number : number + 1] = _as_bits(top + jnp.log2(total))
-    done.append(found[: head.size] / total)
+    done.append(found / total)
     if head.is_last:
       at = it.at(i, head.units)
       out[at] = _as_bits(jnp.concatenate(done).astype(query.dtype).T)
@@ -454,7 +460,7 @@ def _backward_kernel(it, masked, query, key, value, *refs):
     at = it.at(i, lanes)
     q = present(head.alone(query[at]), 0)
     do = present(head.alone(dout[at]), 0)
-    s = _dot(key[at], q, 1, 1)
+    s = _dot(key[at], q, 1, 1) * (it.scale * LOG2_E)
     if bias[i] is not None:
       s = s + bias[i]
     return q, do, s, _dot(value[at], do, 1, 1)
@@ -477,14 +483,13 @@ def _backward_kernel(it, masked, query, key, value, *refs):
     if keys is None:
       keys = key[it.at(i, head.units)].T
     found = _dot(keys[head.at : head.at + head.size], ds, 1, 0)
-    done.append(found * head.size**-0.5)
+    done.append(found * it.scale)
     if head.is_last:
       at = it.at(i, head.units)
       dq = jnp.concatenate(done).astype(dquery.dtype).T
       dquery[at] = dq
       _add(dbias, i, head.units, jnp.sum(dq, 0, jnp.float32, keepdims=True))
-      # The logits are those of base 2.
-      _finish(dkey, sums[:1], it, i, dk, math.log(2))
+      _finish(dkey, sums[:1], it, i, dk, it.scale)
       _finish(dvalue, sums[1:], it, i, dv, 1.0)
       keys, done, dk, dv = None, [], {}, {}
 
