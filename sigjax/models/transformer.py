@@ -10,6 +10,7 @@ in the compute dtype; LayerNorm and softmax always in float32.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -43,6 +44,9 @@ VARIANTS = {
   "g-opt": Sizes(1536, 40, 6144, 16),
   "G": Sizes(1664, 48, 8192, 16),
 }
+
+# GELU's tanh is that of _SLOPE * (x + _CUBIC * x**3).
+_SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 # What the backward pass keeps in memory; the rest is computed again. "dots"
 # keeps the outputs of dense layers and of attention, but not its weights;
@@ -130,6 +134,35 @@ class LayerNorm(nn.Module):
     return x * scale + bias
 
 
+@jax.custom_vjp
+def gelu(x: Float[Array, "*N"]) -> Float[Array, "*N"]:
+  """GELU by its tanh approximation (arXiv 1606.08415), of float32 or bfloat16.
+
+  On a TPU the gradient takes as long as the matrix product that it is fused
+  into. Written out, it is 14 operations; by automatic differentiation, 20. Both
+  are computed in float32: in bfloat16, the constants would be rounded, too.
+  """
+  return _gelu_fwd(x)[0]
+
+
+def _gelu_fwd(x):
+  y = x.astype(jnp.float32)
+  t = jnp.tanh(y * (_SLOPE + _SLOPE * _CUBIC * (y * y)))
+  return (y * (0.5 + 0.5 * t)).astype(x.dtype), x
+
+
+def _gelu_bwd(x, dout):
+  y = x.astype(jnp.float32)
+  square = y * y
+  t = jnp.tanh(y * (_SLOPE + _SLOPE * _CUBIC * square))
+  inner = y * (0.5 * _SLOPE + 1.5 * _SLOPE * _CUBIC * square)
+  slope = (0.5 + 0.5 * t) + (1 - t * t) * inner
+  return ((dout.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
 class MlpBlock(nn.Module):
   """Two dense layers with a GELU between them, on the last axis."""
 
@@ -146,7 +179,7 @@ class MlpBlock(nn.Module):
       bias_init=nn.initializers.normal(1e-6),
     )
     width = x.shape[-1]
-    x = nn.gelu(dense(self.mlp_dim)(x), approximate=True)
+    x = gelu(dense(self.mlp_dim)(x))
     x = nn.Dropout(self.dropout, deterministic=False)(x)
     return dense(width)(x)
 

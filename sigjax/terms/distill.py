@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sigjax import errors, prototypes, sharding, terms
-from sigjax.models import flops, two_towers, vit
+from sigjax.models import flops, transformer, two_towers, vit
 from sigjax.models.two_towers import TwoTowers
 
 
@@ -41,7 +41,7 @@ class Head(nn.Module):
     init = nn.initializers.truncated_normal(0.02)
     dense = lambda n: nn.Dense(n, dtype=self.dtype, kernel_init=init)
     for _ in range(2):
-      x = nn.gelu(dense(self.hidden)(x), approximate=True)
+      x = transformer.gelu(dense(self.hidden)(x))
     x = dense(self.bottleneck)(x)
     shape = (self.bottleneck, self.prototypes)
     return x, self.param("prototypes", init, shape)
