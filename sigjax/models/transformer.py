@@ -6,7 +6,7 @@ LayerNorm with epsilon 1e-6. Attention sees all tokens, unless a mask, (B, L),
 says which ones there are.
 
 Precision: parameters are float32. Matrix products and the residual stream run
-in the compute dtype; LayerNorm and softmax always in float32.
+in the compute dtype; LayerNorm, softmax and GELU always in float32.
 """
 
 import functools
