@@ -1,4 +1,4 @@
-"""Counts which of 88 deliberate mistakes in the code the tests notice.
+"""Counts which of 90 deliberate mistakes in the code the tests notice.
 
   python tests/mutations.py               # all: about ten minutes
   python tests/mutations.py ring.py tar   # those whose file or test has a word
@@ -548,6 +548,18 @@ MUTATIONS = [
     "  if i > 0:\n    to[:, lanes] += x",
     "  if i > 0:\n    to[:, lanes] = x",
     "models/test_attention_tpu.py::test_against_numpy",
+  ),
+  Mutation(
+    "models/attention_tpu.py",
+    "      found += _dot(rows, lost, 1, 0)",
+    "      found += 0 * _dot(rows, lost, 1, 0)",
+    "models/test_attention_tpu.py::test_against_numpy",
+  ),
+  Mutation(
+    "models/transformer.py",
+    "1.5 * _SLOPE * _CUBIC",
+    "_SLOPE * _CUBIC",
+    "models/test_transformer.py",
   ),
   Mutation(
     "models/attention.py",
