@@ -13,9 +13,10 @@ products under way during the softmax of this one, since products and
 elementwise operations are of about equal length.
 
 The softmax is in float32, with base 2 (the scale of the logits has log2(e) in
-it); products are in the inputs' dtype and summed in float32. Rounding the
-weights would add nearly as much error as rounding the result, so the forward
-kernel multiplies the values by what that takes from the weights, too.
+it); products are in the inputs' dtype and summed in float32. Weights
+that are rounded to bfloat16 would bring nearly as much error as the rounded
+result. So the forward kernel has a second product, of the values with what
+rounding took from the weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -334,6 +335,11 @@ class _Layout:
         for j in range(0, unit, self.head):
           yield _Head(i, start, unit, j, self.head)
 
+  def logits(self, key: Array, query: Array, bias: Array | None) -> Array:
+    """Returns those of base 2, (keys, queries) in float32, of a head."""
+    s = _dot(key, query, 1, 1) * (self.scale * LOG2_E)
+    return s if bias is None else s + bias
+
   def logit_bias(self, mask: Any, i: int, queries: int) -> Array | None:
     """Returns what is added to the logits (keys, queries) of sequence i."""
     shape = (self.keys, queries)
@@ -411,8 +417,7 @@ def _forward_kernel(it, masked, query, key, value, *refs):
   def logits(head):
     i, lanes = head.image, head.lanes
     at = it.at(i, lanes)
-    s = _dot(key[at], head.alone(query[at]), 1, 1) * (it.scale * LOG2_E)
-    return s if bias[i] is None else s + bias[i]
+    return it.logits(key[at], head.alone(query[at]), bias[i])
 
   values, done = None, []
   for number, (head, s) in enumerate(_ahead(logits, it.heads(), 3)):
@@ -460,9 +465,7 @@ def _backward_kernel(it, masked, query, key, value, *refs):
     at = it.at(i, lanes)
     q = present(head.alone(query[at]), 0)
     do = present(head.alone(dout[at]), 0)
-    s = _dot(key[at], q, 1, 1) * (it.scale * LOG2_E)
-    if bias[i] is not None:
-      s = s + bias[i]
+    s = it.logits(key[at], q, bias[i])
     return q, do, s, _dot(value[at], do, 1, 1)
 
   keys, done, dk, dv = None, [], {}, {}
